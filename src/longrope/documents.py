@@ -1,0 +1,469 @@
+"""Documents from files, the Hub or Python's own library, and the windows of tokens that are drawn from them."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import os
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longrope.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Share = Literal["all", "search", "unseen", "train"]
+Ids = NDArray[np.int64]
+
+HUB_DOCUMENTS = 1000  # rows read of one hf: source, at most
+_KINDS = ".txt, .jsonl, .jsonl.gz or .parquet"
+_TOKENIZED_AT_ONCE = 32  # documents a call, so that the tokens of a large collection are never in memory together
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `name` is what reports show: a path inside the folder given, with #row for a row of a file."""
+
+    name: str
+    text: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hexadecimal hash of the text in UTF-8: what decides, so that names and places do not."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def read_sources(
+    sources: Sequence[str], *, share: Share = "all", tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Document]:
+    """The documents of every source: a file, a folder, a glob, `hf:NAME[:SPLIT]`, or `stdlib`.
+
+    A path that exists is a path, whatever its characters (but a folder named stdlib is ./stdlib). Of `stdlib`, `share`
+    takes a part, fixed by the paths inside it. `tokenizer` is only needed for rows with `messages`, which its chat
+    template turns into text. Empty and repeated texts are dropped, except in the share "train": that is, file for
+    file, what the embedded model was trained on. Raises UserError for a source that is missing, unreadable or empty.
+    """
+    found: list[Document] = []
+    for source in sources:
+        documents = _read_source(source, share, tokenizer)
+        if not any(document.text.strip() for document in documents):
+            rule = "a document holds at least some text"
+            raise UserError("documents", got=f"{source!r}, which is empty", rule=rule, do="give documents with text")
+        found += documents
+    return found if share == "train" else _distinct(found)
+
+
+def _distinct(documents: Iterable[Document]) -> list[Document]:
+    """The documents with text, the first one of each text."""
+    first: dict[str, Document] = {}
+    for document in documents:
+        if document.text.strip():
+            first.setdefault(document.sha256, document)
+    return list(first.values())
+
+
+def _read_source(source: str, share: Share, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+    if source == "stdlib":
+        return _read_stdlib(share)
+    try:
+        if source.startswith("hf:") and not Path(source).exists():
+            return _read_hub(source, tokenizer)
+        files = _find_files(source)
+    except OSError as error:
+        raise _unreadable(source, error) from error
+    return [document for path, name in files for document in _read_file(path, name, tokenizer)]
+
+
+def _read_stdlib(share: Share) -> list[Document]:
+    """The modules of the running Python: sha256 of the path mod 10 is 0 for unseen, 1 for search, else train."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
+        inside = path.relative_to(root)
+        if inside.parts[0] in ("site-packages", "dist-packages") or share not in ("all", _stdlib_share(inside)):
+            continue
+        # A few of CPython's tests are in other encodings on purpose.
+        with contextlib.suppress(UnicodeDecodeError, OSError):
+            documents.append(Document(inside.as_posix(), path.read_text("utf-8")))
+    return documents
+
+
+def _stdlib_share(inside: Path) -> Share:
+    digit = int(hashlib.sha256(os.fsencode(inside.as_posix())).hexdigest(), 16) % 10
+    return "unseen" if digit == 0 else "search" if digit == 1 else "train"
+
+
+def _find_files(source: str) -> list[tuple[Path, str]]:
+    """Every file of a path or glob that can be read, each with its short name, in the order of the names."""
+    path = Path(source)
+    if source and path.is_dir():
+        base, found = path, _walk(path)
+    elif source and path.exists():
+        _check_file(path)
+        base, found = path.parent, iter([path])
+    else:
+        base, found = _expand(source)
+    files = {file for file in found if _reader(file) and file.is_file()}
+    if not files:
+        got = f"{source!r}, where no file is of a kind that can be read"
+        raise UserError("documents", got=got, rule=f"a document is {_KINDS}", do="give such files")
+    ordered = sorted(files, key=lambda file: file.relative_to(base).parts)
+    return [(file, _printable(file.relative_to(base).as_posix())) for file in ordered]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder; links are followed, but no folder is entered twice."""
+
+    def give_up(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=give_up):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place, file) for file in files)
+
+
+def _expand(pattern: str) -> tuple[Path, Iterator[Path]]:
+    """The folder before the first wildcard, and every file that a glob matches or that is below a match."""
+    parts = Path(pattern).parts
+    literal = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    base = Path(*parts[:literal])
+    try:
+        matches = sorted(base.glob(str(Path(*parts[literal:])))) if literal < len(parts) else []
+    except ValueError as error:
+        raise UserError("documents", got=repr(pattern), rule=str(error), do="correct the pattern") from error
+    if not matches:
+        rule = "documents are a file, a folder, a glob, hf:NAME[:SPLIT] or stdlib"
+        raise UserError("documents", got=f"{pattern!r}, which does not exist", rule=rule, do="check the path")
+    return base, (file for match in matches for file in (_walk(match) if match.is_dir() else [match]))
+
+
+def _check_file(path: Path) -> None:
+    if not _reader(path):
+        rule = f"a document is {_KINDS}"
+        raise UserError("documents", got=repr(str(path)), rule=rule, do="convert it, or give another file")
+    if not path.is_file():
+        got = f"{str(path)!r}, which is neither a file nor a folder"
+        raise UserError("documents", got=got, rule="documents are regular files", do="save it as a file first")
+
+
+def _printable(name: str) -> str:
+    """A file name as proper Unicode: on Linux a name is any bytes."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+Reader = Callable[[Path, str, "PreTrainedTokenizerBase | None"], list[Document]]
+
+
+def _reader(path: Path) -> Reader | None:
+    name = path.name.lower()
+    return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
+
+
+def _read_file(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+    reader = _reader(path)
+    assert reader is not None
+    try:
+        return reader(path, name, tokenizer)
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
+        raise _unreadable(str(path), error) from error
+
+
+def _unreadable(source: str, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+    got = f"{source!r}, which cannot be read"
+    return UserError("documents", got=got, rule=reason, do="check the path, its permissions and its content")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_text(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+    """The whole file: UTF-8, a byte order mark removed, every end of line as \\n."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_text(path, "not UTF-8") from error
+    if "\0" in text:
+        raise _not_text(path, "binary (it holds a zero byte)")
+    return [Document(name, text)]
+
+
+def _not_text(path: Path, why: str) -> UserError:
+    got, rule = f"{str(path)!r}, which is {why}", "a document is text in UTF-8"
+    return UserError("documents", got=got, rule=rule, do="convert it, or take it out")
+
+
+def _read_jsonl(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+    """One document a line that is not blank.
+
+    Not read with `datasets`: it takes the fields and their types from the first 10 MB and fails where a later row has
+    others, which is common, and does not say in which line.
+    """
+    documents = []
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{str(path)!r} line {number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
+                do = "correct the line"
+                raise UserError(where, got=_first_line(error), rule="every line is a JSON object", do=do) from error
+            documents.append(Document(f"{name}#{number}", _row_text(row, where, tokenizer)))
+    return documents
+
+
+def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+    """One document a row; other columns are not even read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            wanted = [column for column in ("text", "messages") if column in columns]
+            if not wanted:
+                raise _no_field(repr(str(path)), columns)
+            rows = [row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist()]
+    except pa.ArrowException as error:
+        raise _unreadable(str(path), error) from error
+    named = ((f"{name}#{number}", f"{str(path)!r} row {number}", row) for number, row in enumerate(rows, start=1))
+    return [Document(short, _row_text(row, where, tokenizer)) for short, where, row in named]
+
+
+_READERS: dict[str, Reader] = {
+    ".txt": _read_text,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_hub(source: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+    """The first rows of a data set, streamed, so that only what is read is fetched."""
+    import datasets
+
+    name, _, split = source.removeprefix("hf:").partition(":")
+    logger.info("reading at most %d documents of %s", HUB_DOCUMENTS, source)
+    documents = []
+    try:
+        with _quiet("datasets", "huggingface_hub"):
+            stream = datasets.load_dataset(name, split=split or "train", streaming=True)
+            wanted = [column for column in ("text", "messages") if column in (stream.column_names or ())]
+            rows = (stream.select_columns(wanted) if wanted else stream).take(HUB_DOCUMENTS)
+            for number, row in enumerate(rows, start=1):
+                documents.append(Document(f"{name}#{number}", _row_text(row, f"{source} row {number}", tokenizer)))
+    except UserError:
+        raise
+    except Exception as error:  # the two libraries have a dozen unrelated types for "no"
+        do = "check the name, the split and the network"
+        got = f"{source!r}, which cannot be reached"
+        raise UserError("documents", got=got, rule=_first_line(error), do=do) from error
+    return documents
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """No log lines of these libraries: what they say before they fail is in the exception too."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [each.level for each in loggers]
+    try:
+        for each in loggers:
+            each.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def _row_text(row: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The text of a row: its field `text`, else its `messages` through the chat template; "" when that is null."""
+    if not isinstance(row, dict) or not {"text", "messages"} & row.keys():
+        raise _no_field(where, list(row) if isinstance(row, dict) else [])
+    text = row.get("text")
+    if text is None and row.get("messages") is not None:
+        text = _conversation(row["messages"], where, tokenizer)
+    if not isinstance(text, str | None):
+        got = f"a field `text` of type {type(text).__name__}"
+        raise UserError(where, got=got, rule="`text` is a string", do="convert the field")
+    # JSON can spell half a surrogate pair, which no UTF-8 text holds.
+    return (text or "").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _no_field(where: str, fields: Sequence[object]) -> UserError:
+    got = f"the fields {', '.join(map(str, fields))}" if fields else "no fields"
+    return UserError(where, got=got, rule="a row has a field `text` or `messages`", do="rename the field that holds it")
+
+
+def _conversation(messages: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """`messages`, a list of {role, content, ..}, as the tokenizer's chat template writes them, without its BOS."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        got, rule = "`messages`, and no chat template", "`messages` become text through the model's chat template"
+        do = "give documents with `text`, or a model whose tokenizer has a chat template"
+        raise UserError(where, got=got, rule=rule, do=do)
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        got, rule = "`messages` of another shape", "`messages` are a list of objects with role and content"
+        raise UserError(where, got=got, rule=rule, do="convert the field")
+    try:
+        # Tables give every message every field, null where it has none; templates test for presence.
+        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        text = tokenizer.apply_chat_template(present, tokenize=False)
+    except Exception as error:  # a template is a program, and it comes with the model
+        do = "correct the row, or take it out"
+        rule = f"the model's chat template refuses it ({_first_line(error)})"
+        raise UserError(where, got="`messages`", rule=rule, do=do) from error
+    return str(text).removeprefix(tokenizer.bos_token or "")
+
+
+def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """(search, unseen): unseen are the texts whose sha256 mod 4 is 0, at least one; at least one is left for search.
+
+    A single document is cut instead: its last quarter is unseen.
+    """
+    kept = _distinct(documents)
+    assert kept, "read_sources never returns nothing"
+    if len(kept) == 1:
+        name, text = kept[0].name, kept[0].text
+        cut = len(text) * 3 // 4
+        return [Document(f"{name} (first 3/4)", text[:cut])], [Document(f"{name} (last 1/4)", text[cut:])]
+    hashes = sorted(document.sha256 for document in kept)
+    unseen = {sha256 for sha256 in hashes if int(sha256, 16) % 4 == 0} or {hashes[0]}
+    if len(unseen) == len(hashes):
+        unseen.remove(hashes[-1])
+    return [each for each in kept if each.sha256 not in unseen], [each for each in kept if each.sha256 in unseen]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A span of one document: `ids` (length,), BOS first when the tokenizer has one, then the tokens from `start` on.
+
+    `document` and `sha256` are the document's name and hash; `start` counts its tokens, BOS not among them.
+    """
+
+    document: str
+    sha256: str
+    start: int
+    ids: Ids
+
+
+def default_window_count(length: int) -> int:
+    """Search windows of a length in tokens: 8 up to 32k, 5 below 512k, 3 from there (the paper's choices)."""
+    return 8 if length <= 32 * 1024 else 5 if length < 512 * 1024 else 3
+
+
+def choose_windows(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, length: int, count: int, seed: int
+) -> list[Window]:
+    """`count` windows of `length` tokens, fixed by the seed and the texts, not by names or order.
+
+    One window a document, at a random place, as far as there are documents long enough; then further ones of the same
+    documents, which never overlap. Documents are tokenized only until there are enough. Raises UserError, saying what
+    was found, when the documents cannot hold that many.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    span = length - len(bos)
+    if span < 1 or count < 1:
+        got = f"{count} of {length} tokens"
+        raise UserError("windows", got=got, rule="there is at least one, of at least 2 tokens", do="ask for more")
+    rng = np.random.default_rng(seed)
+    ordered = sorted(_distinct(documents), key=lambda document: document.sha256)
+    long: list[tuple[Document, list[int]]] = []
+    for index in rng.permutation(len(ordered)):
+        document = ordered[index]
+        if len(long) < count and _most_tokens(document.text) >= span:
+            (ids,) = _tokenize(tokenizer, [document.text])
+            if len(ids) >= span:
+                long.append((document, ids))
+    shares = _deal([len(ids) // span for _, ids in long], count)
+    if sum(shares) < count:
+        # Where none is long enough, all have to be tokenized to tell how long they are.
+        longest = max([len(ids) for _, ids in long] or token_lengths(ordered, tokenizer), default=0)
+        found = f"{_number(len(ordered), 'document')}, the longest of {_number(longest, 'token')}"
+        got = f"{found}, which hold {_number(sum(shares), 'window')} of {length} tokens"
+        do = "give longer or more documents, or ask for shorter or fewer windows"
+        raise UserError("documents", got=got, rule=f"wanted: {_number(count, 'window')}", do=do)
+    return [
+        Window(document.name, document.sha256, start, np.array(bos + ids[start : start + span], dtype=np.int64))
+        for (document, ids), share in zip(long, shares, strict=True)
+        for start in _starts(rng, len(ids), span, share)
+    ]
+
+
+def _most_tokens(text: str) -> int:
+    """A bound on the tokens of a text: a token is a byte at least.
+
+    One more for the space that some tokenizers put in front, and 11 times as many where they may normalise: the worst
+    that NFKC does to a character's UTF-8.
+    """
+    size = len(text.encode())
+    return 1 + (size if text.isascii() else 11 * size)
+
+
+def _deal(capacities: Sequence[int], count: int) -> list[int]:
+    """How many windows each document gives: in turn, one each, until `count` are dealt or none has room."""
+    shares = [0] * len(capacities)
+    while sum(shares) < min(count, sum(capacities)):
+        for index, capacity in enumerate(capacities):
+            if shares[index] < capacity and sum(shares) < count:
+                shares[index] += 1
+    return shares
+
+
+def _starts(rng: np.random.Generator, tokens: int, span: int, count: int) -> list[int]:
+    """Random ascending starts of `count` spans that do not overlap, for one span uniform.
+
+    The tokens left over are drawn as gaps, so no draw is ever refused.
+    """
+    gaps = np.sort(rng.integers(0, tokens - count * span, size=count, endpoint=True))
+    return [int(start) for start in gaps + span * np.arange(count)]
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def token_lengths(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of each whole document, BOS not counted."""
+    batches = range(0, len(documents), _TOKENIZED_AT_ONCE)
+    texts = ([document.text for document in documents[i : i + _TOKENIZED_AT_ONCE]] for i in batches)
+    return [len(ids) for batch in texts for ids in _tokenize(tokenizer, batch)]
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # verbose=False: no warning about texts beyond the model's length, which are the point here.
+    ids: list[list[int]] = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+    return ids
+
+
+def fingerprint(windows: Sequence[Window]) -> str:
+    """`sha256:...` over the ids of all windows, in order."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(f"{len(window.ids)}:".encode())
+        digest.update(window.ids.astype("<i8").tobytes())
+    return f"sha256:{digest.hexdigest()}"

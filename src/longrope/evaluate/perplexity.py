@@ -1,0 +1,170 @@
+"""Perplexity: weighted by tokens, on whole windows or with a sliding window, without a window's logits in memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longrope.documents import Window
+from longrope.errors import UserError
+from longrope.lengths import format_length
+from longrope.model import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+# Short windows are run together up to this many tokens: enough to fill a CPU or a GPU, little memory.
+BATCH_TOKENS = 8192
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood over `tokens` scored tokens.
+
+    ci: 95% bootstrap interval over documents, None with fewer than two. losses: summed negative log-likelihood in
+    nats of each window; counts: its scored tokens. Paired differences between methods are made of these.
+    """
+
+    value: float
+    tokens: int
+    ci: tuple[float, float] | None
+    losses: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+
+def token_losses(loaded: LoadedModel, ids: Tensor) -> Tensor:
+    """Negative log-likelihood (B, T - 1), float32 nats, of every token of ids (B, T) but the first."""
+    parts = []
+    with torch.inference_mode(), loaded.autocast():
+        for start, logits in loaded.logits(ids):
+            targets = ids[:, start + 1 : start + 1 + logits.shape[1]]
+            kept = logits[:, : targets.shape[1]].flatten(0, 1).float()
+            losses = torch.nn.functional.cross_entropy(kept, targets.flatten().to(logits.device), reduction="none")
+            parts.append(losses.view_as(targets).to(ids.device))
+    return torch.cat(parts, 1)
+
+
+def window_losses(loaded: LoadedModel, windows: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+    """Summed loss in nats of each of some windows of one length, by batches that halve when memory runs out."""
+    ids = torch.from_numpy(np.stack(windows))
+
+    def run(batch: Tensor) -> Tensor:
+        return token_losses(loaded, batch.to(loaded.device)).double().sum(1).cpu()
+
+    return in_batches(run, ids).numpy()
+
+
+def in_batches(run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """run over batches of rows of ids (N, T); a batch too large for memory halves, for good.
+
+    Raises UserError, with a length that would fit, when a single window does not fit.
+    """
+    size = max(1, BATCH_TOKENS // ids.shape[1])
+    results: list[Tensor] = []
+    done = 0
+    while done < len(ids):
+        try:
+            results.append(run(ids[done : done + size]))
+            done += size
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if size == 1:
+                raise _window_too_long(run, ids[done : done + 1]) from None
+            size = max(1, size // 2)
+            logger.info("out of memory: going on with %d windows at a time", size)
+        if torch.cuda.is_available() and not results:
+            torch.cuda.empty_cache()
+    return torch.cat(results)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _window_too_long(run: Callable[[Tensor], Tensor], window: Tensor) -> UserError:
+    length = window.shape[1] // 2
+    while length > 1:
+        try:
+            run(window[:, :length])
+            break
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            length //= 2
+    return UserError(
+        "memory",
+        got=f"a window of {window.shape[1]} tokens",
+        rule="one window must fit into the device's memory",
+        do=f"use at most {format_length(length)} tokens here, a larger device, or --device balanced over several",
+    )
+
+
+def measure(loaded: LoadedModel, windows: Sequence[Window]) -> Perplexity:
+    """Perplexity on whole windows of one length, under the factors the model carries now."""
+    losses = window_losses(loaded, [window.ids for window in windows])
+    counts = np.array([len(window.ids) - 1 for window in windows])
+    return summarize(losses, counts, [window.sha256 for window in windows])
+
+
+def measure_sliding(loaded: LoadedModel, documents: Sequence[Window], *, length: int, stride: int) -> Perplexity:
+    """Perplexity of whole documents under a window of `length` tokens that slides by `stride`.
+
+    Every token but the first of a document is scored once, with at least length - stride tokens before it (fewer at
+    the document's start).
+    """
+    losses, counts, names = [], [], []
+    for document in documents:
+        total, count = 0.0, 0
+        for start, end, first_scored in sliding_spans(len(document.ids), length, stride):
+            ids = torch.from_numpy(document.ids[None, start:end]).to(loaded.device)
+            scored = token_losses(loaded, ids)[:, first_scored - start - 1 :]
+            total, count = total + float(scored.double().sum()), count + scored.shape[1]
+        losses.append(total)
+        counts.append(count)
+        names.append(document.sha256)
+    return summarize(np.array(losses), np.array(counts), names)
+
+
+def sliding_spans(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first scored token) of each window over a document, so that each token but 0 is scored once.
+
+    Raises UserError when the stride is not between 1 and length - 1.
+    """
+    if not 1 <= stride < length:
+        rule = f"a stride is between 1 and the window of {length} tokens less one"
+        raise UserError("--stride", got=stride, rule=rule, do="use 256 as in the papers, or a smaller one")
+    scored = 1
+    for end in [*range(min(length, tokens), tokens, stride), tokens]:
+        yield max(0, end - length), end, scored
+        scored = end
+
+
+def summarize(losses: NDArray[np.float64], counts: NDArray[np.int64], documents: Sequence[str]) -> Perplexity:
+    """Token-weighted perplexity of window losses (N,) and their interval over documents."""
+    value = math.exp(min(float(losses.sum() / counts.sum()), 700.0))
+    interval = bootstrap_interval(losses, counts, documents)
+    return Perplexity(value=value, tokens=int(counts.sum()), ci=interval, losses=losses, counts=counts)
+
+
+def bootstrap_interval(
+    losses: NDArray[np.float64], counts: NDArray[np.int64], documents: Sequence[str]
+) -> tuple[float, float] | None:
+    """95% percentile bootstrap of the perplexity, resampling documents, whose windows are not independent."""
+    names, groups = np.unique(np.asarray(documents), return_inverse=True)
+    if len(names) < 2 or not np.isfinite(losses).all():
+        return None
+    summed = np.bincount(groups, weights=losses)
+    counted = np.bincount(groups, weights=counts)
+    draws = np.random.default_rng(0).integers(len(names), size=(_RESAMPLES, len(names)))
+    means = summed[draws].sum(1) / counted[draws].sum(1)
+    low, high = np.exp(np.minimum(np.quantile(means, [0.025, 0.975]), 700.0))
+    return float(low), float(high)

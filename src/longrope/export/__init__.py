@@ -1,0 +1,1 @@
+"""Checkpoints with factors, as engines load them."""

@@ -1,0 +1,45 @@
+"""The model card of an exported checkpoint."""
+
+from __future__ import annotations
+
+from longrope.factors import FactorTable
+from longrope.lengths import format_length
+
+_USE = {
+    "long": "The long factors are used at every length, which is safe in every engine. Short prompts pay for it: "
+    "the model is not the original one below its original length.",
+    "short": "Only the short factors are used: the window is the original one.",
+    "dynamic": "transformers uses the short factors up to the original length and the long ones beyond, by the longest "
+    "sequence of a batch. Stock `generate` keeps keys that were cached under the short factors when a text grows past "
+    "the original length, and is wrong from there on; a prompt that is longer from the start is right.",
+}
+
+
+def model_card(name: str, table: FactorTable, window: str) -> str:
+    """Markdown that says what the checkpoint is, how it was made and what it costs."""
+    last = table.rows[-1]
+    made = table.provenance
+    lines = [
+        f"# {name.rsplit('/', 1)[-1]}, extended to {format_length(last.up_to)} tokens",
+        "",
+        f"Original length {format_length(table.original_length)}, target {format_length(last.up_to)}"
+        f" ({last.up_to / table.original_length:g}x), LongRoPE factors (arXiv 2402.13753), made with longrope.",
+        "The weights are those of the original checkpoint, unchanged.",
+        "",
+        f"Window: `{window}`. {_USE[window]}",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")',
+        "```",
+        "",
+        "| up to | start tokens | attention factor | rescale factors, first to last |",
+        "| ---: | ---: | ---: | --- |",
+    ]
+    for row in table.rows:
+        span = f"{row.rescale[0]:.4g} to {row.rescale[-1]:.4g}"
+        lines.append(f"| {format_length(row.up_to)} | {row.start_tokens} | {row.attention_factor:.4f} | {span} |")
+    if made:
+        lines += ["", "Made by: " + ", ".join(f"{key} {value}" for key, value in made.items()) + "."]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,167 @@
+"""A checkpoint that stock transformers loads: the weights as they are, the factors in config.json.
+
+The weights are copied, never loaded: an export costs a copy. What transformers cannot express is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from longrope.configs import to_transformers_config
+from longrope.errors import UserError
+from longrope.export.card import model_card
+from longrope.factors import FactorTable, RopeFactors, read_json
+from longrope.model import FACTORS_FILE, LoadedModel
+from longrope.patch import EXTENDED_LAYERS, rotary_modules, stock_frequencies
+from longrope.rope import inverse_frequencies
+from longrope.runs import disk_errors, write_atomically
+
+logger = logging.getLogger(__name__)
+
+WINDOWS = ("dynamic", "long", "short")
+_LEFT_BEHIND = ("config.json", "README.md", FACTORS_FILE)
+_WEIGHTS_OF_OTHERS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+
+
+def export(
+    loaded: LoadedModel, table: FactorTable, out: str | Path, *, window: str = "long", source: str | None = None
+) -> Path:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads with the factors, and read it back to check.
+
+    window: `long` uses the last row at every length, safe everywhere; `short` the first; `dynamic` both, by length,
+    for which transformers needs no start tokens and one attention factor. Raises UserError for factors of another
+    model, for what transformers cannot express, and for an `out` that is not empty.
+    """
+    out = Path(out)
+    rope = loaded.rope
+    table.check_model(rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length)
+    served = table_for_window(table, window)
+    keys = to_transformers_config(served)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("--out", got=f"{out}, which is not empty", rule="an export is a new folder", do="choose another")
+    folder = Path(source) if source else checkpoint_folder(loaded)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    with disk_errors(out):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        copy_checkpoint(folder, unfinished)
+    config = extended_config(_config(folder), keys, loaded)
+    write_atomically(unfinished / "config.json", json.dumps(config, indent=2) + "\n")
+    table.save(unfinished / FACTORS_FILE)
+    write_atomically(unfinished / "README.md", model_card(loaded.name, table, window))
+    verify(unfinished, loaded, served)
+    with disk_errors(out):
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    return out
+
+
+def table_for_window(table: FactorTable, window: str) -> FactorTable:
+    """The table of two rows that a configuration can hold. Raises UserError for an unknown window."""
+    if window not in WINDOWS:
+        rule = f"it is one of {', '.join(WINDOWS)}"
+        raise UserError("--window", got=repr(window), rule=rule, do="choose one of them")
+    if window == "dynamic":
+        return table
+    chosen, longest = table.rows[-1] if window == "long" else table.rows[0], table.rows[-1].up_to
+    # transformers uses the long list beyond the original length only, so a configuration holds the row twice.
+    lengths = (table.original_length, max(longest, table.original_length + 1))
+    return FactorTable(
+        rope_theta=table.rope_theta,
+        rotary_dim=table.rotary_dim,
+        original_length=table.original_length,
+        rows=tuple(chosen.with_values(up_to=length) for length in lengths),
+        model=table.model,
+    )
+
+
+def checkpoint_folder(loaded: LoadedModel) -> Path:
+    """The folder of a model's files; those of a Hub id are in the local cache, from which it was loaded."""
+    from longrope.model import model_source
+
+    folder = Path(model_source(loaded.name))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(loaded.name, ignore_patterns=[f"*{suffix}" for suffix in _WEIGHTS_OF_OTHERS]))
+
+
+def copy_checkpoint(folder: Path, out: Path) -> None:
+    """Copy what a checkpoint needs beside its config.json: safetensors, tokenizer, generation settings."""
+    for path in sorted(folder.iterdir()):
+        wanted = path.is_file() and path.name not in _LEFT_BEHIND and path.suffix not in _WEIGHTS_OF_OTHERS
+        if wanted and not path.name.startswith("."):
+            shutil.copyfile(path, out / path.name)  # contents, not permissions: a read-only source is no trap
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json", "model")
+    assert isinstance(config, dict), "the model was loaded from it"
+    return config
+
+
+def extended_config(config: Mapping[str, Any], keys: Mapping[str, Any], loaded: LoadedModel) -> dict[str, Any]:
+    """A model's config.json with the keys of an extended RoPE, at every place that transformers and others read."""
+    extended = dict(config)
+    text = dict(extended.get("text_config") or extended)
+    rope = dict(keys["rope_parameters"])
+    known = loaded.model.config.get_text_config()
+    by_type = {kind: value for kind, value in (known.rope_parameters or {}).items() if isinstance(value, Mapping)}
+    partial = (by_type.get(EXTENDED_LAYERS) or known.rope_parameters or {}).get("partial_rotary_factor")
+    if partial is not None:
+        rope["partial_rotary_factor"] = partial
+    parameters: dict[str, Any] = {**by_type, EXTENDED_LAYERS: rope} if by_type else rope
+    text |= {"max_position_embeddings": keys["max_position_embeddings"], "rope_theta": keys["rope_theta"]}
+    text |= {"rope_parameters": parameters}
+    text.pop("rope_scaling", None)
+    if not by_type:
+        text["rope_scaling"] = rope  # what other engines and transformers 4 read
+        text["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    window = getattr(known, "sliding_window", None)
+    if window is not None and text.get("sliding_window") is not None:
+        text["sliding_window"] = window
+    head_dim = getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads
+    text["head_dim"] = head_dim
+    if extended.get("text_config"):
+        return extended | {"text_config": text}
+    return text
+
+
+def verify(folder: Path, loaded: LoadedModel, served: FactorTable) -> None:
+    """Raise UserError unless stock transformers, reading the folder, rotates by the factors at every length.
+
+    The class's own rotary embedding is built from the written config.json; its frequencies and attention factor must
+    be those of our rows, on both sides of the boundary. No weights are read.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=loaded.options.trust_remote_code).get_text_config()
+    original, longest = served.original_length, served.rows[-1].up_to
+    for _, _, module in rotary_modules(loaded.model):
+        stock = type(module)(config)
+        _, _, layer_type = stock_frequencies(stock)
+        for length in (1, original, original + 1, longest):
+            position = torch.tensor([[length - 1]])
+            stock(torch.zeros(1, 1, 1), position, *([layer_type] if layer_type else []))
+            _compare(stock, served.row_for(length), served.rope_theta, length)
+
+
+def _compare(stock: torch.nn.Module, row: RopeFactors, rope_theta: float, length: int) -> None:
+    frequencies, scaling, _ = stock_frequencies(stock)
+    expected = inverse_frequencies(rope_theta, torch.tensor(row.rescale, dtype=torch.float32))
+    if torch.allclose(frequencies, expected, rtol=1e-6, atol=0) and abs(scaling - row.attention_factor) < 1e-6:
+        return
+    raise UserError(
+        "export",
+        got=f"other factors from transformers at {length} tokens",
+        rule=f"{type(stock).__name__} must read back what was written",
+        do="this class cannot be exported for transformers; please report it",
+    )

@@ -1,0 +1,29 @@
+"""Lengths in tokens as people write them: 4096, 4k, 128k, 2048k or 2m (k = 1024)."""
+
+from __future__ import annotations
+
+import re
+
+from longrope.errors import UserError
+
+_UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
+
+
+def parse_length(text: str) -> int:
+    """Tokens of a length such as `4096`, `4k` or `2m`. Raises UserError when it is not one."""
+    match = re.fullmatch(r"(\d{1,15})([km]?)", text.strip().lower())
+    length = int(match[1]) * _UNITS[match[2]] if match else 0
+    if length <= 0:
+        rule = "a length is a positive whole number of tokens, with k for 1024 or m for 1024k"
+        raise UserError("length", got=repr(text), rule=rule, do="write it like 4096, 4k, 128k or 2m")
+    return length
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Ascending, distinct tokens of a list such as `256,1k,2k`. Raises UserError when one is not a length."""
+    return sorted({parse_length(part) for part in text.split(",")})
+
+
+def format_length(length: int) -> str:
+    """The short way to write a length: 131072 -> 128k, 300 -> 300."""
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)

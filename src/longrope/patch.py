@@ -1,0 +1,222 @@
+"""Put factors on a transformers model and off again, without rebuilding it.
+
+The model's rotary embedding module is wrapped by one of ours that computes cos and sin with `rope.py` and lays them
+out as the wrapped class does. How a class lays them out is not looked up but measured: the wrapped module is asked for
+a few positions, and ours must give the same numbers; a module for which no layout does is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from longrope.baselines import RopeShape
+from longrope.errors import UserError
+from longrope.factors import FactorTable, RopeFactors
+from longrope.rope import RopeTensors, cos_sin, inverse_frequencies, regime
+
+Layout = Callable[[Tensor, Tensor], Any]
+
+LAYOUTS: dict[str, Layout] = {
+    "halves": lambda cos, sin: (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)),  # Llama, Mistral, Qwen, ...
+    "interleaved": lambda cos, sin: (cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)),  # Cohere, ...
+    "single": lambda cos, sin: (cos, sin),  # GPT-OSS
+    "complex": lambda cos, sin: torch.complex(cos.float(), sin.float()),  # Llama 4
+}
+
+# The layers that are extended in a model whose layer types rotate differently (Gemma 3, OLMo 3): the global ones.
+EXTENDED_LAYERS = "full_attention"
+
+
+class ScaledRotary(nn.Module):
+    """Stands in a model for its rotary embedding `stock` and rotates by whatever rows it was last given."""
+
+    def __init__(self, stock: nn.Module, shape: RopeShape) -> None:
+        super().__init__()
+        self.stock = stock
+        self.shape = shape
+        self.layout = _measured_layout(stock, shape)
+        self.rope: RopeTensors | None = None
+        self.by_length = False
+
+    def set(self, rope: RopeTensors, *, by_length: bool) -> None:
+        """Rotate by these rows: by the first one whatever the length, or each sequence by its own length."""
+        self.rope, self.by_length = rope, by_length
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        """Cos and sin as the wrapped class returns them, in the dtype of x; layers not extended get its own."""
+        if self.rope is None or layer_type not in (None, EXTENDED_LAYERS):
+            return self.stock(x, position_ids) if layer_type is None else self.stock(x, position_ids, layer_type)
+        if self.rope.base.device != x.device:
+            self.rope = self.rope.to(x.device)
+        rows = _rows_by_length(position_ids, self.rope.up_to) if self.by_length else None
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            cos, sin = cos_sin(position_ids, self.rope, rows)
+            laid_out = self.layout(cos, sin)
+        return tuple(part.to(x.dtype) for part in laid_out) if isinstance(laid_out, tuple) else laid_out
+
+
+def _rows_by_length(position_ids: Tensor, up_to: Tensor) -> Tensor:
+    """Regime (B,) of each sequence of a forward pass; a change of regime inside a cached sequence is refused."""
+    lengths = position_ids.amax(-1) + 1
+    rows = regime(lengths, up_to)
+    if bool((rows >= len(up_to)).any()):
+        raise UserError(
+            "sequence",
+            got=f"{int(lengths.max())} tokens",
+            rule=f"the factor table ends at {int(up_to[-1])}",
+            do="use a shorter sequence, or search factors for a longer target",
+        )
+    cached = position_ids.amin(-1)  # tokens that an earlier forward pass already rotated
+    stale = (cached > 0) & (regime(cached.clamp(min=1), up_to) != rows)
+    if bool(stale.any()):
+        raise UserError(
+            "sequence",
+            got=f"{int(cached.max())} cached tokens and {int(lengths.max())} in all",
+            rule="keys cached under one row of the factor table are wrong under another",
+            do="run the whole sequence again without its cache, or install the row of its final length",
+        )
+    return rows
+
+
+class Patch:
+    """Factors on a model: `install` puts some on (or changes them, in microseconds), `undo` restores the model.
+
+    shape: the RoPE the factors are relative to. Raises UserError when the model has no rotary embedding that can be
+    rescaled. Usable as a context manager; leaving it undoes.
+    """
+
+    def __init__(self, model: PreTrainedModel, shape: RopeShape, *, precision: torch.dtype = torch.float32) -> None:
+        self.shape, self.precision = shape, precision
+        places = list(rotary_modules(model))
+        if not places:
+            raise UserError(
+                "model",
+                got=f"{type(model).__name__}, which has no rotary embedding",
+                rule="only a model with RoPE can be extended",
+                do="choose a RoPE model (Llama, Mistral, Qwen, Phi, Gemma, OLMo, GPT-NeoX, ...)",
+            )
+        if any(isinstance(stock, ScaledRotary) for _, _, stock in places):
+            raise UserError(
+                "model",
+                got="a model that already carries factors",
+                rule="factors replace the model's own RoPE, once",
+                do="undo the first patch, or install on it",
+            )
+        self._places = [(parent, name, stock, ScaledRotary(stock, shape)) for parent, name, stock in places]
+        for parent, name, _, scaled in self._places:
+            setattr(parent, name, scaled)
+
+    def install(self, factors: RopeFactors | FactorTable) -> None:
+        """Rotate by these factors at every length, or by the row of a table that each sequence's length asks for."""
+        rows = factors.rows if isinstance(factors, FactorTable) else (factors,)
+        for row in rows:
+            if len(row.rescale) != self.shape.pairs:
+                raise UserError(
+                    "factors",
+                    got=f"{len(row.rescale)} rescale factors",
+                    rule=f"the model rotates {self.shape.pairs} pairs",
+                    do="give the factors that were searched for this model",
+                )
+        device = self._places[0][3].rope.base.device if self._places[0][3].rope is not None else "cpu"
+        rope = RopeTensors.of(rows, self.shape.rope_theta, device=device, precision=self.precision)
+        for *_, scaled in self._places:
+            scaled.set(rope, by_length=isinstance(factors, FactorTable))
+
+    def undo(self) -> None:
+        """Put the model's own rotary embedding back."""
+        for parent, name, stock, _ in self._places:
+            setattr(parent, name, stock)
+        self._places = []
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+
+def rotary_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, attribute, module) of every rotary embedding: a module that owns inverse frequencies."""
+    for parent in list(model.modules()):
+        if isinstance(parent, ScaledRotary):
+            continue
+        for name, child in parent.named_children():
+            own = any(key.endswith("inv_freq") for key, _ in child.named_buffers(recurse=False))
+            if own or isinstance(child, ScaledRotary):
+                yield parent, name, child
+
+
+def stock_frequencies(stock: nn.Module) -> tuple[Tensor, float, str | None]:
+    """Inverse frequencies (P,), attention factor and layer type of the extended layers of a rotary embedding."""
+    buffers = dict(stock.named_buffers(recurse=False))
+    if "inv_freq" in buffers:
+        return buffers["inv_freq"], float(getattr(stock, "attention_scaling", 1.0)), None
+    if f"{EXTENDED_LAYERS}_inv_freq" in buffers:
+        scaling = float(getattr(stock, f"{EXTENDED_LAYERS}_attention_scaling", 1.0))
+        return buffers[f"{EXTENDED_LAYERS}_inv_freq"], scaling, EXTENDED_LAYERS
+    raise _unknown_rotary(stock, "its layers are of no known type")
+
+
+def _measured_layout(stock: nn.Module, shape: RopeShape) -> Layout:
+    """The layout under which our cos and sin are those of `stock`. Raises UserError when there is none."""
+    frequencies, scaling, layer_type = stock_frequencies(stock)
+    if frequencies.numel() != shape.pairs:
+        raise _unknown_rotary(
+            stock, f"it rotates {frequencies.numel()} pairs where its configuration says {shape.pairs}"
+        )
+    device = frequencies.device
+    positions = torch.arange(3, 9, device=device)[None]  # beyond 0, where every layout agrees
+    x = torch.zeros(1, positions.shape[1], 1, device=device)
+    with torch.no_grad():
+        expected = stock(x, positions) if layer_type is None else stock(x, positions, layer_type)
+        rope = RopeTensors(
+            up_to=torch.zeros(1, device=device),
+            rotations=frequencies.float()[None],
+            base=frequencies.float(),
+            start_tokens=torch.zeros(1, device=device),
+            attention_factor=torch.tensor([scaling], device=device),
+            any_start_tokens=False,
+        )
+        cos, sin = cos_sin(positions, rope)
+    for layout in LAYOUTS.values():
+        if _same(layout(cos, sin), expected):
+            return layout
+    raise _unknown_rotary(stock, "it lays out cos and sin in an unknown way")
+
+
+def _same(ours: Any, stock: Any) -> bool:
+    ours = ours if isinstance(ours, tuple) else (ours,)
+    stock = stock if isinstance(stock, tuple) else (stock,)
+    return len(ours) == len(stock) and all(
+        isinstance(theirs, Tensor) and mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=0, atol=1e-6)
+        for mine, theirs in zip(ours, stock, strict=True)
+    )
+
+
+def check_frequencies(model: nn.Module, rope_theta: float, own: RopeFactors) -> None:
+    """Raise UserError unless the model rotates as its configuration, read as factors `own`, says it does.
+
+    What is relative to the unscaled rope_theta must really be so: a class with frequencies of another form would be
+    extended wrongly without a sign of it.
+    """
+    expected = inverse_frequencies(rope_theta, torch.tensor(own.rescale))
+    for _, _, stock in rotary_modules(model):
+        frequencies, scaling, _ = stock_frequencies(stock)
+        tolerance = 1e-4 if frequencies.dtype == torch.float32 else 1e-2
+        close = torch.allclose(frequencies.float().cpu(), expected, rtol=tolerance, atol=0)
+        if not close or abs(scaling - own.attention_factor) > 1e-4:
+            raise _unknown_rotary(stock, "its frequencies are not those of its configuration")
+
+
+def _unknown_rotary(stock: nn.Module, why: str) -> UserError:
+    return UserError(
+        "model",
+        got=f"a rotary embedding {type(stock).__name__}: {why}",
+        rule="the rotary embedding must be ordinary RoPE, one frequency for each pair of dimensions",
+        do="this class cannot be extended; please report it",
+    )

@@ -1,0 +1,252 @@
+"""What the page says in words and numbers: the headline, the cards, the tables, the settings."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from longrope.report.read import Evaluation, Result, RunData
+from longrope.report.style import (
+    Look,
+    count_text,
+    duration_text,
+    is_ours,
+    length_text,
+    look,
+    lower_is_better,
+    percent_text,
+    value_text,
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Our best method against the best baseline at one length; `change` is the relative difference."""
+
+    length: int
+    ours: Result
+    baseline: Result | None
+    change: float | None
+
+
+@dataclass(frozen=True)
+class Card:
+    """A key number with its name and a remark."""
+
+    name: str
+    value: str
+    remark: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of the table; `title` tells how it was measured."""
+
+    text: str
+    interval: str
+    best: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the table."""
+
+    method: str
+    look: Look
+    cells: tuple[Cell, ...]
+
+
+def best_of(results: Iterable[Result], measure: str) -> Result | None:
+    """The best of some results, None when none has a value."""
+    sign = 1 if lower_is_better(measure) else -1
+    valued = [(sign * result.value, result) for result in results if result.value is not None]
+    return min(valued, key=lambda pair: pair[0])[1] if valued else None
+
+
+def verdict(run: RunData) -> Verdict | None:
+    """The comparison at the target length, else at the longest length where one of ours has a value."""
+    ours = [result for result in run.results if is_ours(result.method)]
+    at_target = [result for result in ours if result.length == run.target_length]
+    longest = max((result.length for result in ours if result.value is not None), default=None)
+    best = best_of(at_target, run.measure) or best_of((r for r in ours if r.length == longest), run.measure)
+    if best is None:
+        return None
+    rivals = (result for result in run.results if result.length == best.length and not is_ours(result.method))
+    rival = best_of(rivals, run.measure)
+    change = best.value / rival.value - 1 if rival and rival.value and best.value is not None else None
+    return Verdict(best.length, best, rival, change)
+
+
+def headline(run: RunData) -> str:
+    """The result in one sentence."""
+    return f"{model_name(run)}{_lengths_asked(run)}: {_outcome(run)}"
+
+
+def model_name(run: RunData) -> str:
+    """The model as it was named in the command."""
+    return str(run.model.get("name", "a model without a name"))
+
+
+def _lengths_asked(run: RunData) -> str:
+    original, target = run.original_length, run.target_length
+    if original is None or target is None:
+        return ""
+    return f", {length_text(original)} → {length_text(target)} tokens"
+
+
+def _outcome(run: RunData) -> str:
+    found = verdict(run)
+    if found:
+        rival = found.baseline
+        against = f", {look(rival.method).label} {_short(rival.value)}" if rival else ""
+        change = "" if found.change is None else f" ({percent_text(found.change)})"
+        at = "" if found.length == run.target_length else f" at {length_text(found.length)}"
+        return f"{run.measure}{at} {_short(found.ours.value)}{against}{change}"
+    if best := best_of((r for r in run.results if r.length == max(run.lengths)), run.measure):
+        value = f"{run.measure} {_short(best.value)} at {length_text(best.length)} tokens"
+        return f"{look(best.method).label} is the best of {len({r.method for r in run.results})}, {value}"
+    if values := [e.value for e in run.evaluations if e.value is not None]:
+        return f"best value {_short(min(values))} after {len(run.evaluations):,} evaluations"
+    return "no figures yet"
+
+
+def _short(value: float | None) -> str:
+    """A value for a sentence: 4.27 where the table has 4.268."""
+    return f"{value:.2f}" if value is not None and 0.1 <= abs(value) < 100 else value_text(value)
+
+
+def cards(run: RunData) -> list[Card]:
+    """The key numbers, as many of them as are known."""
+    found = verdict(run)
+    made = [_extension_card(run)]
+    if found:
+        interval = _interval(found.ours)
+        name = f"{run.measure.capitalize()} at {length_text(found.length)}"
+        made.append(Card(name, value_text(found.ours.value), interval or look(found.ours.method).label))
+    if found and found.baseline:
+        label = look(found.baseline.method).label
+        change = "" if found.change is None else f", ours {percent_text(found.change)}"
+        made.append(Card("Best baseline", value_text(found.baseline.value), f"{label}{change}"))
+    if run.table:
+        row = run.table.rows[-1]
+        made.append(Card("Attention factor", f"{row.attention_factor:.3f}", f"{row.start_tokens} start tokens"))
+    if run.evaluations:
+        made.append(_search_card(run.evaluations))
+    return [card for card in made if card]
+
+
+def _extension_card(run: RunData) -> Card | None:
+    original, target = run.original_length, run.target_length
+    if not original or not target:
+        return None
+    return Card("Extension", f"{target / original:.4g}×", f"{length_text(original)} → {length_text(target)} tokens")
+
+
+def _search_card(evaluations: tuple[Evaluation, ...]) -> Card:
+    tokens = count_text(sum(evaluation.tokens for evaluation in evaluations))
+    seconds = duration_text(sum(evaluation.seconds for evaluation in evaluations))
+    return Card("Candidate evaluations", f"{len(evaluations):,}", f"{tokens} token-passes, {seconds}")
+
+
+def _interval(result: Result) -> str:
+    return f"{value_text(result.ci[0])} – {value_text(result.ci[1])}" if result.ci else ""
+
+
+def methods_of(run: RunData) -> list[str]:
+    """Methods, the best at the target (or the longest measured) length first."""
+    length = run.target_length if run.target_length in run.lengths else max(run.lengths, default=None)
+    sign = 1 if lower_is_better(run.measure) else -1
+
+    def rank(method: str) -> tuple[bool, float]:
+        result = run.result(method, length)
+        value = result.value if result else None
+        return value is None, sign * (value or 0.0)
+
+    return sorted(dict.fromkeys(result.method for result in run.results), key=rank)
+
+
+def table_rows(run: RunData) -> list[Row]:
+    """The table of values, a row a method and a column a length; the best of a column is marked."""
+    methods = methods_of(run)
+    best = {length: best_of((r for r in run.results if r.length == length), run.measure) for length in run.lengths}
+    return [
+        Row(
+            method,
+            look(method, methods),
+            tuple(_cell(run.result(method, length), best[length]) for length in run.lengths),
+        )
+        for method in methods
+    ]
+
+
+def _cell(result: Result | None, best: Result | None) -> Cell:
+    if result is None:
+        return Cell("", "", best=False, title="not measured")
+    tokens = "" if result.tokens is None else f"{result.tokens:,} tokens"
+    is_best = best is not None and result.value is not None and result.value == best.value
+    title = tokens if result.value is not None else f"not finite {tokens}".strip()
+    return Cell(value_text(result.value), _interval(result), best=is_best, title=title)
+
+
+def missing(run: RunData) -> list[str]:
+    """What the run does not have, a sentence each."""
+    said = []
+    if not run.config:
+        said.append("What was asked: there is no config.json.")
+    if not run.results:
+        said.append(f"{run.measure.capitalize()} by length: there is no metrics.json with results.")
+    if run.table is None:
+        said.append("The factors: there is no factors.json.")
+    if not run.evaluations:
+        said.append("The convergence: there is no evaluations.jsonl with evaluations.")
+    return said
+
+
+def settings(run: RunData) -> dict[str, str]:
+    """Everything in config.json but the documents, by dotted key, as text."""
+    return {key: value for key, value in _flat(run.config).items() if not key.startswith(("documents.", "results."))}
+
+
+def _flat(data: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif not isinstance(value, list) or not any(isinstance(item, Mapping) for item in value):
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return flat
+
+
+def command_line(run: RunData) -> str:
+    """The command that repeats the run: as it was typed if config.json has it, else put together from the settings."""
+    ignored = run.config.get("ignored", {})
+    typed = run.config.get("command_line") or (ignored.get("command_line") if isinstance(ignored, Mapping) else None)
+    if isinstance(typed, list):
+        return shlex.join(str(word) for word in typed)
+    if isinstance(typed, str):
+        return typed
+    if "command" not in run.config:
+        return ""
+    words = ["longrope", str(run.config["command"]), *([str(run.model["name"])] if "name" in run.model else [])]
+    for key, value in run.settings.items():
+        words += _option(key, value)
+    return shlex.join(words)
+
+
+def _option(key: str, value: object) -> list[str]:
+    option = f"--{key.replace('_', '-')}"
+    if value is None or value is False or isinstance(value, Mapping):
+        return []
+    if value is True:
+        return [option]
+    if isinstance(value, list):
+        repeated = key in ("documents", "unseen", "factors")  # these are given once a value, others with commas
+        return [word for item in value for word in (option, str(item))] if repeated else [option, _joined(value)]
+    return [option, str(value)]
+
+
+def _joined(values: list[object]) -> str:
+    return ",".join(str(value) for value in values)

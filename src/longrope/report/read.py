@@ -1,0 +1,203 @@
+"""The files of a run folder, checked, as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from longrope.baselines import RopeShape
+from longrope.errors import UserError
+from longrope.factors import FactorTable, read_json
+from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, METRICS, read_lines
+
+_INTERVAL = 2  # an interval is its two ends
+
+
+@dataclass(frozen=True)
+class Result:
+    """The value of one method at one length; None when it is not finite. tokens: how many were measured."""
+
+    method: str
+    length: int
+    value: float | None
+    tokens: int | None
+    ci: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One candidate: where it came from, its value (None when not finite), its cost in tokens and seconds."""
+
+    origin: str
+    value: float | None
+    tokens: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document by name and hash, and the token at which its window starts."""
+
+    name: str
+    sha256: str
+    start: int | None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run folder holds; empty or None where a file is not there."""
+
+    name: str
+    config: Mapping[str, Any]
+    model: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    documents: Mapping[str, tuple[Document, ...]]
+    measure: str
+    results: tuple[Result, ...]
+    table: FactorTable | None
+    evaluations: tuple[Evaluation, ...]
+    finished: bool
+
+    @property
+    def original_length(self) -> int | None:
+        """Trained length in tokens, None when nothing says it."""
+        length = self.model.get("original_length", self.table.original_length if self.table else None)
+        return length if isinstance(length, int) else None
+
+    @property
+    def target_length(self) -> int | None:
+        """Wanted length in tokens: asked for, else the longest row of the factors, else the longest measured."""
+        if isinstance(asked := self.settings.get("to"), int):
+            return asked
+        if self.table:
+            return self.table.lengths[-1]
+        return max((result.length for result in self.results), default=None)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Measured lengths, ascending."""
+        return sorted({result.length for result in self.results})
+
+    def result(self, method: str, length: int | None) -> Result | None:
+        """What was measured for a method at a length (the last one when there are several)."""
+        found = [result for result in self.results if (result.method, result.length) == (method, length)]
+        return found[-1] if found else None
+
+
+def read_run(run: Path) -> RunData:
+    """Read a run folder. Raises UserError for a folder that is no run and for a corrupt file, naming it."""
+    files = (CONFIG, METRICS, FACTORS, EVALUATIONS)
+    if not any((run / name).is_file() for name in files):
+        got = f"{run}, which has none of {', '.join(files)}" if run.is_dir() else f"{run}, which is no folder"
+        raise UserError("run", got=got, rule="a run is a folder that a command wrote", do="give the --out of a command")
+    config, metrics = _object(run / CONFIG), _object(run / METRICS)
+    model = config.get("model", metrics.get("model", {}))
+    if isinstance(model, str):
+        model = {"name": model}
+    _check(isinstance(model, Mapping), run / CONFIG, "model is an object or a name")
+    settings = config.get("settings", metrics.get("settings", {}))
+    _check(isinstance(settings, Mapping), run / CONFIG, "settings is an object")
+    return RunData(
+        name=run.resolve().name,
+        config=config or metrics,
+        model=model,
+        settings=settings,
+        documents=_documents(config.get("documents", {}), run / CONFIG),
+        measure=str(metrics.get("measure", "perplexity")),
+        results=_results(metrics.get("results", []), run / METRICS),
+        table=_table(run / FACTORS),
+        evaluations=tuple(_evaluation(record, run / EVALUATIONS) for record in read_lines(run / EVALUATIONS)),
+        finished=(run / DONE).exists(),
+    )
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    data = read_json(path, "file of the run")
+    _check(isinstance(data, Mapping), path, "it is a JSON object")
+    return cast(Mapping[str, Any], data)
+
+
+def _check(good: bool, path: Path, rule: str) -> None:
+    if not good:
+        raise UserError("file of the run", got=f"{path}, not as expected", rule=rule, do="restore it or run again")
+
+
+def _documents(data: object, path: Path) -> dict[str, tuple[Document, ...]]:
+    rule = "documents are lists of objects"
+    _check(isinstance(data, Mapping), path, rule)
+    documents = {}
+    for use, entries in cast(Mapping[str, Any], data).items():
+        _check(isinstance(entries, list) and all(isinstance(entry, Mapping) for entry in entries), path, rule)
+        documents[use] = tuple(_document(entry) for entry in entries)
+    return documents
+
+
+def _document(entry: Mapping[str, Any]) -> Document:
+    start = entry.get("start")
+    return Document(
+        str(entry.get("name", "unnamed")), str(entry.get("sha256", "")), start if isinstance(start, int) else None
+    )
+
+
+def _results(data: object, path: Path) -> tuple[Result, ...]:
+    _check(isinstance(data, list) and all(isinstance(item, Mapping) for item in data), path, "results is a list")
+    return tuple(_result(item, path) for item in cast(list[Mapping[str, Any]], data))
+
+
+def _result(item: Mapping[str, Any], path: Path) -> Result:
+    method, length, ci = item.get("method"), item.get("length"), item.get("ci")
+    _check(isinstance(method, str), path, "a method is a name")
+    _check(type(length) is int and length > 0, path, "a length is a positive whole number")
+    tokens = _number(item.get("tokens"), path, "tokens")
+    _check(ci is None or (isinstance(ci, list) and len(ci) == _INTERVAL), path, "ci is null or two numbers")
+    ends = [_number(end, path, "ci") for end in ci or []]
+    low, high = ends if ends else (None, None)
+    return Result(
+        method=cast(str, method),
+        length=cast(int, length),
+        value=_number(item.get("value"), path, "value"),
+        tokens=None if tokens is None else int(tokens),
+        ci=None if low is None or high is None else (low, high),
+    )
+
+
+def _number(value: object, path: Path, name: str) -> float | None:
+    """A finite number, or None for null and for what is not finite."""
+    _check(value is None or (isinstance(value, int | float) and not isinstance(value, bool)), path, f"{name}: a number")
+    try:
+        number = math.nan if value is None else float(cast(float, value))
+    except OverflowError:  # a whole number with more digits than a float holds
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _evaluation(record: Mapping[str, Any], path: Path) -> Evaluation:
+    return Evaluation(
+        origin=str(record.get("origin", "")),
+        value=_number(record.get("value"), path, "value"),
+        tokens=_number(record.get("tokens"), path, "tokens") or 0.0,
+        seconds=_number(record.get("seconds"), path, "seconds") or 0.0,
+    )
+
+
+def _table(path: Path) -> FactorTable | None:
+    """The factors of a run; unlike FactorTable.load, every complaint names the file."""
+    if not path.exists():
+        return None
+    data = read_json(path, "factors file")
+    try:
+        table = FactorTable.from_dict(data)
+        shape_of(table)
+    except UserError as error:
+        raise UserError(f"{path}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+    return table
+
+
+def shape_of(table: FactorTable) -> RopeShape:
+    """The RoPE that a factor table belongs to. Raises UserError when its base is not above 1."""
+    return RopeShape(table.rope_theta, table.rotary_dim, table.original_length)

@@ -1,0 +1,109 @@
+"""How things look and read on the page: method names, colours that the colour-blind can tell apart, numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from longrope.baselines import METHODS
+from longrope.lengths import format_length
+
+UNSCALED = "none"
+_LABELS = {
+    UNSCALED: "unscaled",
+    "pi": "PI",
+    "ntk": "NTK",
+    "ntk-cd": "NTK-cd",
+    "dynamic-ntk": "dynamic NTK",
+    "yarn": "YaRN",
+    "yarn-paper": "YaRN (paper)",
+    "yarn-rcd": "YaRN-rcd",
+    "llama3": "Llama 3",
+}
+# Okabe and Ito's palette without its black and its yellow, which one of the two backgrounds would swallow.
+OURS_COLOUR, GREY = "#D55E00", "#8A8A8A"
+_COLOURS = {
+    UNSCALED: GREY,
+    "pi": "#E69F00",
+    "ntk": "#009E73",
+    "ntk-cd": "#009E73",
+    "dynamic-ntk": "#CC79A7",
+    "yarn": "#0072B2",
+    "yarn-paper": "#0072B2",
+    "yarn-rcd": "#0072B2",
+    "llama3": "#56B4E9",
+}
+_SYMBOLS = {"pi": "square", "ntk": "triangle-up", "dynamic-ntk": "triangle-down", "yarn": "diamond", "llama3": "cross"}
+_DASHES = {"ntk-cd": "dash", "yarn-paper": "dashdot", "yarn-rcd": "dash", UNSCALED: "dot"}
+_OURS_DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+@dataclass(frozen=True)
+class Look:
+    """A method on the page: the same in every plot and table."""
+
+    label: str
+    ours: bool
+    colour: str
+    dash: str
+    symbol: str
+    width: float
+
+
+def is_ours(method: str) -> bool:
+    """Whether a method is a result of this project rather than a baseline."""
+    stem, _, _ = method.partition("+")
+    return stem not in METHODS and stem != UNSCALED
+
+
+def look(method: str, methods: Iterable[str] = ()) -> Look:
+    """The look of a method beside the others of its run."""
+    if is_ours(method):
+        rank = [name for name in dict.fromkeys([*methods, method]) if is_ours(name)].index(method)
+        dash = _OURS_DASHES[rank % len(_OURS_DASHES)]
+        return Look(method, ours=True, colour=OURS_COLOUR, dash=dash, symbol="circle", width=3.5)
+    stem, plus, rule = method.partition("+")
+    dash = "dot" if plus else _DASHES.get(stem, "solid")
+    symbol = _SYMBOLS.get(stem.partition("-")[0], _SYMBOLS.get(stem, "circle-open"))
+    label = _LABELS.get(stem, stem) + (f" + {rule}" if plus else "")
+    return Look(label, ours=False, colour=_COLOURS.get(stem, GREY), dash=dash, symbol=symbol, width=1.75)
+
+
+def lower_is_better(measure: str) -> bool:
+    """Perplexity falls when a method is better; every other measure is a share of right answers."""
+    return measure == "perplexity"
+
+
+def length_text(length: int) -> str:
+    """Tokens for readers: all digits while they are few."""
+    return str(length) if length < 10_000 else format_length(length)
+
+
+def value_text(value: float | None) -> str:
+    """Four significant digits or so, a dash for what is not finite."""
+    if value is None:
+        return "—"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:.3f}" if size < 10 else f"{value:.2f}" if size < 100 else f"{value:,.1f}"
+
+
+def percent_text(share: float) -> str:
+    """A signed percentage with a real minus: -0.05 -> −5.0%."""
+    return f"{100 * share:+.1f}%".replace("-", "−")
+
+
+def count_text(count: float) -> str:
+    """A count in three digits or so: 5120000 -> 5.12M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:,.0f}"
+
+
+def duration_text(seconds: float) -> str:
+    """83 s, 12 min or 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,385 @@
+"""The run folder: everything one command made, on disk at every moment, resumable, written by one process at a time.
+
+RUN/config.json (everything needed to repeat it), evaluations.jsonl (one line a candidate evaluation), state/ (to
+resume), factors.json, metrics.json, and DONE, written last.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import numpy as np
+
+from longrope.errors import UserError
+from longrope.factors import FactorTable, read_json
+from longrope.lengths import format_length
+
+CONFIG, EVALUATIONS, FACTORS, METRICS, DONE = "config.json", "evaluations.jsonl", "factors.json", "metrics.json", "DONE"
+_LOCK, _TEMPORARY = ".lock", ".longrope-*.tmp"
+_ELSEWHERE = "choose a folder that can be written to"
+_DISK_FULL = ("the disk must have room for it", "free some space, then run the same command again")
+_PARENT = ("the folder above it must exist and take new files", _ELSEWHERE)
+_DISK_RULES = {
+    errno.ENOSPC: _DISK_FULL,
+    errno.EDQUOT: _DISK_FULL,
+    errno.EFBIG: ("the limit on file sizes must allow it", "raise the limit, then run the same command again"),
+    errno.EROFS: ("the file system must be writable", _ELSEWHERE),
+    errno.EACCES: ("you must be allowed to write there", _ELSEWHERE),
+    errno.EPERM: ("you must be allowed to write there", _ELSEWHERE),
+    errno.ENOENT: _PARENT,
+    errno.ENOTDIR: _PARENT,
+    errno.EEXIST: _PARENT,
+    errno.EISDIR: ("a file is written there, and a folder is in its place", "choose another path"),
+    errno.ENAMETOOLONG: ("the file system must take the name", "choose a shorter path"),
+    errno.ENOLCK: ("the file system must support file locks", "choose a folder on another file system"),
+    errno.ENOSYS: ("the file system must support file locks", "choose a folder on another file system"),
+}
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all: after any failure, kill or power cut the old one is still there.
+
+    Text is written as UTF-8. A device or pipe (/dev/stdout) is written to directly. Raises UserError when the place
+    cannot be written: disk full, read-only, not permitted, no such folder.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    with disk_errors(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            path.write_bytes(content)  # replacing /dev/null by a file would break the machine
+        else:
+            _replace(path.resolve(), content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.parent / _TEMPORARY.replace("*", uuid.uuid4().hex)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; file systems that cannot sync a folder say EINVAL."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the ways in which a disk refuses into a UserError; anything else is not the user's and passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_RULES:
+            raise
+        rule, do = _DISK_RULES[error.errno]
+        raise UserError("output", got=f"{path} ({error.strerror})", rule=rule, do=do) from None
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line and hand it to the operating system; NaN and infinities become null.
+
+    A line that does not fit on the disk is taken back. Raises UserError when the file cannot be written.
+    """
+    line = json.dumps(_finite(record), allow_nan=False) + "\n"
+    with disk_errors(path):
+        size = path.stat().st_size if path.is_file() else None
+        try:
+            with path.open("ab") as file:
+                file.write(line.encode())
+        except OSError:
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(path, size)
+            raise
+
+
+def read_lines(path: Path, *, repair: bool = False) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file, none when there is no file; a half-written last line is dropped.
+
+    `repair` also cuts the file back to its whole lines, so that it can be appended to. Raises UserError with the
+    number of the line when another line is broken.
+    """
+    if not path.exists():
+        return []
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        rule = "it is a readable file"
+        raise UserError("lines", got=f"{path} ({error.strerror})", rule=rule, do="check the path") from None
+    lines = data.splitlines(keepends=True)
+    records = [_record(line) for line in lines]
+    if records and records[-1] is None:
+        records.pop()
+    if None in records:
+        broken = records.index(None) + 1
+        rule = "every line but the last is a JSON object"
+        raise UserError("lines", got=f"{path}, line {broken} broken", rule=rule, do="restore the file or start anew")
+    whole = b"".join(lines[: len(records)])
+    if whole and not whole.endswith(b"\n"):
+        whole += b"\n"
+    if repair and whole != data:
+        write_atomically(path, whole)
+    return [record for record in records if record is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _finite(value: object) -> object:
+    """The same with plain numbers and containers, where NaN and infinities are None."""
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: object) -> object:
+    """numpy's numbers and arrays as Python's, paths as text."""
+    if isinstance(value, np.generic | np.ndarray):
+        return cast(object, value.tolist())
+    return str(value) if isinstance(value, Path) else value
+
+
+def _json_default(value: object) -> object:
+    plain = _plain(value)
+    if plain is value:
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    return plain
+
+
+class RunFolder:
+    """A run being written. A context manager: it holds the folder's lock until it is closed.
+
+    path: the folder. config: what config.json holds. finished: DONE is there. resumed: the run was there before.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], *, finished: bool, resumed: bool, lock: int) -> None:
+        self.path, self.config, self.finished, self.resumed = path, config, finished, resumed
+        self._lock: int | None = lock
+
+    @classmethod
+    def open(cls, path: Path, config: Mapping[str, Any], *, budget_keys: Sequence[str] = ()) -> RunFolder:
+        """Create a run, or resume the one that is there when its config.json says the same.
+
+        config: everything needed to repeat the run; what stands under "ignored" is not compared. budget_keys: names
+        of settings that may grow (None is no limit); a finished run with a larger budget is no longer finished.
+        Raises UserError when the folder holds other files or a run with other settings, when another process writes
+        it, or when it cannot be written.
+        """
+        wanted = cast(dict[str, Any], _finite(config))
+        _refuse_other_files(path)
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path)
+        try:
+            return cls._open_locked(path, wanted, budget_keys, lock)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    @classmethod
+    def _open_locked(cls, path: Path, wanted: dict[str, Any], budget_keys: Sequence[str], lock: int) -> RunFolder:
+        resumed = (path / CONFIG).exists()
+        for leftover in path.glob(_TEMPORARY):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        if not resumed:
+            write_atomically(path / CONFIG, _dump(wanted))
+        elif _check_same(path, wanted, budget_keys):
+            (path / DONE).unlink(missing_ok=True)
+            write_atomically(path / CONFIG, _dump(wanted))
+        finished = (path / DONE).exists()
+        if not finished:
+            read_lines(path / EVALUATIONS, repair=True)
+        return cls(path, wanted, finished=finished, resumed=resumed, lock=lock)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the lock go."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def save_factors(self, table: FactorTable) -> None:
+        """Write factors.json."""
+        table.save(self.path / FACTORS)
+
+    def save_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write metrics.json; NaN and infinities become null."""
+        write_atomically(self.path / METRICS, _dump(metrics))
+
+    def save_state(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write state/NAME.json, which `load_state` gives back; floats, NaN and infinities too, come back exactly."""
+        path = self._state(name)
+        with disk_errors(path):
+            path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(data, default=_json_default) + "\n")
+
+    def load_state(self, name: str) -> dict[str, Any] | None:
+        """What `save_state` wrote, None when it never did. Raises UserError when the file is corrupt."""
+        path = self._state(name)
+        if not path.exists():
+            return None
+        data = read_json(path, "state of the run")
+        if not isinstance(data, dict):
+            got = f"{path} ({type(data).__name__})"
+            raise UserError("state of the run", got=got, rule="it is a JSON object", do="restore it or start anew")
+        return data
+
+    def _state(self, name: str) -> Path:
+        assert re.fullmatch(r"[\w-]+", name), name
+        return self.path / "state" / f"{name}.json"
+
+    def log_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Append a candidate evaluation to evaluations.jsonl."""
+        append_line(self.path / EVALUATIONS, record)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All candidate evaluations so far, in order. Raises UserError when the file is corrupt."""
+        return read_lines(self.path / EVALUATIONS)
+
+    def finish(self) -> None:
+        """Write DONE: everything else is there."""
+        write_atomically(self.path / DONE, "")
+        self.finished = True
+
+
+def _dump(data: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Raise UserError for a folder that is neither empty nor a run. Its files are not ours to touch."""
+    if path.exists() and not path.is_dir():
+        raise UserError("--out", got=f"{path}, a file", rule="a run is a folder", do="choose another --out")
+    if not path.is_dir() or _is_run(path / CONFIG):
+        return
+    ours = {item.name for item in path.glob(_TEMPORARY)} | {_LOCK}
+    if others := sorted(item.name for item in path.iterdir() if item.name not in ours):
+        got = f"{path}, which has {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}"
+        rule = "the output folder holds other files and no run"
+        raise UserError("--out", got=got, rule=rule, do="choose another --out or an empty folder")
+
+
+def _is_run(config: Path) -> bool:
+    """Whether a config.json is a run's; that of a checkpoint has the same name."""
+    if not config.exists():
+        return False
+    data = read_json(config, "config of the run")
+    return isinstance(data, dict) and "command" in data and isinstance(data.get("settings"), dict)
+
+
+def _take_lock(path: Path) -> int:
+    """A descriptor that holds the lock of a run until it is closed or the process ends."""
+    file = path / _LOCK
+    with disk_errors(file):
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
+        except BlockingIOError:
+            owner = os.read(lock, 20).decode("ascii", "replace") or "unknown"
+            os.close(lock)
+            rule = f"another process is writing this run (pid {owner})"
+            raise UserError("--out", got=path, rule=rule, do="wait for it, end it, or choose another --out") from None
+        except BaseException:
+            os.close(lock)
+            raise
+    return lock
+
+
+def _check_same(path: Path, wanted: Mapping[str, Any], budget_keys: Sequence[str]) -> bool:
+    """Whether a budget has grown since config.json. Raises UserError when anything else differs, naming it."""
+    old, new = _flat(cast(Mapping[str, Any], read_json(path / CONFIG, "config of the run"))), _flat(wanted)
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    grown = [key for key in changed if _is_budget(key, budget_keys) and _grows(old.get(key), new.get(key))]
+    if differing := [key for key in changed if key not in grown]:
+        shown = "; ".join(f"{key} was {_show(old.get(key))}, now {_show(new.get(key))}" for key in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        rule = "a run is continued with its own settings" + (", only a budget may grow" if budget_keys else "")
+        raise UserError("--out", got=f"{path}, a run where {shown}{more}", rule=rule, do="choose another --out")
+    return bool(grown)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key, without those that are ignored: {"a": {"b": [{"c": 1}]}} -> {"a.b.0.c": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{name}.")
+        elif value is not None:
+            flat[name] = value
+    return {name: value for name, value in flat.items() if not name.startswith("ignored.")}
+
+
+def _is_budget(key: str, budget_keys: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"settings.{name}.") for name in budget_keys)
+
+
+def _grows(old: object, new: object) -> bool:
+    """None is no limit."""
+    return new is None or (isinstance(old, int | float) and isinstance(new, int | float) and new > old)
+
+
+def _show(value: object) -> str:
+    text = "not set" if value is None else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def default_run_path(command: str, model: str, length: int) -> Path:
+    """runs/COMMAND-MODEL-LENGTH; of the model the last part of its path or Hub id, made safe for a file name."""
+    name = Path(model).name or Path(model).resolve().name
+    safe = re.sub(r"[^\w.+-]+", "_", name)[:60].strip("._-")
+    return Path("runs") / f"{command}-{safe or 'model'}-{format_length(length)}"
+
+
+def fresh_run_path(command: str) -> Path:
+    """runs/COMMAND-YYYYmmdd-HHMMSS, with -2, -3, ... when that is taken."""
+    stem, number = f"{command}-{time.strftime('%Y%m%d-%H%M%S')}", 1
+    path = Path("runs") / stem
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{stem}-{number}"
+    return path

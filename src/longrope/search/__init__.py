@@ -1,0 +1,1 @@
+"""The search of rescale factors: ask for candidates, evaluate them, tell their values."""

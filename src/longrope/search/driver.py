@@ -1,0 +1,327 @@
+"""The search as a run: windows, seeds, ask -> evaluate -> tell, the archive on disk, the factor table at the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrope import __version__
+from longrope.baselines import attention_factor, baseline
+from longrope.documents import Window, choose_windows, default_window_count, fingerprint, read_sources
+from longrope.errors import UserError
+from longrope.evaluate.methods import Result, measure_methods
+from longrope.factors import FactorTable, RopeFactors
+from longrope.lengths import format_length
+from longrope.model import LoadedModel, LoadOptions, load_model
+from longrope.runs import RunFolder, default_run_path
+from longrope.search.evolution import Candidate, Evolution, EvolutionSettings
+from longrope.search.objective import Objective, PerplexityObjective
+from longrope.search.space import START_TOKENS, Space
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("evolution",)
+SEEDS = ("pi", "ntk", "yarn")
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is searched and how; `check` them against a model before use."""
+
+    to: int
+    """Target length in tokens."""
+    method: str = "evolution"
+    """evolution: Algorithm 1 of the paper."""
+    start_tokens: str = "search"
+    """n-hat: a number, or `search` over the paper's list."""
+    attention_factor: str = "su"
+    """m: su, yarn, none or a number."""
+    windows: int | None = None
+    """Search windows; by default 8 up to 32k, 5 below 512k, 3 from there."""
+    evaluations: int | None = None
+    """Limit of candidate evaluations; by default the method's own, 1,344 up to 256k."""
+    seed: int = 0
+
+    def check(self, original_length: int) -> None:
+        """Raise UserError when they make no sense for a model of this original length."""
+        if self.to <= original_length:
+            raise UserError(
+                "--to",
+                got=f"{self.to} tokens",
+                rule=f"the target is longer than the model's original length of {original_length}",
+                do=f"give a longer target, such as {format_length(8 * original_length)}, or --original-length",
+            )
+        if self.method not in METHODS:
+            rule = f"it is one of {', '.join(METHODS)}"
+            raise UserError("--method", got=repr(self.method), rule=rule, do="choose one of them")
+        for flag, value in (("--windows", self.windows), ("--evaluations", self.evaluations)):
+            if value is not None and value < 1:
+                raise UserError(flag, got=value, rule="it is at least 1", do="give a larger number")
+        if self.start_tokens != "search" and not (self.start_tokens.isdecimal() and int(self.start_tokens) < self.to):
+            rule = "it is a number of tokens below the target, or search"
+            raise UserError("--start-tokens", got=repr(self.start_tokens), rule=rule, do="give 0, a number or search")
+        attention_factor(self.attention_factor, self.to / original_length, original_length)
+
+    @property
+    def start_choices(self) -> tuple[int, ...]:
+        """The values of n-hat that are tried."""
+        if self.start_tokens != "search":
+            return (int(self.start_tokens),)
+        return tuple(start for start in START_TOKENS if start < self.to)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a search is: evaluations done of how many, the iteration, the best value, candidates a second."""
+
+    done: int
+    total: int
+    iteration: int
+    best: float
+    rate: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def search(
+    model: str | LoadedModel,
+    *,
+    to: int,
+    documents: Sequence[str],
+    unseen: Sequence[str] = (),
+    out: str | Path | None = None,
+    init: Sequence[FactorTable] = (),
+    options: LoadOptions | None = None,
+    on_progress: OnProgress | None = None,
+    **settings: Any,
+) -> FactorTable:
+    """Search rescale factors that give `model` a window of `to` tokens, on windows of `documents`.
+
+    Writes a run folder `out` (by default runs/search-MODEL-LENGTH) and resumes one that is there; on a finished one it
+    returns its table. `unseen` documents are only measured, at the end. `settings` are the fields of SearchSettings.
+    Returns the table of two rows that factors.json holds. Raises UserError for bad input.
+    """
+    chosen = SearchSettings(to=to, **settings)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    chosen.check(loaded.rope.original_length)
+    windows = windows_for(loaded, documents, to, chosen.windows, chosen.seed, share="search")
+    held = windows_for(loaded, unseen, to, chosen.windows, chosen.seed, share="unseen") if unseen else []
+    return search_windows(loaded, chosen, windows, held, out=out, init=init, on_progress=on_progress)
+
+
+def windows_for(
+    loaded: LoadedModel, sources: Sequence[str], length: int, count: int | None, seed: int, *, share: Any
+) -> list[Window]:
+    """Windows of a length from sources as `--documents` takes them."""
+    documents = read_sources(sources, share=share, tokenizer=loaded.tokenizer)
+    wanted = count or default_window_count(length)
+    return choose_windows(documents, loaded.tokenizer, length=length, count=wanted, seed=seed)
+
+
+def search_windows(
+    loaded: LoadedModel,
+    settings: SearchSettings,
+    windows: Sequence[Window],
+    unseen: Sequence[Window] = (),
+    *,
+    out: str | Path | None = None,
+    init: Sequence[FactorTable] = (),
+    on_progress: OnProgress | None = None,
+) -> FactorTable:
+    """The search on windows already chosen; see `search`."""
+    loaded.widen_window(settings.to)
+    for note in loaded.notes:
+        logger.info(note)
+    path = Path(out) if out is not None else default_run_path("search", loaded.name, settings.to)
+    config = run_config(loaded, settings, windows, unseen, init)
+    with RunFolder.open(path, config, budget_keys=("evaluations",)) as run:
+        if run.finished:
+            logger.info("%s is finished: its factors are in %s", path, path / "factors.json")
+            return FactorTable.load(path / "factors.json")
+        if run.resumed:
+            logger.info("resuming %s after %d evaluations", path, len(run.evaluations()))
+        strategy = make_strategy(loaded, settings, init)
+        total = min(settings.evaluations or strategy.settings.evaluations, strategy.settings.evaluations)
+        with PerplexityObjective(loaded, windows) as objective:
+            best = evaluate_all(strategy, objective, run, total, on_progress)
+        if best is None:
+            raise UserError(
+                "search",
+                got=f"no finite perplexity from {total} candidates",
+                rule="at least one candidate has one",
+                do="check the checkpoint with --dtype float32, or give other documents",
+            )
+        value, candidate = best
+        table = make_table(loaded, settings, windows, candidate.factors, value)
+        results = measure_result(loaded, table, settings.to, windows, unseen)
+        run.save_metrics(metrics("search", loaded, config["settings"], results))
+        run.save_factors(table)
+        run.finish()
+    return table
+
+
+def make_strategy(loaded: LoadedModel, settings: SearchSettings, init: Sequence[FactorTable] = ()) -> Evolution:
+    """Algorithm 1 on this model, seeded by PI, NTK, YaRN, the checkpoint's own scaling and the vectors given."""
+    shape = loaded.rope.shape
+    space = Space(shape.pairs, settings.to / shape.original_length, settings.start_choices)
+    chosen = attention_factor(settings.attention_factor, space.ratio, shape.original_length)
+    start = 0 if 0 in settings.start_choices else settings.start_choices[0]
+    seeds = [(name, baseline(name, shape, settings.to)) for name in SEEDS]
+    if loaded.rope.scaling != "default":
+        seeds.append(("own", last_row(loaded.own, settings.to)))
+    for table in init:
+        row = last_row(table, settings.to)
+        space.check(row, table.model or "a vector")
+        seeds.append(("init", row))
+    fixed = {"attention_factor": chosen, "up_to": settings.to}
+    placed = [(name, row.with_values(start_tokens=_start(row, settings, start), **fixed)) for name, row in seeds]
+    rng = np.random.default_rng(settings.seed)
+    return Evolution(space, placed, EvolutionSettings.for_length(settings.to), rng)
+
+
+def last_row(table: FactorTable, length: int) -> RopeFactors:
+    """The row for a length; beyond the table its last one, the best that is known."""
+    return table.row_for(min(length, table.rows[-1].up_to))
+
+
+def _start(row: RopeFactors, settings: SearchSettings, default: int) -> int:
+    return row.start_tokens if row.start_tokens in settings.start_choices else default
+
+
+def evaluate_all(
+    strategy: Evolution,
+    objective: Objective,
+    run: RunFolder,
+    total: int,
+    on_progress: OnProgress | None = None,
+) -> tuple[float, Candidate] | None:
+    """Ask, evaluate, tell, until the search ends or `total` candidates are evaluated; the best of all.
+
+    Resuming is replaying: the strategy is asked from the start, and candidates whose value is in evaluations.jsonl are
+    not evaluated again. So an interrupted search ends as one that never was.
+    """
+    known = {record["key"]: record["value"] for record in run.evaluations()}
+    done, fresh, best, begun = 0, 0, math.inf, time.perf_counter()
+    while not strategy.finished and done < total:
+        generation = strategy.ask()
+        results = []
+        for candidate in generation[: total - done]:
+            key = candidate.factors.key
+            if key not in known:
+                evaluation = objective(candidate.factors)
+                fresh += 1
+                run.log_evaluation(
+                    {
+                        "index": done,
+                        "iteration": candidate.iteration,
+                        "origin": candidate.origin,
+                        "key": key,
+                        "rescale": list(candidate.factors.rescale),
+                        "start_tokens": candidate.factors.start_tokens,
+                        "attention_factor": candidate.factors.attention_factor,
+                        "value": evaluation.value,
+                        "tokens": evaluation.tokens,
+                        "seconds": round(evaluation.seconds, 4),
+                    }
+                )
+                known[key] = evaluation.value if math.isfinite(evaluation.value) else None
+            value = math.nan if known[key] is None else float(known[key])
+            results.append((candidate, value))
+            done += 1
+            best = min(best, value) if math.isfinite(value) else best
+            if on_progress:
+                rate = fresh / (time.perf_counter() - begun)
+                on_progress(Progress(done, total, candidate.iteration, best, rate))
+        strategy.tell(results)
+    return strategy.best
+
+
+def make_table(
+    loaded: LoadedModel, settings: SearchSettings, windows: Sequence[Window], found: RopeFactors, value: float
+) -> FactorTable:
+    """Two rows: the checkpoint as it is up to its original length (all 1 where it is not scaled), and the found one."""
+    rope = loaded.rope
+    short = loaded.own.row_for(rope.original_length).with_values(up_to=rope.original_length)
+    return FactorTable(
+        rope_theta=rope.rope_theta,
+        rotary_dim=rope.rotary_dim,
+        original_length=rope.original_length,
+        rows=(short, found.with_values(up_to=settings.to)),
+        model=loaded.name,
+        provenance={
+            "method": settings.method,
+            "objective": "perplexity",
+            "value": value,
+            "seed": settings.seed,
+            "documents": fingerprint(windows),
+            "longrope": __version__,
+        },
+    )
+
+
+def measure_result(
+    loaded: LoadedModel, table: FactorTable, target: int, windows: Sequence[Window], unseen: Sequence[Window]
+) -> list[Result]:
+    """The table and the baselines at the target length, on the search windows and on unseen ones."""
+    methods = ["pi", "ntk", "yarn", "yarn+su"]
+    results = measure_methods(loaded, {target: windows}, methods, {"longrope": table}, windows_name="search")
+    if unseen:
+        results += measure_methods(loaded, {target: unseen}, methods, {"longrope": table}, windows_name="unseen")
+    return results
+
+
+def run_config(
+    loaded: LoadedModel,
+    settings: SearchSettings,
+    windows: Sequence[Window],
+    unseen: Sequence[Window],
+    init: Sequence[FactorTable],
+) -> dict[str, Any]:
+    """What config.json of a search holds: everything its result depends on."""
+    chosen = {name: value for name, value in vars(settings).items() if name != "windows"}
+    chosen |= {"dtype": loaded.options.dtype, "attention": loaded.options.attention}
+    chosen |= {"device": loaded.device.type, "rope_precision": loaded.options.rope_precision}
+    return {
+        "command": "search",
+        "longrope": __version__,
+        "model": describe_model(loaded),
+        "settings": chosen | {"init": [row.key for table in init for row in table.rows]},
+        "documents": {"search": describe_windows(windows), "unseen": describe_windows(unseen)},
+    }
+
+
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
+    """The model as run folders name it."""
+    return {
+        "name": loaded.name,
+        "rope_theta": loaded.rope.rope_theta,
+        "rotary_dim": loaded.rope.rotary_dim,
+        "original_length": loaded.rope.original_length,
+        "fingerprint": loaded.fingerprint,
+    }
+
+
+def describe_windows(windows: Sequence[Window]) -> list[dict[str, Any]]:
+    """Windows by document and place; never their text."""
+    return [{"name": window.document, "sha256": window.sha256, "start": window.start} for window in windows]
+
+
+def metrics(
+    command: str, loaded: LoadedModel, settings: Mapping[str, Any], results: Sequence[Result]
+) -> dict[str, Any]:
+    """The JSON document of a command that measures: metrics.json, and stdout under --json."""
+    return {
+        "command": command,
+        "model": loaded.name,
+        "settings": dict(settings),
+        "measure": "perplexity",
+        "results": [result.to_dict() for result in results],
+    }

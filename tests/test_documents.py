@@ -1,0 +1,710 @@
+"""Documents are read from real files of every kind, and windows depend on their texts and a seed only."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from byte_tokenizer import BOS, byte_tokenizer
+from longrope import documents as module
+from longrope.documents import (
+    Document,
+    Window,
+    choose_windows,
+    default_window_count,
+    fingerprint,
+    hold_out,
+    read_sources,
+    token_lengths,
+)
+from longrope.errors import UserError
+
+CHINESE = "长上下文窗口需要很长的文档。"
+RUSSIAN = "Длинное окно требует длинных документов. "
+TALK = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "Behind the door."}]
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.tools is defined %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ message.role }}: {{ message.content }}\n{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(256)
+
+
+@pytest.fixture
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    chatty = byte_tokenizer(256)
+    chatty.chat_template = TEMPLATE
+    return chatty
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return write(path, gzip.compress(lines) if path.suffix == ".gz" else lines)
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def read(*sources: str | Path, **options: Any) -> list[tuple[str, str]]:
+    return [(document.name, document.text) for document in read_sources([str(each) for each in sources], **options)]
+
+
+def refusal(*sources: str | Path, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        read(*sources, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# What is read
+
+
+def test_a_text_file_is_one_document_named_after_the_file(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.txt", "some text\n")) == [("a.txt", "some text\n")]
+
+
+def test_a_byte_order_mark_is_removed_and_line_ends_become_newlines(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree")) == [("a.txt", "one\ntwo\nthree")]
+
+
+def test_text_of_any_language_is_read_and_hashed_as_utf8(tmp_path: Path) -> None:
+    (document,) = read_sources([str(write(tmp_path / "文档.txt", CHINESE + RUSSIAN))])
+    assert (document.name, document.text) == ("文档.txt", CHINESE + RUSSIAN)
+    assert document.sha256 == hashlib.sha256((CHINESE + RUSSIAN).encode("utf-8")).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "ROWS.JSONL.GZ"])
+def test_rows_of_jsonl_are_documents_numbered_by_line(tmp_path: Path, name: str) -> None:
+    rows = write_rows(
+        tmp_path / name.lower(), {"text": "first", "n": 1}, {"text": CHINESE, "n": "x"}, {"text": "third"}
+    )
+    rows = rows.rename(tmp_path / name)
+    assert read(rows) == [(f"{name}#1", "first"), (f"{name}#2", CHINESE), (f"{name}#3", "third")]
+
+
+def test_blank_lines_a_byte_order_mark_and_null_texts_in_jsonl_are_passed_over(tmp_path: Path) -> None:
+    rows = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "one"}\n\n  \n{"text": null}\n{"text": "two"}')
+    assert read(rows) == [("a.jsonl#1", "one"), ("a.jsonl#5", "two")]
+
+
+def test_rows_far_down_may_have_other_fields(tmp_path: Path) -> None:
+    many = [{"text": f"{number} " + "z" * 1000, "score": 1} for number in range(11_000)]
+    rows = write_rows(tmp_path / "a.jsonl", *many, {"text": "last", "score": "high", "extra": [1]})
+    assert read(rows)[-1] == ("a.jsonl#11001", "last")
+
+
+def test_half_a_surrogate_pair_in_json_does_not_reach_the_text(tmp_path: Path) -> None:
+    (document,) = read_sources([str(write(tmp_path / "a.jsonl", '{"text": "a\\ud800b \\ud83d\\ude00"}'))])
+    assert document.text.startswith("a\ufffd")
+    assert document.text.endswith("b \N{GRINNING FACE}")
+
+
+def test_rows_of_parquet_are_documents_whatever_the_other_columns(tmp_path: Path) -> None:
+    table = {"id": [1, 2], "text": [RUSSIAN, "second"], "vector": [[0.5], [1.5]]}
+    assert read(write_table(tmp_path / "a.parquet", table)) == [("a.parquet#1", RUSSIAN), ("a.parquet#2", "second")]
+
+
+def test_parquet_written_by_datasets_is_read(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "a.parquet")
+    assert [text for _, text in read(tmp_path / "a.parquet")] == ["one", "two"]
+
+
+def test_messages_become_text_through_the_chat_template_without_its_bos(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": TALK}, {"text": "plain", "messages": TALK})
+    said = "user: Where is it?\nassistant: Behind the door.\n"
+    assert read(rows, tokenizer=chat_tokenizer) == [("a.jsonl#1", said), ("a.jsonl#2", "plain")]
+
+
+def test_messages_of_parquet_lose_the_fields_that_only_other_rows_have(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    silent = [{"role": "user", "content": "Hello.", "tools": None}]
+    table = {"messages": [silent], "other": [[{"tools": ["x"]}]]}
+    ((_, text),) = read(write_table(tmp_path / "a.parquet", table), tokenizer=chat_tokenizer)
+    assert text == "user: Hello.\n"
+
+
+def test_a_folder_is_read_recursively_by_relative_path_and_other_files_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "b" / "deep" / "two.txt", "two")
+    write(tmp_path / "a.txt", "one")
+    write(tmp_path / "b" / "notes.md", "not a document")
+    write(tmp_path / "b" / "empty.txt", "")
+    write_rows(tmp_path / "c.jsonl", {"text": "three"})
+    assert read(tmp_path) == [("a.txt", "one"), ("b/deep/two.txt", "two"), ("c.jsonl#1", "three")]
+
+
+def test_links_are_followed_and_a_cycle_of_links_ends(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "far.txt", "far")
+    write(tmp_path / "here" / "near.txt", "near")
+    (tmp_path / "here" / "away").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "self").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "gone.txt").symlink_to(tmp_path / "nothing")
+    assert read(tmp_path / "here") == [("away/far.txt", "far"), ("near.txt", "near")]
+
+
+def test_a_folder_named_like_a_document_is_a_folder(tmp_path: Path) -> None:
+    write(tmp_path / "x.txt" / "y.txt", "inside")
+    assert read(tmp_path) == [("x.txt/y.txt", "inside")]
+
+
+def test_a_glob_takes_files_and_the_folders_it_matches(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "a1.txt", "one")
+    write(tmp_path / "data" / "b1.txt", "two")
+    write(tmp_path / "data" / "a2" / "c.txt", "three")
+    write(tmp_path / "data" / "a3.md", "not a document")
+    assert read(tmp_path / "data" / "a*") == [("a1.txt", "one"), ("a2/c.txt", "three")]
+    assert [text for _, text in read(tmp_path / "**" / "*.txt")] == ["one", "three", "two"]
+
+
+@pytest.mark.parametrize("name", ["a:b.txt", "a b.txt", "a[1]*.txt", "hf:name.txt", "a::b.txt", "a#1.txt", "~.txt"])
+def test_a_path_that_exists_is_a_path_whatever_its_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name, "text")
+    write(tmp_path / "a1.txt", "another")
+    assert read(name) == [(name, "text")]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_rows_are_read_from_folders_with_odd_names(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / "a [b] *: c" / f"x::y{ending}"
+    path.parent.mkdir()
+    write_table(path, {"text": ["t"]}) if ending == ".parquet" else write_rows(path, {"text": "t"})
+    assert read(path) == [(f"x::y{ending}#1", "t")]
+
+
+def test_a_file_name_that_is_not_unicode_gets_a_printable_name(tmp_path: Path) -> None:
+    try:
+        write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")), "text")
+    except OSError:
+        pytest.skip("this file system only takes names in Unicode")
+    assert read(tmp_path) == [("\ufffd.txt", "text")]
+
+
+def test_equal_texts_are_kept_once_over_all_sources(tmp_path: Path) -> None:
+    write(tmp_path / "one" / "a.txt", "same")
+    write(tmp_path / "one" / "b.txt", "same")
+    rows = write_rows(tmp_path / "c.jsonl", {"text": "same"}, {"text": "other"})
+    assert read(tmp_path / "one", rows) == [("a.txt", "same"), ("c.jsonl#2", "other")]
+
+
+def test_nothing_heavy_is_imported_for_plain_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "text")
+    heavy = "{'torch', 'datasets', 'pyarrow', 'transformers'} & set(sys.modules)"
+    program = f"import sys; from longrope.documents import read_sources; read_sources([{str(path)!r}]); print({heavy})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# Python's own library
+
+
+def test_stdlib_is_shared_out_by_the_hash_of_the_path() -> None:
+    shares: dict[str, set[str]] = {}
+    for share in ("search", "unseen", "train"):
+        shares[share] = {name for name, _ in read("stdlib", share=share)}
+        digits = {int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 for name in shares[share]}
+        assert digits == {"unseen": {0}, "search": {1}, "train": set(range(2, 10))}[share]
+    assert {name for name, _ in read("stdlib")} <= shares["search"] | shares["unseen"] | shares["train"]
+    assert min(len(names) for names in shares.values()) > 20
+
+
+def test_the_train_share_is_every_readable_module_as_it_stands_in_order_of_path() -> None:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(path.relative_to(root).parts for path in root.rglob("*.py"))
+    expected = []
+    for parts in paths:
+        name = "/".join(parts)
+        if parts[0] not in ("site-packages", "dist-packages"):
+            if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 < 2:
+                continue
+            try:
+                expected.append((name, (root / name).read_text("utf-8")))
+            except UnicodeDecodeError:
+                continue
+    assert read("stdlib", share="train") == expected
+
+
+def test_share_does_not_concern_other_sources(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "text")
+    assert read(path, share="unseen") == read(path, share="search") == read(path) == [("a.txt", "text")]
+
+
+def test_stdlib_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "stdlib" / "mine.txt", "mine")
+    assert "mine" not in dict(read("stdlib", share="unseen")).values()
+    assert read("./stdlib") == [("mine.txt", "mine")]
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    return cache
+
+
+def test_a_data_set_is_streamed_by_split_and_writes_no_cache(tmp_path: Path, hub_cache: Path) -> None:
+    folder = tmp_path / "set"
+    write_rows(folder / "train.jsonl", {"text": "one"}, {"text": "two"})
+    write_rows(folder / "test.jsonl", {"text": "three"})
+    assert read(f"hf:{folder}") == [(f"{folder}#1", "one"), (f"{folder}#2", "two")]
+    assert read(f"hf:{folder}:test") == [(f"{folder}#1", "three")]
+    assert [path for path in hub_cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def test_of_a_data_set_no_more_than_the_limit_is_read_and_that_is_logged(
+    tmp_path: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(tmp_path / "set" / "train.jsonl", *({"text": f"row {number}"} for number in range(20)))
+    monkeypatch.setattr(module, "HUB_DOCUMENTS", 7)
+    with caplog.at_level("INFO", logger="longrope"):
+        assert len(read(f"hf:{tmp_path / 'set'}")) == 7
+    assert f"reading at most 7 documents of hf:{tmp_path / 'set'}" in caplog.text
+
+
+def test_a_data_set_that_cannot_be_reached_is_one_line(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = refusal("hf:nobody-at-all/nothing")
+    assert message.startswith("documents: got 'hf:nobody-at-all/nothing', which cannot be reached; ")
+    assert message.endswith("; check the name, the split and the network")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("source", ["hf:", "hf::train", "hf:not a name", "hf:a/b/c/d"])
+def test_what_is_no_name_of_a_data_set_is_refused(source: str, hub_cache: Path) -> None:
+    assert f"got {source!r}, which cannot be reached" in refusal(source)
+
+
+def test_a_missing_split_and_missing_fields_of_a_data_set_are_named(tmp_path: Path, hub_cache: Path) -> None:
+    folder = tmp_path / "set"
+    write_rows(folder / "train.jsonl", {"body": "one", "title": "x"})
+    assert "Available splits: ['train']" in refusal(f"hf:{folder}:test")
+    expected = f"hf:{folder} row 1: got the fields body, title; a row has a field `text` or `messages`"
+    assert refusal(f"hf:{folder}").startswith(expected)
+
+
+# What is refused
+
+
+def test_a_missing_path_and_a_glob_without_match_are_refused(tmp_path: Path) -> None:
+    for source in (tmp_path / "nothing.txt", tmp_path / "*.txt", tmp_path / "no" / "**" / "x", "", "a\0b", "a\0[b]"):
+        assert refusal(source).startswith("documents: got ")
+    missing = tmp_path / "nothing.txt"
+    assert f"got {str(missing)!r}, which does not exist; documents are a file, a folder" in refusal(missing)
+    assert "*.txt', which does not exist" in refusal(tmp_path / "*.txt")
+
+
+def test_a_folder_without_a_readable_kind_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.md", "text")
+    rule = "where no file is of a kind that can be read; a document is .txt, .jsonl, .jsonl.gz or .parquet"
+    assert rule in refusal(tmp_path)
+    assert rule in refusal(tmp_path / "*")
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a", "a.txt.gz", "a.json"])
+def test_an_unknown_ending_is_refused(tmp_path: Path, name: str) -> None:
+    message = refusal(write(tmp_path / name, "text"))
+    assert f"{name}'; a document is .txt, .jsonl, .jsonl.gz or .parquet; convert it" in message
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("content", [b"", b"\n  \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    path = write(tmp_path / name, content)
+    if (name, content) == ("a.jsonl", b"\xef\xbb\xbf"):
+        assert "line 1: got " in refusal(path)
+    else:
+        assert f"got {str(path)!r}, which is empty; a document holds at least some text" in refusal(path)
+
+
+def test_a_source_without_text_is_refused_beside_one_with_text(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.txt", "text")
+    write(tmp_path / "folder" / "a.txt", " ")
+    write_rows(tmp_path / "folder" / "b.jsonl", {"text": ""}, {"text": None})
+    write_table(tmp_path / "folder" / "c.parquet", {"text": pa.array([], pa.string())})
+    write(tmp_path / "folder" / "d.jsonl.gz", gzip.compress(b""))
+    write(tmp_path / "folder" / "e.jsonl.gz", b"")
+    assert f"got {str(tmp_path / 'folder')!r}, which is empty" in refusal(good, tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"text\0text", "binary (it holds a zero byte)"),
+        ("Gr\u00fc\u00dfe".encode("latin-1"), "not UTF-8"),
+        ("text".encode("utf-16"), "not UTF-8"),
+    ],
+)
+def test_a_binary_file_is_refused_alone_or_in_a_folder(tmp_path: Path, content: bytes, why: str) -> None:
+    path = write(tmp_path / "a.txt", content)
+    write(tmp_path / "b.txt", "good")
+    for source in (path, tmp_path, tmp_path / "*.txt"):
+        assert f"got {str(path)!r}, which is {why}; a document is text in UTF-8" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [
+        ('{"text": broken}', "Expecting value"),
+        ('{"text": "cut', "Unterminated string"),
+        (b'{"text": "\xff"}', "'utf-8' codec can't decode"),
+        (b"\0\1\2", "Expecting value"),
+        ("[" * 100_000, "maximum recursion depth"),
+        ("5" * 5000, "Exceeds the limit"),
+    ],
+)
+def test_broken_json_is_refused_with_its_line(tmp_path: Path, line: str | bytes, got: str) -> None:
+    broken = line if isinstance(line, bytes) else line.encode()
+    path = write(tmp_path / "a.jsonl", b'{"text": "good"}\n' + broken + b"\n")
+    message = refusal(path)
+    assert message.startswith(f"{str(path)!r} line 2: got {got}")
+    assert "every line is a JSON object" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "got"),
+    [({"body": "x", "id": 1}, "the fields body, id"), ({}, "no fields"), (["text"], "no fields"), (5, "no fields")],
+)
+def test_a_row_without_text_or_messages_is_refused(tmp_path: Path, row: object, got: str) -> None:
+    path = write_rows(tmp_path / "a.jsonl", {"text": "good"}, row)
+    message = refusal(path)
+    assert message.startswith(f"{str(path)!r} line 2: got {got}; a row has a field `text` or `messages`; rename")
+
+
+def test_a_table_without_text_or_messages_is_refused(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"body": ["x"], "id": [1]})
+    message = refusal(path)
+    assert message.startswith(f"{str(path)!r}: got the fields body, id; a row has a field `text` or `messages`")
+
+
+def test_a_text_that_is_no_string_is_refused(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "a.jsonl", {"text": ["x"]})
+    assert "line 1: got a field `text` of type list; `text` is a string" in refusal(rows)
+    table = write_table(tmp_path / "a.parquet", {"text": [b"x"]})
+    assert "row 1: got a field `text` of type bytes; `text` is a string" in refusal(table)
+
+
+def test_messages_without_a_chat_template_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_rows(tmp_path / "a.jsonl", {"messages": TALK})
+    for given in (None, tokenizer):
+        assert "line 1: got `messages`, and no chat template; " in refusal(path, tokenizer=given)
+
+
+def test_messages_that_the_template_refuses_or_of_another_shape_are_refused(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    refused = write_rows(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "x", "tools": []}]})
+    message = refusal(refused, tokenizer=chat_tokenizer)
+    assert "line 1: got `messages`; the model's chat template refuses it (no tools here)" in message
+    for shape in ("hello", ["hello"], {"role": "user"}):
+        path = write_rows(tmp_path / "b.jsonl", {"messages": shape})
+        assert "line 1: got `messages` of another shape" in refusal(path, tokenizer=chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", b"not gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20]),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:12] + b"\xff" * 20),
+        ("a.parquet", b"not parquet"),
+        ("a.parquet", b""),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    path = write(tmp_path / name, content)
+    assert f"documents: got {str(path)!r}, which cannot be read; " in refusal(path)
+
+
+def test_a_damaged_page_inside_parquet_is_refused(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"text": [f"row {number}" for number in range(5000)]})
+    content = bytearray(path.read_bytes())
+    content[20:2000] = b"\xff" * 1980
+    path.write_bytes(content)
+    assert "a.parquet', which cannot be read; " in refusal(path)
+
+
+def test_a_pipe_is_refused_and_passed_over_in_a_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "pipe.txt', which is neither a file nor a folder" in refusal(tmp_path / "pipe.txt")
+    write(tmp_path / "a.txt", "text")
+    assert read(tmp_path) == [("a.txt", "text")]
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Root may read everything, so for a while it is nobody."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_permission_denied_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "locked" / "deep" / "a.txt", "text")
+    path.parent.parent.chmod(0)
+    try:
+        with without_privileges():
+            for source in (path, path.parent.parent, path.parent / "*.txt", tmp_path):
+                assert refusal(source).startswith("documents: got "), source
+            assert "a.txt', which cannot be read; Permission denied; " in refusal(path)
+    finally:
+        path.parent.parent.chmod(0o700)
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    assert "which cannot be read; File name too long" in refusal(tmp_path / ("x" * 300 + ".txt"))
+
+
+# Held-out documents
+
+
+def texts(documents: list[Document]) -> list[str]:
+    return [document.text for document in documents]
+
+
+def test_documents_are_held_out_by_the_hash_of_their_text() -> None:
+    search, unseen = hold_out([Document(f"{number}.txt", f"text {number}") for number in range(100)])
+    assert len(search) + len(unseen) == 100
+    assert {int(document.sha256, 16) % 4 for document in unseen} == {0}
+    assert {int(document.sha256, 16) % 4 for document in search} == {1, 2, 3}
+    renamed = hold_out([Document("x", f"text {number}") for number in reversed(range(100))])
+    assert (set(texts(renamed[0])), set(texts(renamed[1]))) == (set(texts(search)), set(texts(unseen)))
+
+
+@pytest.mark.parametrize("remainder", [0, 1])
+def test_both_sides_get_a_document_even_when_the_hashes_say_otherwise(remainder: Literal[0, 1]) -> None:
+    numbered = (Document("x", str(number)) for number in range(1000))
+    alike = [document for document in numbered if int(document.sha256, 16) % 4 == remainder][:5]
+    search, unseen = hold_out(alike)
+    assert sorted((len(search), len(unseen))) == [1, 4]
+    assert (len(unseen) == 4) == (remainder == 0)
+    again = hold_out(alike[::-1])
+    assert (set(texts(again[0])), set(texts(again[1]))) == (set(texts(search)), set(texts(unseen)))
+
+
+def test_of_a_single_document_the_last_quarter_is_held_out() -> None:
+    whole = Document("a.txt", CHINESE * 10)
+    ((search,), (unseen,)) = hold_out([whole, Document("copy.txt", whole.text)])
+    assert search.text + unseen.text == whole.text
+    assert len(unseen.text) == len(whole.text) // 4
+    assert (search.name, unseen.name) == ("a.txt (first 3/4)", "a.txt (last 1/4)")
+
+
+# Windows
+
+
+def prose(seed: int, size: int) -> str:
+    return "".join(chr(code) for code in np.random.default_rng(seed).integers(ord("a"), ord("z") + 1, size=size))
+
+
+@pytest.fixture
+def twelve() -> list[Document]:
+    return [Document(f"{number}.txt", prose(number, 400 + 10 * number)) for number in range(12)]
+
+
+def test_a_window_is_bos_and_a_span_of_its_document(twelve: list[Document], tokenizer: PreTrainedTokenizerFast) -> None:
+    windows = choose_windows(twelve, tokenizer, length=100, count=8, seed=0)
+    by_hash = {document.sha256: document for document in twelve}
+    assert len({window.sha256 for window in windows}) == 8
+    for window in windows:
+        document = by_hash[window.sha256]
+        assert window.document == document.name
+        assert (window.ids.shape, window.ids.dtype, window.ids[0]) == ((100,), np.int64, BOS)
+        assert tokenizer.decode(window.ids[1:].tolist()) == document.text[window.start : window.start + 99]
+    assert len({window.start for window in windows}) > 4
+
+
+def test_windows_of_other_languages_are_spans_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = [Document("zh", CHINESE * 20), Document("ru", RUSSIAN * 20)]
+    for window in choose_windows(documents, tokenizer, length=300, count=2, seed=1):
+        text = next(document.text for document in documents if document.sha256 == window.sha256)
+        assert bytes(window.ids[1:].tolist()) == text.encode()[window.start : window.start + 299]
+
+
+def test_without_a_bos_token_a_window_is_all_document(
+    twelve: list[Document], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bare = byte_tokenizer(256)
+    bare.bos_token = None
+    (window,) = choose_windows(twelve[:1], bare, length=400, count=1, seed=0)
+    assert tokenizer.decode(window.ids.tolist()) == twelve[0].text
+
+
+def test_the_same_seed_gives_the_same_windows_wherever_the_files_are(
+    tmp_path: Path, twelve: list[Document], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for number, document in enumerate(twelve):
+        write(tmp_path / "before" / document.name, document.text)
+        write(tmp_path / "after" / f"{number % 3}" / f"renamed {99 - number}.txt", document.text)
+
+    def chosen(folder: str, seed: int) -> list[Window]:
+        found = read_sources([str(tmp_path / folder)])
+        return choose_windows(found, tokenizer, length=200, count=5, seed=seed)
+
+    before, after, other = chosen("before", 3), chosen("after", 3), chosen("before", 4)
+    assert [(w.sha256, w.start, w.ids.tolist()) for w in before] == [(w.sha256, w.start, w.ids.tolist()) for w in after]
+    assert [window.document for window in before] != [window.document for window in after]
+    assert fingerprint(before) == fingerprint(after) != fingerprint(other)
+
+
+def test_repeated_texts_and_short_documents_give_no_window_of_their_own(
+    twelve: list[Document], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = choose_windows(twelve, tokenizer, length=300, count=12, seed=0)
+    crowded = twelve + [Document("copy", document.text) for document in twelve]
+    crowded += [Document("short", prose(100 + number, 298)) for number in range(12)]
+    assert {window.sha256 for window in choose_windows(crowded, tokenizer, length=300, count=12, seed=0)} == {
+        window.sha256 for window in plain
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_too_few_documents_each_gives_several_windows_that_do_not_overlap(
+    seed: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    documents = [Document("a", prose(0, 1000)), Document("b", prose(1, 330)), Document("c", prose(2, 50))]
+    windows = choose_windows(documents, tokenizer, length=101, count=13, seed=seed)
+    for name, count in (("a", 10), ("b", 3)):
+        starts = [window.start for window in windows if window.document == name]
+        assert len(starts) == count
+        assert all(later - earlier >= 100 for earlier, later in zip(starts, starts[1:], strict=False))
+
+
+def test_further_windows_are_shared_out_evenly(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = [Document("a", prose(0, 5000)), Document("b", prose(1, 500)), Document("c", prose(2, 100))]
+    names = [window.document for window in choose_windows(documents, tokenizer, length=101, count=8, seed=0)]
+    assert {name: names.count(name) for name in "abc"} == {"a": 4, "b": 3, "c": 1} or {
+        name: names.count(name) for name in "abc"
+    } == {"a": 3, "b": 4, "c": 1}
+
+
+def test_too_few_or_too_short_documents_are_refused_with_what_was_found(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = [Document("a", prose(0, 250)), Document("b", prose(1, 60))]
+    with pytest.raises(UserError) as few:
+        choose_windows(documents, tokenizer, length=101, count=5, seed=0)
+    found = (
+        "documents: got 2 documents, the longest of 250 tokens, which hold 2 windows of 101 tokens; wanted: 5 windows"
+    )
+    assert str(few.value).startswith(found)
+    with pytest.raises(UserError) as short:
+        choose_windows(documents[1:], tokenizer, length=101, count=1, seed=0)
+    found = "documents: got 1 document, the longest of 60 tokens, which hold 0 windows of 101 tokens; wanted: 1 window"
+    assert str(short.value).startswith(found)
+
+
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (0, 1), (100, 0)])
+def test_a_window_of_nothing_is_refused(length: int, count: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=f"windows: got {count} of {length} tokens; there is at least one"):
+        choose_windows([Document("a", "text")], tokenizer, length=length, count=count, seed=0)
+
+
+def test_only_as_many_documents_are_tokenized_as_it_takes(
+    twelve: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = byte_tokenizer(256)
+    calls: list[int] = []
+    tokenize: Callable[..., Any] = type(counting).__call__
+
+    def counted(self: PreTrainedTokenizerFast, given: list[str], **options: Any) -> Any:
+        calls.append(len(given))
+        return tokenize(self, given, **options)
+
+    monkeypatch.setattr(type(counting), "__call__", counted)
+    choose_windows([*twelve, Document("short", "x" * 90)], counting, length=100, count=3, seed=0)
+    assert sum(calls) == 3
+
+
+def test_a_tokenizer_that_makes_more_tokens_than_bytes_is_served() -> None:
+    ligature = "\ufdfa"  # 3 bytes that NFKC turns into 18 characters, 33 bytes
+    unfolding = Tokenizer(models.BPE(vocab=byte_tokenizer(256).get_vocab(), merges=[]))
+    from tokenizers.normalizers import NFKC
+
+    unfolding.normalizer = NFKC()
+    unfolding.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=unfolding)
+    assert token_lengths([Document("a", ligature)], fast) == [34]
+    (window,) = choose_windows([Document("a", ligature)], fast, length=34, count=1, seed=0)
+    assert window.start == 0
+
+
+def test_texts_beyond_the_models_length_cause_no_warning(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fresh = byte_tokenizer(16)
+    choose_windows([Document("a", prose(0, 500))], fresh, length=400, count=1, seed=0)
+    token_lengths([Document("a", prose(0, 500))], fresh)
+    assert (caplog.text, capfd.readouterr().err) == ("", "")
+    fresh(prose(0, 500))  # the warning exists: without care it appears
+    assert "longer than the specified maximum sequence length" in capfd.readouterr().err + caplog.text
+
+
+def test_token_lengths_are_those_of_whole_documents_in_order(
+    twelve: list[Document], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    many = [*twelve, Document("zh", CHINESE)] * 5
+    assert token_lengths(many, tokenizer) == [len(document.text.encode()) for document in many]
+    assert token_lengths([], tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "count"), [(256, 8), (32768, 8), (32769, 5), (524287, 5), (524288, 3), (2097152, 3)]
+)
+def test_the_default_number_of_windows_falls_with_their_length(length: int, count: int) -> None:
+    assert default_window_count(length) == count
+
+
+def test_the_fingerprint_tells_ids_order_and_borders_apart() -> None:
+    def windows(*ids: list[int]) -> list[Window]:
+        return [Window("any", "any", 0, np.array(each, dtype=np.int64)) for each in ids]
+
+    prints = [fingerprint(windows(*each)) for each in ([[1, 2], [3]], [[1], [2, 3]], [[3], [1, 2]], [[1, 2], [4]])]
+    assert len(set(prints)) == 4
+    assert all(len(each) == len("sha256:") + 64 and each.startswith("sha256:") for each in prints)
+    assert fingerprint(windows([1, 2], [3])) == prints[0]

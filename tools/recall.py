@@ -1,0 +1,69 @@
+"""Recall tasks: texts that can only be continued by looking back, which is what a longer window is for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+NOUNS = ("pass key", "magic number", "secret code", "access token", "answer", "locker number", "door code", "room key")
+WORDS = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu red green blue black white amber "
+    "north south east west apple pear plum stone river cloud tiger heron otter copper silver iron glass"
+).split()
+GRASS = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+
+
+def recall_text(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
+    """A text of exactly `size` bytes: a statement somewhere in filler and its recall at the end, or several of them.
+
+    `prose` is real text of at least `size` bytes, used as filler half of the time.
+    """
+    task = (_passkey, _passkey, _dictionary, _repetition)[rng.integers(4)]
+    return task(rng, size, prose)
+
+
+def _code(rng: np.random.Generator) -> bytes:
+    if rng.random() < 0.75:
+        return b"%05d" % rng.integers(10_000, 100_000)
+    letters = b"abcdefghijklmnopqrstuvwxyz0123456789"
+    return bytes(letters[i] for i in rng.integers(len(letters), size=rng.integers(3, 10)))
+
+
+def _filler(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
+    return (GRASS * (size // len(GRASS) + 1) if rng.random() < 0.5 else prose)[:size]
+
+
+def _passkey(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
+    """The passkey task of the LongRoPE paper, with the noun, the key and the wording varied."""
+    noun = NOUNS[rng.integers(len(NOUNS)) if rng.random() < 0.5 else 0].encode()
+    key = _code(rng)
+    statement = b"The %s is %s. Remember it. %s is the %s.\n" % (noun, key, key, noun)
+    if rng.random() < 0.5:
+        statement = b"The %s is %s. Remember it.\n" % (noun, key)
+    question = b"What is the %s? The %s is %s." % (noun, noun, key)
+    if rng.random() < 0.3:
+        question = b"The %s is %s." % (noun, key)
+    free = size - len(statement) - len(question) - 1
+    filler = _filler(rng, free, prose)
+    depth = int(rng.integers(0, free + 1))
+    return filler[:depth] + statement + filler[depth:] + b"\n" + question
+
+
+def _dictionary(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
+    """Assignments, filler between them, then some of them again in another order."""
+    names = [WORDS[i] for i in rng.permutation(len(WORDS))[: rng.integers(2, 6)]]
+    lines = [f"{name} = ".encode() + _code(rng) + b"\n" for name in names]
+    again = b"".join(lines[i] for i in rng.permutation(len(lines)))
+    free = max(0, size - 2 * len(again))
+    between = int(rng.integers(0, free + 1))
+    text = _filler(rng, free - between, prose) + b"".join(lines) + prose[:between] + again
+    return text[-size:]
+
+
+def _repetition(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
+    """A random string, filler, and the same string again."""
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_ ", dtype=np.uint8)
+    string = rng.choice(letters, size=int(rng.integers(8, size // 3))).tobytes()
+    free = size - 2 * len(string)
+    between = int(rng.integers(0, free + 1))
+    filler = _filler(rng, free, prose)
+    return filler[: free - between] + string + filler[free - between :] + string
