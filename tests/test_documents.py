@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizer import BOS, byte_tokenizer
@@ -178,7 +179,8 @@ def test_links_are_followed_and_a_cycle_of_links_ends(tmp_path: Path) -> None:
 
 def test_a_folder_named_like_a_document_is_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "x.txt" / "y.txt", "inside")
-    assert read(tmp_path) == [("x.txt/y.txt", "inside")]
+    assert read(tmp_path / "x.txt") == [("y.txt", "inside")]
+    assert read(tmp_path) == read(tmp_path / "*.txt") == [("x.txt/y.txt", "inside")]
 
 
 def test_a_glob_takes_files_and_the_folders_it_matches(tmp_path: Path) -> None:
@@ -353,10 +355,7 @@ def test_an_unknown_ending_is_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"\n  \n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     path = write(tmp_path / name, content)
-    if (name, content) == ("a.jsonl", b"\xef\xbb\xbf"):
-        assert "line 1: got " in refusal(path)
-    else:
-        assert f"got {str(path)!r}, which is empty; a document holds at least some text" in refusal(path)
+    assert f"got {str(path)!r}, which is empty; a document holds at least some text" in refusal(path)
 
 
 def test_a_source_without_text_is_refused_beside_one_with_text(tmp_path: Path) -> None:
@@ -387,9 +386,9 @@ def test_a_binary_file_is_refused_alone_or_in_a_folder(tmp_path: Path, content: 
 @pytest.mark.parametrize(
     ("line", "got"),
     [
-        ('{"text": broken}', "Expecting value"),
-        ('{"text": "cut', "Unterminated string"),
-        (b'{"text": "\xff"}', "'utf-8' codec can't decode"),
+        ('{"text": broken}', "Expecting value: column 10; every line is a JSON object"),
+        ('{"text": "cut', "Unterminated string starting at: column 10; "),
+        (b'{"text": "\xff"}', "bytes that are not UTF-8; JSON is UTF-8"),
         (b"\0\1\2", "Expecting value"),
         ("[" * 100_000, "maximum recursion depth"),
         ("5" * 5000, "Exceeds the limit"),
@@ -398,9 +397,7 @@ def test_a_binary_file_is_refused_alone_or_in_a_folder(tmp_path: Path, content: 
 def test_broken_json_is_refused_with_its_line(tmp_path: Path, line: str | bytes, got: str) -> None:
     broken = line if isinstance(line, bytes) else line.encode()
     path = write(tmp_path / "a.jsonl", b'{"text": "good"}\n' + broken + b"\n")
-    message = refusal(path)
-    assert message.startswith(f"{str(path)!r} line 2: got {got}")
-    assert "every line is a JSON object" in message
+    assert refusal(path).startswith(f"{str(path)!r} line 2: got {got}")
 
 
 @pytest.mark.parametrize(
@@ -556,7 +553,7 @@ def test_a_window_is_bos_and_a_span_of_its_document(twelve: list[Document], toke
     for window in windows:
         document = by_hash[window.sha256]
         assert window.document == document.name
-        assert (window.ids.shape, window.ids.dtype, window.ids[0]) == ((100,), np.int64, BOS)
+        assert (window.ids.shape, str(window.ids.dtype), int(window.ids[0])) == ((100,), "int64", BOS)
         assert tokenizer.decode(window.ids[1:].tolist()) == document.text[window.start : window.start + 99]
     assert len({window.start for window in windows}) > 4
 
@@ -614,15 +611,13 @@ def test_with_too_few_documents_each_gives_several_windows_that_do_not_overlap(
     for name, count in (("a", 10), ("b", 3)):
         starts = [window.start for window in windows if window.document == name]
         assert len(starts) == count
-        assert all(later - earlier >= 100 for earlier, later in zip(starts, starts[1:], strict=False))
+        assert all(later - earlier >= 100 for earlier, later in pairwise(starts))
 
 
 def test_further_windows_are_shared_out_evenly(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = [Document("a", prose(0, 5000)), Document("b", prose(1, 500)), Document("c", prose(2, 100))]
-    names = [window.document for window in choose_windows(documents, tokenizer, length=101, count=8, seed=0)]
-    assert {name: names.count(name) for name in "abc"} == {"a": 4, "b": 3, "c": 1} or {
-        name: names.count(name) for name in "abc"
-    } == {"a": 3, "b": 4, "c": 1}
+    names = [window.document for window in choose_windows(documents, tokenizer, length=101, count=7, seed=0)]
+    assert {name: names.count(name) for name in "abc"} == {"a": 3, "b": 3, "c": 1}
 
 
 def test_too_few_or_too_short_documents_are_refused_with_what_was_found(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -664,11 +659,9 @@ def test_only_as_many_documents_are_tokenized_as_it_takes(
 def test_a_tokenizer_that_makes_more_tokens_than_bytes_is_served() -> None:
     ligature = "\ufdfa"  # 3 bytes that NFKC turns into 18 characters, 33 bytes
     unfolding = Tokenizer(models.BPE(vocab=byte_tokenizer(256).get_vocab(), merges=[]))
-    from tokenizers.normalizers import NFKC
-
-    unfolding.normalizer = NFKC()
+    unfolding.normalizer = normalizers.NFKC()
     unfolding.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=unfolding)
+    fast = PreTrainedTokenizerFast(tokenizer_object=unfolding)  # type: ignore[no-untyped-call]
     assert token_lengths([Document("a", ligature)], fast) == [34]
     (window,) = choose_windows([Document("a", ligature)], fast, length=34, count=1, seed=0)
     assert window.start == 0

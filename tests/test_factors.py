@@ -101,7 +101,7 @@ def _drop(*path: str | int) -> Callable[[dict[str, Any]], None]:
 
 NUMBER = "it is a finite, positive number"
 REFUSALS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
-    (_set("format", to="gguf"), 'factors: format: got format \'gguf\'; it is "longrope-factors"'),
+    (_set("format", to="gguf"), "factors: format: got format 'gguf'; it is \"longrope-factors\""),
     (_drop("format"), 'factors: format: got format None; it is "longrope-factors"'),
     (_set("version", to=2), "factors file: got version 2; this longrope reads version 1"),
     (_set("version", to="1"), "factors file: got version '1'; this longrope reads version 1"),
@@ -193,7 +193,10 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     [
         ({"rope_theta": 10000.0}, "factors: got rope_theta 200; the model has rope_theta 10000; give the factors"),
         ({"rotary_dim": 16}, "factors: got rotary_dim 8; the model has rotary_dim 16; give the factors"),
-        ({"original_length": 512}, "original_length 256; the model has original_length 512; give the factors that were"),
+        (
+            {"original_length": 512},
+            "original_length 256; the model has original_length 512; give the factors that were",
+        ),
     ],
 )
 def test_factors_of_another_model_are_refused(model: dict[str, Any], message: str) -> None:

@@ -10,7 +10,15 @@ from longrope.lengths import format_length, parse_length, parse_lengths
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    [("4096", 4096), ("4k", 4096), ("128k", 131072), ("2048k", 2097152), ("2m", 2097152), (" 8K ", 8192), ("2M", 2097152)],
+    [
+        ("4096", 4096),
+        ("4k", 4096),
+        ("128k", 131072),
+        ("2048k", 2097152),
+        ("2m", 2097152),
+        (" 8K ", 8192),
+        ("2M", 2097152),
+    ],
 )
 def test_a_length_is_read_as_people_write_it(text: str, tokens: int) -> None:
     assert parse_length(text) == tokens

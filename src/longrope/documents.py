@@ -224,16 +224,28 @@ def _read_jsonl(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None
     documents = []
     with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             where = f"{str(path)!r} line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
-                do = "correct the line"
-                raise UserError(where, got=_first_line(error), rule="every line is a JSON object", do=do) from error
-            documents.append(Document(f"{name}#{number}", _row_text(row, where, tokenizer)))
+            text = _decode(line, where)
+            if text:
+                documents.append(Document(f"{name}#{number}", _row_text(_parse(text, where), where, tokenizer)))
     return documents
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(where, got="bytes that are not UTF-8", rule="JSON is UTF-8", do="convert the file") from error
+
+
+def _parse(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        got = f"{error.msg}: column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        got = _first_line(error)
+    raise UserError(where, got=got, rule="every line is a JSON object", do="correct the line")
 
 
 def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:

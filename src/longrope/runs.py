@@ -246,6 +246,15 @@ class RunFolder:
         """Write metrics.json; NaN and infinities become null."""
         write_atomically(self.path / METRICS, _dump(metrics))
 
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json holds. Raises UserError when it is missing or corrupt."""
+        path = self.path / METRICS
+        data = read_json(path, "measurements of the run")
+        if not isinstance(data, dict):
+            got = f"{path} ({type(data).__name__})"
+            raise UserError("measurements of the run", got=got, rule="it is a JSON object", do="delete it, run again")
+        return data
+
     def save_state(self, name: str, data: Mapping[str, Any]) -> None:
         """Write state/NAME.json, which `load_state` gives back; floats, NaN and infinities too, come back exactly."""
         path = self._state(name)

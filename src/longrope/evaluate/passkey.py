@@ -113,7 +113,7 @@ def _found(loaded: LoadedModel, prompts: NDArray[np.int64], answers: Sequence[li
     def run(ids: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), loaded.autocast():
             ids = ids.to(loaded.device)
-            logits = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1).logits
+            logits: torch.Tensor = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1).logits
             return (logits[:, :-1].argmax(-1) == ids[:, -longest:]).cpu()
 
     right = in_batches(run, torch.from_numpy(prompts))

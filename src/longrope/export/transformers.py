@@ -6,16 +6,16 @@ The weights are copied, never loaded: an export costs a copy. What transformers 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from longrope.configs import to_transformers_config
+from longrope.convert import to_transformers_config
 from longrope.errors import UserError
 from longrope.export.card import model_card
 from longrope.factors import FactorTable, RopeFactors, read_json
@@ -23,8 +23,6 @@ from longrope.model import FACTORS_FILE, LoadedModel
 from longrope.patch import EXTENDED_LAYERS, rotary_modules, stock_frequencies
 from longrope.rope import inverse_frequencies
 from longrope.runs import disk_errors, write_atomically
-
-logger = logging.getLogger(__name__)
 
 WINDOWS = ("dynamic", "long", "short")
 _LEFT_BEHIND = ("config.json", "README.md", FACTORS_FILE)
@@ -46,7 +44,9 @@ def export(
     served = table_for_window(table, window)
     keys = to_transformers_config(served)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("--out", got=f"{out}, which is not empty", rule="an export is a new folder", do="choose another")
+        raise UserError(
+            "--out", got=f"{out}, which is not empty", rule="an export is a new folder", do="choose another"
+        )
     folder = Path(source) if source else checkpoint_folder(loaded)
     unfinished = out.with_name(f".{out.name}.unfinished")
     with disk_errors(out):
@@ -72,16 +72,12 @@ def table_for_window(table: FactorTable, window: str) -> FactorTable:
         raise UserError("--window", got=repr(window), rule=rule, do="choose one of them")
     if window == "dynamic":
         return table
-    chosen, longest = table.rows[-1] if window == "long" else table.rows[0], table.rows[-1].up_to
-    # transformers uses the long list beyond the original length only, so a configuration holds the row twice.
-    lengths = (table.original_length, max(longest, table.original_length + 1))
-    return FactorTable(
-        rope_theta=table.rope_theta,
-        rotary_dim=table.rotary_dim,
-        original_length=table.original_length,
-        rows=tuple(chosen.with_values(up_to=length) for length in lengths),
-        model=table.model,
-    )
+    short = table.rows[0].with_values(up_to=table.original_length)
+    if window == "short":
+        return replace(table, rows=(short,))
+    # transformers uses its long list beyond the original length only, so a configuration holds the long row twice.
+    long = table.rows[-1]
+    return replace(table, rows=(long.with_values(up_to=table.original_length), long))
 
 
 def checkpoint_folder(loaded: LoadedModel) -> Path:

@@ -20,7 +20,7 @@ from longrope.evaluate.methods import Result, measure_methods
 from longrope.factors import FactorTable, RopeFactors
 from longrope.lengths import format_length
 from longrope.model import LoadedModel, LoadOptions, load_model
-from longrope.runs import RunFolder, default_run_path
+from longrope.runs import FACTORS, RunFolder, default_run_path
 from longrope.search.evolution import Candidate, Evolution, EvolutionSettings
 from longrope.search.objective import Objective, PerplexityObjective
 from longrope.search.space import START_TOKENS, Space
@@ -137,34 +137,48 @@ def search_windows(
     on_progress: OnProgress | None = None,
 ) -> FactorTable:
     """The search on windows already chosen; see `search`."""
+    path = Path(out) if out is not None else default_run_path("search", loaded.name, settings.to)
+    config = run_config("search", loaded, settings, windows, unseen, init)
+    with RunFolder.open(path, config, budget_keys=("evaluations",)) as run:
+        if run.finished:
+            logger.info("%s is finished: its factors are in %s", path, path / FACTORS)
+            return FactorTable.load(path / FACTORS)
+        table = run_search(run, loaded, settings, windows, init=init, on_progress=on_progress)
+        results = measure_result(loaded, table, settings.to, windows, unseen)
+        run.save_metrics(metrics("search", loaded, config["settings"], results))
+        run.finish()
+    return table
+
+
+def run_search(
+    run: RunFolder,
+    loaded: LoadedModel,
+    settings: SearchSettings,
+    windows: Sequence[Window],
+    *,
+    init: Sequence[FactorTable] = (),
+    on_progress: OnProgress | None = None,
+) -> FactorTable:
+    """The search itself, in an open run folder: evaluations.jsonl while it goes on, factors.json at its end."""
     loaded.widen_window(settings.to)
     for note in loaded.notes:
         logger.info(note)
-    path = Path(out) if out is not None else default_run_path("search", loaded.name, settings.to)
-    config = run_config(loaded, settings, windows, unseen, init)
-    with RunFolder.open(path, config, budget_keys=("evaluations",)) as run:
-        if run.finished:
-            logger.info("%s is finished: its factors are in %s", path, path / "factors.json")
-            return FactorTable.load(path / "factors.json")
-        if run.resumed:
-            logger.info("resuming %s after %d evaluations", path, len(run.evaluations()))
-        strategy = make_strategy(loaded, settings, init)
-        total = min(settings.evaluations or strategy.settings.evaluations, strategy.settings.evaluations)
-        with PerplexityObjective(loaded, windows) as objective:
-            best = evaluate_all(strategy, objective, run, total, on_progress)
-        if best is None:
-            raise UserError(
-                "search",
-                got=f"no finite perplexity from {total} candidates",
-                rule="at least one candidate has one",
-                do="check the checkpoint with --dtype float32, or give other documents",
-            )
-        value, candidate = best
-        table = make_table(loaded, settings, windows, candidate.factors, value)
-        results = measure_result(loaded, table, settings.to, windows, unseen)
-        run.save_metrics(metrics("search", loaded, config["settings"], results))
-        run.save_factors(table)
-        run.finish()
+    if known := len(run.evaluations()):
+        logger.info("resuming %s after %d evaluations", run.path, known)
+    strategy = make_strategy(loaded, settings, init)
+    total = min(settings.evaluations or strategy.settings.evaluations, strategy.settings.evaluations)
+    with PerplexityObjective(loaded, windows) as objective:
+        best = evaluate_all(strategy, objective, run, total, on_progress)
+    if best is None:
+        raise UserError(
+            "search",
+            got=f"no finite perplexity from {total} candidates",
+            rule="at least one candidate has one",
+            do="check the checkpoint with --dtype float32, or give other documents",
+        )
+    value, candidate = best
+    table = make_table(loaded, settings, windows, candidate.factors, value)
+    run.save_factors(table)
     return table
 
 
@@ -279,18 +293,19 @@ def measure_result(
 
 
 def run_config(
+    command: str,
     loaded: LoadedModel,
     settings: SearchSettings,
     windows: Sequence[Window],
     unseen: Sequence[Window],
-    init: Sequence[FactorTable],
+    init: Sequence[FactorTable] = (),
 ) -> dict[str, Any]:
-    """What config.json of a search holds: everything its result depends on."""
+    """What config.json of a run that searches holds: everything its result depends on."""
     chosen = {name: value for name, value in vars(settings).items() if name != "windows"}
     chosen |= {"dtype": loaded.options.dtype, "attention": loaded.options.attention}
     chosen |= {"device": loaded.device.type, "rope_precision": loaded.options.rope_precision}
     return {
-        "command": "search",
+        "command": command,
         "longrope": __version__,
         "model": describe_model(loaded),
         "settings": chosen | {"init": [row.key for table in init for row in table.rows]},

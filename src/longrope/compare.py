@@ -1,0 +1,85 @@
+"""The table of methods by length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope import __version__
+from longrope.documents import Window
+from longrope.evaluate.methods import DEFAULT_METHODS, Result, measure_methods
+from longrope.factors import FactorTable
+from longrope.model import LoadedModel, LoadOptions, load_model
+from longrope.runs import RunFolder, default_run_path
+from longrope.search.driver import describe_model, describe_windows, metrics, windows_for
+
+
+def compare(
+    model: str | LoadedModel,
+    *,
+    lengths: Sequence[int],
+    documents: Sequence[str],
+    methods: Sequence[str] = DEFAULT_METHODS,
+    factors: Mapping[str, FactorTable] | None = None,
+    windows: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    options: LoadOptions | None = None,
+    on_result: Callable[[Result], None] | None = None,
+) -> dict[str, Any]:
+    """Perplexity of methods and factor tables (by name) at lengths, on the same windows; returns metrics.json's dict.
+
+    Baselines are set up for the longest length. Writes a run folder `out` (runs/compare-MODEL-LENGTH by default); a
+    finished one is read, not measured again. Of `stdlib` the unseen share is used. Raises UserError for bad input.
+    """
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    tables = dict(factors or {})
+    if loaded.table is not None and not tables:
+        tables["checkpoint"] = loaded.table
+    for table in tables.values():
+        rope = loaded.rope
+        table.check_model(rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length)
+    chosen = {
+        length: windows_for(loaded, documents, length, windows, seed, share="unseen") for length in sorted(set(lengths))
+    }
+    return compare_windows(loaded, chosen, methods, tables, seed=seed, out=out, on_result=on_result)
+
+
+def compare_windows(
+    loaded: LoadedModel,
+    windows: Mapping[int, Sequence[Window]],
+    methods: Sequence[str],
+    tables: Mapping[str, FactorTable],
+    *,
+    seed: int,
+    out: str | Path | None = None,
+    on_result: Callable[[Result], None] | None = None,
+) -> dict[str, Any]:
+    """`compare` on windows already chosen."""
+    target = max(windows)
+    loaded.widen_window(target)
+    path = Path(out) if out is not None else default_run_path("compare", loaded.name, target)
+    settings = {
+        "lengths": sorted(windows),
+        "methods": list(methods),
+        "factors": {name: [row.key for row in table.rows] for name, table in tables.items()},
+        "seed": seed,
+        "dtype": loaded.options.dtype,
+        "attention": loaded.options.attention,
+        "device": loaded.device.type,
+        "rope_precision": loaded.options.rope_precision,
+    }
+    config = {
+        "command": "compare",
+        "longrope": __version__,
+        "model": describe_model(loaded),
+        "settings": settings,
+        "documents": {"unseen": [one for length in sorted(windows) for one in describe_windows(windows[length])]},
+    }
+    with RunFolder.open(path, config) as run:
+        if not run.finished:
+            results = measure_methods(loaded, windows, methods, tables, on_result=on_result)
+            run.save_metrics(metrics("compare", loaded, settings, results))
+            run.finish()
+        return run.metrics()
