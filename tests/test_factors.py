@@ -184,7 +184,7 @@ def test_a_broken_file_is_refused(content: bytes, message: str, tmp_path: Path) 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere, which does not exist; it is a file; check the path"):
         FactorTable.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="Is a directory.*it is a readable text file"):
+    with pytest.raises(UserError, match=r"Is a directory.*it is a readable text file"):
         FactorTable.load(tmp_path)
 
 
@@ -200,7 +200,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_factors_of_another_model_are_refused(model: dict[str, Any], message: str) -> None:
-    own = {"rope_theta": 200.0, "rotary_dim": 8, "original_length": 256}
+    own: dict[str, Any] = {"rope_theta": 200.0, "rotary_dim": 8, "original_length": 256}
     example().check_model(**own)
     with pytest.raises(UserError) as error:
         example().check_model(**own | model)
@@ -228,9 +228,14 @@ def test_a_sequence_beyond_the_table_is_refused() -> None:
 
 def test_a_key_names_the_values_and_not_the_length() -> None:
     factors = RopeFactors(2048, (1.0, 2.5), start_tokens=4, attention_factor=1.1)
-    assert factors.key == RopeFactors(4096, (1, np.float64(2.5)), 4, 1.1).key  # type: ignore[arg-type]
+    assert factors.key == RopeFactors(4096, (1, np.float64(2.5)), 4, 1.1).key
     assert len(factors.key) == 16
-    others = [{"rescale": (1.0, 2.51)}, {"start_tokens": 0}, {"attention_factor": 1.0}, {"rescale": (1.0, 2.5, 1.0)}]
+    others: list[dict[str, Any]] = [
+        {"rescale": (1.0, 2.51)},
+        {"start_tokens": 0},
+        {"attention_factor": 1.0},
+        {"rescale": (1.0, 2.5, 1.0)},
+    ]
     assert len({factors.key, *(factors.with_values(**other).key for other in others)}) == 5
 
 

@@ -17,18 +17,27 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from recall import recall_text
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from byte_tokenizer import BOS, EOS, PAD, VOCABULARY, byte_tokenizer
 from longrope.documents import read_sources
+from recall import recall_text
 
 logger = logging.getLogger("pretrain")
 
@@ -116,7 +125,15 @@ class SayLoss(TrainerCallback):
     def __init__(self, path: Path, tokens_a_step: int) -> None:
         self.path, self.tokens_a_step, self.start = path, tokens_a_step, time.monotonic()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        del args, control, kwargs
         if logs and "loss" in logs:
             line = {"step": state.global_step, "tokens": state.global_step * self.tokens_a_step, "loss": logs["loss"]}
             line |= {"learning_rate": logs["learning_rate"], "seconds": round(time.monotonic() - self.start, 1)}
@@ -196,7 +213,9 @@ def main(argv: list[str]) -> int:
     record.write_text(json.dumps({"settings": described, "versions": versions}, indent=1) + "\n")
 
     model = train(settings, out, save_every, compile_model)
-    model.to(torch.bfloat16).save_pretrained(out / "model")
+    model.config.use_cache = True  # Trainer switched it off
+    finished: Any = model  # mypy does not know the decorated nn.Module.to
+    finished.to(torch.bfloat16).save_pretrained(out / "model")
     byte_tokenizer(settings.length).save_pretrained(out / "model")
     logger.info("wrote %s", out / "model")
     return 0

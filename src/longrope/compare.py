@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from longrope import __version__
-from longrope.documents import Window
 from longrope.evaluate.methods import DEFAULT_METHODS, Result, measure_methods
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel, LoadOptions, load_model
-from longrope.runs import RunFolder, default_run_path
-from longrope.search.driver import describe_model, describe_windows, metrics, windows_for
+from longrope.runs import RunFolder, command_line, default_run_path
+from longrope.search.driver import describe_model, describe_windows, metrics
+from longrope.windows import Window, windows_for
 
 
 def compare(
@@ -38,8 +38,7 @@ def compare(
     if loaded.table is not None and not tables:
         tables["checkpoint"] = loaded.table
     for table in tables.values():
-        rope = loaded.rope
-        table.check_model(rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length)
+        loaded.check(table)
     chosen = {
         length: windows_for(loaded, documents, length, windows, seed, share="unseen") for length in sorted(set(lengths))
     }
@@ -76,6 +75,7 @@ def compare_windows(
         "model": describe_model(loaded),
         "settings": settings,
         "documents": {"unseen": [one for length in sorted(windows) for one in describe_windows(windows[length])]},
+        "ignored": {"command_line": command_line()},
     }
     with RunFolder.open(path, config) as run:
         if not run.finished:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -125,6 +126,17 @@ def to_transformers_config(table: FactorTable) -> dict[str, Any]:
         "rope_parameters": parameters,
         "rope_scaling": {**parameters, "short_factor": list(first.rescale), "long_factor": list(last.rescale)},
     }
+
+
+def convert(table: FactorTable, form: str) -> str:
+    """The table as text: `json` (factors.json), `transformers` (config.json keys) or `csv`. Raises UserError."""
+    if form == "json":
+        return table.to_json()
+    if form == "transformers":
+        return json.dumps(to_transformers_config(table), indent=1) + "\n"
+    if form == "csv":
+        return to_csv(table)
+    raise UserError("--to", got=repr(form), rule="it is json, transformers or csv", do="choose one of them")
 
 
 def to_csv(table: FactorTable) -> str:

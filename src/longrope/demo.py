@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from longrope.documents import choose_windows, hold_out, read_sources
+from longrope.documents import Document, hold_out, read_sources
 from longrope.evaluate.methods import measure_methods
 from longrope.export.transformers import export
 from longrope.factors import FactorTable
@@ -20,6 +20,7 @@ from longrope.model import TINY, LoadedModel, LoadOptions, load_model
 from longrope.report import write_report
 from longrope.runs import RunFolder, fresh_run_path
 from longrope.search.driver import OnProgress, SearchSettings, metrics, run_config, run_search
+from longrope.windows import choose_windows
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def demo(
     return Demo(path, table, measured, report, checkpoint, gap)
 
 
-def _split(documents: Sequence[str], loaded: LoadedModel) -> tuple[list[Any], list[Any]]:
+def _split(documents: Sequence[str], loaded: LoadedModel) -> tuple[list[Document], list[Document]]:
     """Documents to search on and documents held out; `tiny` was trained on neither share of stdlib."""
     if list(documents) == ["stdlib"]:
         return read_sources(documents, share="search"), read_sources(documents, share="unseen")

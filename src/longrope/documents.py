@@ -1,4 +1,4 @@
-"""Documents from files, the Hub or Python's own library, and the windows of tokens that are drawn from them."""
+"""Documents from files, from the Hub or from Python's own library."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from longrope.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,11 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Share = Literal["all", "search", "unseen", "train"]
-Ids = NDArray[np.int64]
 
 HUB_DOCUMENTS = 1000  # rows read of one hf: source, at most
 _KINDS = ".txt, .jsonl, .jsonl.gz or .parquet"
-_TOKENIZED_AT_ONCE = 32  # documents a call, so that the tokens of a large collection are never in memory together
 
 
 @dataclass(frozen=True)
@@ -65,10 +60,10 @@ def read_sources(
             rule = "a document holds at least some text"
             raise UserError("documents", got=f"{source!r}, which is empty", rule=rule, do="give documents with text")
         found += documents
-    return found if share == "train" else _distinct(found)
+    return found if share == "train" else distinct(found)
 
 
-def _distinct(documents: Iterable[Document]) -> list[Document]:
+def distinct(documents: Iterable[Document]) -> list[Document]:
     """The documents with text, the first one of each text."""
     first: dict[str, Document] = {}
     for document in documents:
@@ -81,7 +76,7 @@ def _read_source(source: str, share: Share, tokenizer: PreTrainedTokenizerBase |
     if source == "stdlib":
         return _read_stdlib(share)
     try:
-        if source.startswith("hf:") and not Path(source).exists():
+        if source.startswith("hf:") and not _exists(source):
             return _read_hub(source, tokenizer)
         files = _find_files(source)
     except OSError as error:
@@ -111,19 +106,28 @@ def _stdlib_share(inside: Path) -> Share:
 def _find_files(source: str) -> list[tuple[Path, str]]:
     """Every file of a path or glob that can be read, each with its short name, in the order of the names."""
     path = Path(source)
-    if source and path.is_dir():
+    if not _exists(source):
+        base, found = _expand(source)
+    elif path.is_dir():
         base, found = path, _walk(path)
-    elif source and path.exists():
+    else:
         _check_file(path)
         base, found = path.parent, iter([path])
-    else:
-        base, found = _expand(source)
     files = {file for file in found if _reader(file) and file.is_file()}
     if not files:
         got = f"{source!r}, where no file is of a kind that can be read"
         raise UserError("documents", got=got, rule=f"a document is {_KINDS}", do="give such files")
     ordered = sorted(files, key=lambda file: file.relative_to(base).parts)
     return [(file, _printable(file.relative_to(base).as_posix())) for file in ordered]
+
+
+def _exists(source: str) -> bool:
+    """Whether a path is there. Path.exists is not asked: on some Pythons it takes a locked folder for an absent one."""
+    try:
+        os.stat(source)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no path holds a zero byte
+        return False
+    return True
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -355,7 +359,7 @@ def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Docume
 
     A single document is cut instead: its last quarter is unseen.
     """
-    kept = _distinct(documents)
+    kept = distinct(documents)
     assert kept, "read_sources never returns nothing"
     if len(kept) == 1:
         name, text = kept[0].name, kept[0].text
@@ -366,116 +370,3 @@ def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Docume
     if len(unseen) == len(hashes):
         unseen.remove(hashes[-1])
     return [each for each in kept if each.sha256 not in unseen], [each for each in kept if each.sha256 in unseen]
-
-
-@dataclass(frozen=True)
-class Window:
-    """A span of one document: `ids` (length,), BOS first when the tokenizer has one, then the tokens from `start` on.
-
-    `document` and `sha256` are the document's name and hash; `start` counts its tokens, BOS not among them.
-    """
-
-    document: str
-    sha256: str
-    start: int
-    ids: Ids
-
-
-def default_window_count(length: int) -> int:
-    """Search windows of a length in tokens: 8 up to 32k, 5 below 512k, 3 from there (the paper's choices)."""
-    return 8 if length <= 32 * 1024 else 5 if length < 512 * 1024 else 3
-
-
-def choose_windows(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, length: int, count: int, seed: int
-) -> list[Window]:
-    """`count` windows of `length` tokens, fixed by the seed and the texts, not by names or order.
-
-    One window a document, at a random place, as far as there are documents long enough; then further ones of the same
-    documents, which never overlap. Documents are tokenized only until there are enough. Raises UserError, saying what
-    was found, when the documents cannot hold that many.
-    """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    span = length - len(bos)
-    if span < 1 or count < 1:
-        got = f"{count} of {length} tokens"
-        raise UserError("windows", got=got, rule="there is at least one, of at least 2 tokens", do="ask for more")
-    rng = np.random.default_rng(seed)
-    ordered = sorted(_distinct(documents), key=lambda document: document.sha256)
-    long: list[tuple[Document, list[int]]] = []
-    for index in rng.permutation(len(ordered)):
-        document = ordered[index]
-        if len(long) < count and _most_tokens(document.text) >= span:
-            (ids,) = _tokenize(tokenizer, [document.text])
-            if len(ids) >= span:
-                long.append((document, ids))
-    shares = _deal([len(ids) // span for _, ids in long], count)
-    if sum(shares) < count:
-        # Where none is long enough, all have to be tokenized to tell how long they are.
-        longest = max([len(ids) for _, ids in long] or token_lengths(ordered, tokenizer), default=0)
-        found = f"{_number(len(ordered), 'document')}, the longest of {_number(longest, 'token')}"
-        got = f"{found}, which hold {_number(sum(shares), 'window')} of {length} tokens"
-        do = "give longer or more documents, or ask for shorter or fewer windows"
-        raise UserError("documents", got=got, rule=f"wanted: {_number(count, 'window')}", do=do)
-    return [
-        Window(document.name, document.sha256, start, np.array(bos + ids[start : start + span], dtype=np.int64))
-        for (document, ids), share in zip(long, shares, strict=True)
-        for start in _starts(rng, len(ids), span, share)
-    ]
-
-
-def _most_tokens(text: str) -> int:
-    """A bound on the tokens of a text: a token is a byte at least.
-
-    One more for the space that some tokenizers put in front, and 11 times as many where they may normalise: the worst
-    that NFKC does to a character's UTF-8.
-    """
-    size = len(text.encode())
-    return 1 + (size if text.isascii() else 11 * size)
-
-
-def _deal(capacities: Sequence[int], count: int) -> list[int]:
-    """How many windows each document gives: in turn, one each, until `count` are dealt or none has room."""
-    shares = [0] * len(capacities)
-    while sum(shares) < min(count, sum(capacities)):
-        for index, capacity in enumerate(capacities):
-            if shares[index] < capacity and sum(shares) < count:
-                shares[index] += 1
-    return shares
-
-
-def _starts(rng: np.random.Generator, tokens: int, span: int, count: int) -> list[int]:
-    """Random ascending starts of `count` spans that do not overlap, for one span uniform.
-
-    The tokens left over are drawn as gaps, so no draw is ever refused.
-    """
-    gaps = np.sort(rng.integers(0, tokens - count * span, size=count, endpoint=True))
-    return [int(start) for start in gaps + span * np.arange(count)]
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def token_lengths(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of each whole document, BOS not counted."""
-    batches = range(0, len(documents), _TOKENIZED_AT_ONCE)
-    texts = ([document.text for document in documents[i : i + _TOKENIZED_AT_ONCE]] for i in batches)
-    return [len(ids) for batch in texts for ids in _tokenize(tokenizer, batch)]
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: no warning about texts beyond the model's length, which are the point here.
-    ids: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
-    return ids
-
-
-def fingerprint(windows: Sequence[Window]) -> str:
-    """`sha256:...` over the ids of all windows, in order."""
-    digest = hashlib.sha256()
-    for window in windows:
-        digest.update(f"{len(window.ids)}:".encode())
-        digest.update(window.ids.astype("<i8").tobytes())
-    return f"sha256:{digest.hexdigest()}"

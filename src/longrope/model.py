@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -14,6 +15,8 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub import constants, get_session
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from longrope.convert import RopeConfig, rope_config, table_from_config
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
-from longrope.patch import Patch, check_frequencies
+from longrope.patch import CHOOSE_ROPE, Patch, check_frequencies
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +45,8 @@ class LoadOptions:
     """auto (CUDA where there is one), cpu, cuda, cuda:N, mps; balanced or sequential spread it over all GPUs."""
     dtype: str = "auto"
     """auto (CPU: float32 weights under bf16 autocast; CUDA: bfloat16), float32, bfloat16 or float16."""
-    attention: str = "sdpa"
-    """transformers' attn_implementation: sdpa, eager, flash_attention_2, flex_attention."""
+    attention: str = "auto"
+    """transformers' attn_implementation: sdpa, eager, flash_attention_2, ...; auto is sdpa where the class has it."""
     original_length: int | None = None
     """Trained length in tokens, where the checkpoint does not say it right."""
     trust_remote_code: bool = False
@@ -90,6 +93,14 @@ class LoadedModel:
         """A handle that puts factors on this model; nothing changes until its `install`."""
         return Patch(self.model, self.rope.shape, precision=_PRECISIONS[self.options.rope_precision])
 
+    def check(self, factors: FactorTable | RopeFactors) -> None:
+        """Raise UserError unless the factors are for this model."""
+        if isinstance(factors, FactorTable):
+            rope = self.rope
+            factors.check_model(
+                rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length
+            )
+
     def autocast(self) -> AbstractContextManager[None]:
         """bf16 autocast for float32 weights on CPU under `--dtype auto`, else nothing."""
         if self.options.dtype == "auto" and self.device.type == "cpu":
@@ -102,7 +113,7 @@ class LoadedModel:
         window = getattr(config, "sliding_window", None)
         if window is None or window >= target:
             return
-        if "full_attention" in (getattr(config, "layer_types", None) or ()):
+        if has_local_layers(config):
             self.notes.append(f"local layers keep their sliding window of {window} tokens")
             return
         for holder in (config, *self.model.modules()):
@@ -151,25 +162,31 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
     table = beside_weights(source)
     original = options.original_length or (table.original_length if table else None)
     described = config.get_text_config().to_dict()
+    _check_has_rope(name, described)
     rope = rope_config(described, original_length=original)
     own = table_from_config(described, original_length=original)
-    model = _load_weights(name, source, config, options)
+    model, notes = _load_weights(name, source, config, options)
     check_frequencies(model, rope.rope_theta, own.rows[0])
-    if table:
-        table.check_model(rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length)
     loaded = LoadedModel(
         name=name,
         model=model,
-        tokenizer=_load_tokenizer(name, source, options),
+        tokenizer=load_tokenizer(name, trust_remote_code=options.trust_remote_code),
         rope=rope,
         own=own,
         table=table,
         fingerprint=_fingerprint(model, options),
         options=options,
+        notes=notes,
     )
-    loaded.patch().undo()  # refuses now, not after minutes, a class that cannot be extended
-    _check_tail(loaded)
+    if table:
+        loaded.check(table)
+    _check_answers(loaded)  # refuses now, not after minutes, a class that cannot be extended
     return loaded
+
+
+def has_local_layers(config: Any) -> bool:
+    """Whether only some layers of a transformers text config have its sliding window: then it is as it should be."""
+    return "full_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def model_source(name: str) -> str:
@@ -191,15 +208,19 @@ def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
 def _load_config(name: str, source: str, options: LoadOptions) -> Any:
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        rule = "a model folder has a config.json"
-        raise UserError("model", got=f"folder {name} without one", rule=rule, do="give the folder of a checkpoint")
+        rule = "a model folder has one"
+        raise UserError("model", got=f"folder {name} without config.json", rule=rule, do="give a checkpoint's folder")
     if folder.is_file():
         raise UserError("model", got=f"file {name}", rule="a model is a folder or a Hub id", do="give its folder")
+    if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        rule = f"a model is a folder, a Hub id or {TINY}"
+        raise UserError("model", got=f"{name}, which does not exist", rule=rule, do="check the path")
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+        config = _from_pretrained(AutoConfig, source, options.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for a bad config
         raise _unloadable(name, error, folder.is_dir()) from None
     classes = getattr(config, "architectures", None) or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+    classes = [classes] if isinstance(classes, str) else classes
     remote = options.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if not remote and not set(classes) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise UserError(
@@ -211,8 +232,32 @@ def _load_config(name: str, source: str, options: LoadOptions) -> Any:
     return config
 
 
+def _from_pretrained(factory: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
+    """What a transformers Auto class makes of a MODEL: of a folder, or of a Hub id, without a network from the cache.
+
+    The Hub is asked once first: transformers repeats every request that fails for half a minute.
+    """
+    options |= {"trust_remote_code": trust_remote_code, "local_files_only": Path(source).is_dir() or not _hub_answers()}
+    return factory.from_pretrained(source, **options)
+
+
+def _hub_answers() -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # no network, no name service, a proxy that refuses, offline mode: each has its own
+        return False
+    return True
+
+
+def _check_has_rope(name: str, described: Mapping[str, Any]) -> None:
+    """Raise UserError for a configuration without a RoPE, before the weights are read."""
+    if not any(described.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base")):
+        got = f"{name}, a {described.get('model_type')} model whose configuration has no RoPE"
+        raise UserError("model", got=got, rule="only a model with RoPE can be extended", do=CHOOSE_ROPE)
+
+
 def _unloadable(name: str, error: Exception, is_folder: bool) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = textwrap.shorten(str(error), 240, placeholder=" ...") or "no reason given"
     if "trust_remote_code" in str(error):
         do = "give --trust-remote-code if you trust its author"
     elif is_folder:
@@ -220,12 +265,12 @@ def _unloadable(name: str, error: Exception, is_folder: bool) -> UserError:
     else:
         do = "check the name, or give the folder of a downloaded checkpoint"
     rule = "it is a transformers checkpoint in a folder or on the Hub"
-    return UserError("model", got=f"{name} ({type(error).__name__}: {reason[:200]})", rule=rule, do=do)
+    return UserError("model", got=f"{name} ({type(error).__name__}: {reason})", rule=rule, do=do)
 
 
-def _load_weights(name: str, source: str, config: Any, options: LoadOptions) -> PreTrainedModel:
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+def _check_files(name: str, folder: Path) -> None:
+    """Raise UserError for a folder without safetensors, or with one that is not whole."""
+    if not any(folder.glob("*.safetensors")):
         found = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
         raise UserError(
             "model",
@@ -233,38 +278,59 @@ def _load_weights(name: str, source: str, config: Any, options: LoadOptions) -> 
             rule="weights are read from safetensors only",
             do="restore the .safetensors files, or convert the checkpoint with save_pretrained",
         )
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):  # reads the header and compares it with the size of the file
+                pass
+        except (SafetensorError, OSError) as error:
+            rule = "a safetensors file is whole"
+            raise UserError("model", got=f"{path} ({error})", rule=rule, do="copy or download it again") from None
+
+
+def _load_weights(name: str, source: str, config: Any, options: LoadOptions) -> tuple[PreTrainedModel, list[str]]:
+    """The model in eval mode, and what is to be said of its weights."""
+    folder = Path(source)
+    if folder.is_dir():
+        _check_files(name, folder)
     placement = options.placement
     on_cuda = placement != "cpu" and torch.cuda.is_available()
     auto = torch.bfloat16 if on_cuda else torch.float32
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, info = _from_pretrained(
+            AutoModelForCausalLM,
             source,
+            options.trust_remote_code,
             config=config,
             dtype=_DTYPES.get(options.dtype, auto),
-            attn_implementation=options.attention,
+            attn_implementation=None if options.attention == "auto" else options.attention,
             device_map=placement if placement in _PLACEMENTS else {"": placement},
             use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
+            ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
         )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # safetensors, transformers, accelerate and torch each raise their own for bad files
         raise _unloadable(name, error, folder.is_dir()) from None
-    model, info = loaded
-    if lost := sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"]):
+    lost, other = sorted(info["missing_keys"]), sorted(str(key[0]) for key in info["mismatched_keys"])
+    if lost or other:
+        state = "without" if lost else "with another shape of"
         raise UserError(
             "model",
-            got=f"{name} without weights for {len(lost)} tensors, the first {lost[0]}",
-            rule="every weight is in the checkpoint",
-            do="restore the missing .safetensors files",
+            got=f"{name} {state} {len(lost or other)} of its weights, the first {(lost or other)[0]}",
+            rule="every weight is in the checkpoint, in the shape that config.json says",
+            do="restore the .safetensors files or config.json",
         )
-    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+    unused = sorted(info["unexpected_keys"])
+    notes = [f"{len(unused)} weights of the checkpoint are not used, the first {unused[0]}"] if unused else []
+    return cast(PreTrainedModel, model.eval().requires_grad_(False)), notes
 
 
-def _load_tokenizer(name: str, source: str, options: LoadOptions) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a MODEL. Raises UserError when it cannot be loaded."""
+    source = model_source(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+        tokenizer = _from_pretrained(AutoTokenizer, source, trust_remote_code)
     except Exception as error:  # as for the configuration
         raise _unloadable(f"{name}'s tokenizer", error, Path(source).is_dir()) from None
     return cast(PreTrainedTokenizerBase, tokenizer)
@@ -282,8 +348,8 @@ def _fingerprint(model: PreTrainedModel, options: LoadOptions) -> str:
 
 
 @torch.no_grad()
-def _check_tail(loaded: LoadedModel) -> None:
-    """Raise UserError unless logits by chunk are the model's logits, bit for bit on a few tokens."""
+def _check_answers(loaded: LoadedModel) -> None:
+    """Raise UserError unless logits by chunk are the model's own, and factors change them, on a few tokens."""
     ids = torch.arange(1, 8, device=loaded.device)[None] % loaded.model.config.get_text_config().vocab_size
     whole = loaded.model(input_ids=ids, use_cache=False).logits
     try:
@@ -292,18 +358,13 @@ def _check_tail(loaded: LoadedModel) -> None:
         chunk = torch.full_like(whole, torch.nan)
         logger.debug("logits by chunk: %s", error)
     if not torch.allclose(chunk, whole, rtol=1e-3, atol=1e-3):
-        raise UserError(
-            "model",
-            got=f"{type(loaded.model).__name__}, whose logits cannot be computed by chunk",
-            rule="the class computes logits from its decoder's last hidden state",
-            do="this class cannot be extended; please report it",
-        )
+        raise _unusable(loaded, "whose logits cannot be computed by chunk", "they follow from the last hidden state")
+    with loaded.patch() as patch:
+        patch.install(RopeFactors(up_to=8, rescale=(2.0,) * loaded.rope.shape.pairs))
+        if torch.equal(loaded.model(input_ids=ids, use_cache=False).logits, whole):
+            raise _unusable(loaded, "which does not use its RoPE", "only a model with RoPE can be extended")
 
 
-def own_row(loaded: LoadedModel, length: int) -> RopeFactors | None:
-    """The factors that the checkpoint itself means at a length: its factors.json, else its configuration.
-
-    None where it means none: an unscaled checkpoint, or a length beyond its table.
-    """
-    table = loaded.table or (loaded.own if loaded.rope.scaling != "default" else None)
-    return table.row_for(length) if table and length <= table.rows[-1].up_to else None
+def _unusable(loaded: LoadedModel, why: str, rule: str) -> UserError:
+    got, do = f"{type(loaded.model).__name__}, {why}", "choose another model; this class cannot be extended"
+    return UserError("model", got=got, rule=rule, do=do)

@@ -28,6 +28,8 @@ LAYOUTS: dict[str, Layout] = {
     "complex": lambda cos, sin: torch.complex(cos.float(), sin.float()),  # Llama 4
 }
 
+CHOOSE_ROPE = "choose a RoPE model (Llama, Mistral, Qwen, Phi, Gemma, OLMo, GPT-NeoX, ...)"
+
 # The layers that are extended in a model whose layer types rotate differently (Gemma 3, OLMo 3): the global ones.
 EXTENDED_LAYERS = "full_attention"
 
@@ -43,8 +45,8 @@ class ScaledRotary(nn.Module):
         self.rope: RopeTensors | None = None
         self.by_length = False
 
-    def set(self, rope: RopeTensors, *, by_length: bool) -> None:
-        """Rotate by these rows: by the first one whatever the length, or each sequence by its own length."""
+    def set(self, rope: RopeTensors | None, *, by_length: bool = False) -> None:
+        """Rotate by these rows: by the first one whatever the length, or each sequence by its own; None is stock."""
         self.rope, self.by_length = rope, by_length
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
@@ -98,7 +100,7 @@ class Patch:
                 "model",
                 got=f"{type(model).__name__}, which has no rotary embedding",
                 rule="only a model with RoPE can be extended",
-                do="choose a RoPE model (Llama, Mistral, Qwen, Phi, Gemma, OLMo, GPT-NeoX, ...)",
+                do=CHOOSE_ROPE,
             )
         if any(isinstance(stock, ScaledRotary) for _, _, stock in places):
             raise UserError(
@@ -111,8 +113,16 @@ class Patch:
         for parent, name, _, scaled in self._places:
             setattr(parent, name, scaled)
 
-    def install(self, factors: RopeFactors | FactorTable) -> None:
-        """Rotate by these factors at every length, or by the row of a table that each sequence's length asks for."""
+    def install(self, factors: RopeFactors | FactorTable | None) -> None:
+        """Rotate by these factors at every length, or by the row of a table that each sequence's length asks for.
+
+        None rotates as the checkpoint does by itself.
+        """
+        assert self._places, "the patch has been undone"
+        if factors is None:
+            for *_, scaled in self._places:
+                scaled.set(None)
+            return
         rows = factors.rows if isinstance(factors, FactorTable) else (factors,)
         for row in rows:
             if len(row.rescale) != self.shape.pairs:
@@ -164,16 +174,19 @@ def stock_frequencies(stock: nn.Module) -> tuple[Tensor, float, str | None]:
 
 def _measured_layout(stock: nn.Module, shape: RopeShape) -> Layout:
     """The layout under which our cos and sin are those of `stock`. Raises UserError when there is none."""
-    frequencies, scaling, layer_type = stock_frequencies(stock)
+    device = next(stock.buffers()).device
+    positions = torch.arange(3, 9, device=device)[None]  # beyond 0, where every layout agrees
+    x = torch.zeros(1, positions.shape[1], 1, device=device)
+    *_, layer_type = stock_frequencies(stock)
+    with torch.no_grad():
+        expected = stock(x, positions) if layer_type is None else stock(x, positions, layer_type)
+    # Only now: a dynamic scaling that has seen a long sequence comes back to its short frequencies in this call.
+    frequencies, scaling, _ = stock_frequencies(stock)
     if frequencies.numel() != shape.pairs:
         raise _unknown_rotary(
             stock, f"it rotates {frequencies.numel()} pairs where its configuration says {shape.pairs}"
         )
-    device = frequencies.device
-    positions = torch.arange(3, 9, device=device)[None]  # beyond 0, where every layout agrees
-    x = torch.zeros(1, positions.shape[1], 1, device=device)
     with torch.no_grad():
-        expected = stock(x, positions) if layer_type is None else stock(x, positions, layer_type)
         rope = RopeTensors(
             up_to=torch.zeros(1, device=device),
             rotations=frequencies.float()[None],

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -179,6 +180,15 @@ def _json_default(value: object) -> object:
     return plain
 
 
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError when it is missing or not one."""
+    data = read_json(path, what)
+    if not isinstance(data, dict):
+        got = f"{path} ({type(data).__name__})"
+        raise UserError(what, got=got, rule="it is a JSON object", do="restore it or start anew")
+    return data
+
+
 class RunFolder:
     """A run being written. A context manager: it holds the folder's lock until it is closed.
 
@@ -248,12 +258,7 @@ class RunFolder:
 
     def metrics(self) -> dict[str, Any]:
         """What metrics.json holds. Raises UserError when it is missing or corrupt."""
-        path = self.path / METRICS
-        data = read_json(path, "measurements of the run")
-        if not isinstance(data, dict):
-            got = f"{path} ({type(data).__name__})"
-            raise UserError("measurements of the run", got=got, rule="it is a JSON object", do="delete it, run again")
-        return data
+        return read_object(self.path / METRICS, "measurements of the run")
 
     def save_state(self, name: str, data: Mapping[str, Any]) -> None:
         """Write state/NAME.json, which `load_state` gives back; floats, NaN and infinities too, come back exactly."""
@@ -267,11 +272,7 @@ class RunFolder:
         path = self._state(name)
         if not path.exists():
             return None
-        data = read_json(path, "state of the run")
-        if not isinstance(data, dict):
-            got = f"{path} ({type(data).__name__})"
-            raise UserError("state of the run", got=got, rule="it is a JSON object", do="restore it or start anew")
-        return data
+        return read_object(path, "state of the run")
 
     def _state(self, name: str) -> Path:
         assert re.fullmatch(r"[\w-]+", name), name
@@ -360,7 +361,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flat(value, f"{name}.")
         elif value is not None:
             flat[name] = value
-    return {name: value for name, value in flat.items() if not name.startswith("ignored.")}
+    return {name: value for name, value in flat.items() if not name.startswith("ignored.") and name != "longrope"}
 
 
 def _is_budget(key: str, budget_keys: Sequence[str]) -> bool:
@@ -375,6 +376,11 @@ def _grows(old: object, new: object) -> bool:
 def _show(value: object) -> str:
     text = "not set" if value is None else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def command_line() -> list[str] | None:
+    """The command line this process was started with, for a report; None when it is not `longrope`."""
+    return ["longrope", *sys.argv[1:]] if Path(sys.argv[0]).stem == "longrope" else None
 
 
 def default_run_path(command: str, model: str, length: int) -> Path:

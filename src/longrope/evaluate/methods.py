@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from longrope.baselines import baseline
-from longrope.documents import Window
 from longrope.evaluate.perplexity import Perplexity, measure
 from longrope.factors import FactorTable, RopeFactors
 from longrope.model import LoadedModel
+from longrope.windows import Window
 
 DEFAULT_METHODS = ("none", "pi", "ntk", "ntk+su", "ntk-cd", "dynamic-ntk", "yarn", "yarn+su", "yarn-rcd", "llama3")
 
@@ -37,15 +37,13 @@ class Result:
         }
 
 
-def method_factors(loaded: LoadedModel, method: str, target: int, length: int) -> RopeFactors:
-    """Factors of a method set up for `target` and used at `length`; `none` is the checkpoint's own RoPE.
+def method_factors(loaded: LoadedModel, method: str, target: int, length: int) -> RopeFactors | None:
+    """Factors of a method set up for `target` and used at `length`; None for `none`, the checkpoint as it is.
 
     Raises UserError for an unknown method.
     """
     if method == "none":
-        own = loaded.own
-        reached = length <= own.rows[-1].up_to
-        return own.row_for(length) if reached else own.rows[-1].with_values(up_to=length)
+        return None
     return baseline(method, loaded.rope.shape, target, length)
 
 

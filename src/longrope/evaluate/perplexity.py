@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longrope.documents import Window
 from longrope.errors import UserError
 from longrope.lengths import format_length
 from longrope.model import LoadedModel
+from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from longrope.convert import to_transformers_config
 from longrope.errors import UserError
 from longrope.export.card import model_card
 from longrope.factors import FactorTable, RopeFactors, read_json
-from longrope.model import FACTORS_FILE, LoadedModel
-from longrope.patch import EXTENDED_LAYERS, rotary_modules, stock_frequencies
+from longrope.model import FACTORS_FILE, LoadedModel, LoadOptions, has_local_layers, load_model, model_source
+from longrope.patch import EXTENDED_LAYERS, ScaledRotary, rotary_modules, stock_frequencies
 from longrope.rope import inverse_frequencies
 from longrope.runs import disk_errors, write_atomically
 
@@ -35,12 +35,12 @@ def export(
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads with the factors, and read it back to check.
 
     window: `long` uses the last row at every length, safe everywhere; `short` the first; `dynamic` both, by length,
-    for which transformers needs no start tokens and one attention factor. Raises UserError for factors of another
-    model, for what transformers cannot express, and for an `out` that is not empty.
+    for which transformers needs no start tokens and one attention factor. A sliding window that every layer has is
+    widened to the target. Raises UserError for factors of another model, for what transformers cannot express, and for
+    an `out` that is not empty.
     """
-    out = Path(out)
-    rope = loaded.rope
-    table.check_model(rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length)
+    out = Path(out).resolve()
+    loaded.check(table)
     served = table_for_window(table, window)
     keys = to_transformers_config(served)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -49,19 +49,23 @@ def export(
         )
     folder = Path(source) if source else checkpoint_folder(loaded)
     unfinished = out.with_name(f".{out.name}.unfinished")
-    with disk_errors(out):
+    try:
+        with disk_errors(out):
+            shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+            unfinished.mkdir(parents=True)
+            copy_checkpoint(folder, unfinished)
+            config = extended_config(_config(folder), keys, loaded)
+            write_atomically(unfinished / "config.json", json.dumps(config, indent=2) + "\n")
+            _lengthen_tokenizer(unfinished / "tokenizer_config.json", keys["max_position_embeddings"])
+            table.save(unfinished / FACTORS_FILE)
+            write_atomically(unfinished / "README.md", model_card(loaded.name, table, window))
+            verify(unfinished, loaded, served)
+            if out.exists():
+                out.rmdir()
+            unfinished.rename(out)
+    except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        copy_checkpoint(folder, unfinished)
-    config = extended_config(_config(folder), keys, loaded)
-    write_atomically(unfinished / "config.json", json.dumps(config, indent=2) + "\n")
-    table.save(unfinished / FACTORS_FILE)
-    write_atomically(unfinished / "README.md", model_card(loaded.name, table, window))
-    verify(unfinished, loaded, served)
-    with disk_errors(out):
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
+        raise
     return out
 
 
@@ -77,19 +81,19 @@ def table_for_window(table: FactorTable, window: str) -> FactorTable:
         return replace(table, rows=(short,))
     # transformers uses its long list beyond the original length only, so a configuration holds the long row twice.
     long = table.rows[-1]
+    if long.up_to <= table.original_length:
+        return replace(table, rows=(long.with_values(up_to=table.original_length),))
     return replace(table, rows=(long.with_values(up_to=table.original_length), long))
 
 
 def checkpoint_folder(loaded: LoadedModel) -> Path:
     """The folder of a model's files; those of a Hub id are in the local cache, from which it was loaded."""
-    from longrope.model import model_source
-
     folder = Path(model_source(loaded.name))
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(loaded.name, ignore_patterns=[f"*{suffix}" for suffix in _WEIGHTS_OF_OTHERS]))
+    return Path(snapshot_download(loaded.name, local_files_only=True))
 
 
 def copy_checkpoint(folder: Path, out: Path) -> None:
@@ -123,14 +127,21 @@ def extended_config(config: Mapping[str, Any], keys: Mapping[str, Any], loaded: 
     if not by_type:
         text["rope_scaling"] = rope  # what other engines and transformers 4 read
         text["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    window = getattr(known, "sliding_window", None)
-    if window is not None and text.get("sliding_window") is not None:
-        text["sliding_window"] = window
+    window = getattr(known, "sliding_window", None)  # a class may have one that config.json does not name
+    if window is not None and not has_local_layers(known):
+        text["sliding_window"] = max(window, keys["max_position_embeddings"])
     head_dim = getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads
     text["head_dim"] = head_dim
     if extended.get("text_config"):
         return extended | {"text_config": text}
     return text
+
+
+def _lengthen_tokenizer(path: Path, target: int) -> None:
+    """Let the tokenizer of a checkpoint pass `target` tokens: with its old maximum a pipeline would cut them off."""
+    settings = read_json(path, "tokenizer") if path.is_file() else None
+    if isinstance(settings, dict) and settings.get("model_max_length", target) < target:
+        write_atomically(path, json.dumps(settings | {"model_max_length": target}, indent=2, ensure_ascii=False) + "\n")
 
 
 def verify(folder: Path, loaded: LoadedModel, served: FactorTable) -> None:
@@ -142,9 +153,9 @@ def verify(folder: Path, loaded: LoadedModel, served: FactorTable) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=loaded.options.trust_remote_code).get_text_config()
     original, longest = served.original_length, served.rows[-1].up_to
     for _, _, module in rotary_modules(loaded.model):
-        stock = type(module)(config)
+        stock = type(module.stock if isinstance(module, ScaledRotary) else module)(config)
         _, _, layer_type = stock_frequencies(stock)
-        for length in (1, original, original + 1, longest):
+        for length in sorted({1, original, min(original + 1, longest), longest}):
             position = torch.tensor([[length - 1]])
             stock(torch.zeros(1, 1, 1), position, *([layer_type] if layer_type else []))
             _compare(stock, served.row_for(length), served.rope_theta, length)
@@ -161,3 +172,23 @@ def _compare(stock: torch.nn.Module, row: RopeFactors, rope_theta: float, length
         rule=f"{type(stock).__name__} must read back what was written",
         do="this class cannot be exported for transformers; please report it",
     )
+
+
+def export_model(
+    model: str | LoadedModel,
+    factors: FactorTable | None,
+    out: str | Path,
+    *,
+    engine: str = "transformers",
+    window: str = "long",
+    options: LoadOptions | None = None,
+) -> Path:
+    """`longrope export`: MODEL with a table, by default the factors.json beside its weights. Raises UserError."""
+    if engine != "transformers":
+        raise UserError("--engine", got=repr(engine), rule="it is transformers", do="leave it out")
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    table = factors or loaded.table
+    if table is None:
+        rule = "an export needs factors"
+        raise UserError("--factors", got=f"none, and no {FACTORS_FILE} in {loaded.name}", rule=rule, do="give a run")
+    return export(loaded, table, out, window=window)

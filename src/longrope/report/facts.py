@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longrope.report.read import Evaluation, Result, RunData
 from longrope.report.style import (
@@ -191,6 +191,18 @@ def _cell(result: Result | None, best: Result | None) -> Cell:
     return Cell(value_text(result.value), _interval(result), best=is_best, title=title)
 
 
+def seen_rows(run: RunData) -> list[Row]:
+    """The table of what was measured on the windows of the search, where `table_rows` has held-out ones."""
+    return table_rows(replace(run, results=run.seen))
+
+
+def measured_on(run: RunData) -> str:
+    """Which windows the results come from."""
+    if any(result.seen for result in run.results):
+        return "the windows that the search itself used"
+    return "windows that the search did not see" if run.documents.get("search") else "the windows listed below"
+
+
 def missing(run: RunData) -> list[str]:
     """What the run does not have, a sentence each."""
     said = []
@@ -221,32 +233,9 @@ def _flat(data: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 
 
 def command_line(run: RunData) -> str:
-    """The command that repeats the run: as it was typed if config.json has it, else put together from the settings."""
+    """The command as it was typed, where config.json has it under "ignored"; a library call has none."""
     ignored = run.config.get("ignored", {})
-    typed = run.config.get("command_line") or (ignored.get("command_line") if isinstance(ignored, Mapping) else None)
+    typed = ignored.get("command_line") if isinstance(ignored, Mapping) else None
     if isinstance(typed, list):
         return shlex.join(str(word) for word in typed)
-    if isinstance(typed, str):
-        return typed
-    if "command" not in run.config:
-        return ""
-    words = ["longrope", str(run.config["command"]), *([str(run.model["name"])] if "name" in run.model else [])]
-    for key, value in run.settings.items():
-        words += _option(key, value)
-    return shlex.join(words)
-
-
-def _option(key: str, value: object) -> list[str]:
-    option = f"--{key.replace('_', '-')}"
-    if value is None or value is False or isinstance(value, Mapping):
-        return []
-    if value is True:
-        return [option]
-    if isinstance(value, list):
-        repeated = key in ("documents", "unseen", "factors")  # these are given once a value, others with commas
-        return [word for item in value for word in (option, str(item))] if repeated else [option, _joined(value)]
-    return [option, str(value)]
-
-
-def _joined(values: list[object]) -> str:
-    return ",".join(str(value) for value in values)
+    return typed if isinstance(typed, str) else ""

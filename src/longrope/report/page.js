@@ -27,6 +27,6 @@
   repaint(screen());
   dark.addEventListener("change", () => repaint(screen()));
   // Paper is white and narrower than a screen, whatever the screen.
-  addEventListener("beforeprint", () => repaint({ ...colours(themes.light), width: 640 }));
-  addEventListener("afterprint", () => repaint({ ...screen(), width: null, autosize: true }));
+  addEventListener("beforeprint", () => repaint({ ...colours(themes.light), width: 680, height: 330 }));
+  addEventListener("afterprint", () => repaint({ ...screen(), width: null, height: 400, autosize: true }));
 })();

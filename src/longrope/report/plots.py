@@ -15,7 +15,7 @@ import numpy as np
 
 from longrope.baselines import baseline, critical_dimension
 from longrope.factors import FactorTable
-from longrope.report.facts import methods_of, verdict
+from longrope.report.facts import measured_on, methods_of, verdict
 from longrope.report.read import Evaluation, RunData, shape_of
 from longrope.report.style import GREY, OURS_COLOUR, Look, length_text, look, lower_is_better, value_text
 
@@ -40,6 +40,11 @@ def plots(run: RunData) -> list[Plot]:
     """All plots that the run has the data for."""
     made = [_results_plot(run), _gap_plot(run), _factors_plot(run.table), *_convergence_plots(run.evaluations)]
     return [plot for plot in made if plot]
+
+
+def _text(name: str) -> str:
+    """A name as plotly shows it letter for letter; it decodes &lt; but not &quot;."""
+    return html.escape(name, quote=False)
 
 
 def _figure(traces: Sequence[Mapping[str, Any]], **layout: Any) -> Figure:
@@ -69,7 +74,7 @@ def _trace(x: Sequence[float], y: Sequence[float | None], style: Look, **more: A
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": html.escape(style.label),
+        "name": _text(style.label),
         "x": list(x),
         "y": list(y),
         "line": {"color": style.colour, "width": style.width, "dash": style.dash},
@@ -113,14 +118,14 @@ def _results_plot(run: RunData) -> Plot | None:
     figure = _figure(
         traces,
         xaxis=_length_axis(run.lengths),
-        yaxis=_axis(html.escape(run.measure), **vertical),
+        yaxis=_axis(_text(run.measure), **vertical),
         legend_traceorder="reversed",
         **_length_marks(run),
     )
-    where = "windows that the search did not see" if run.documents.get("unseen") else "the windows of the run"
     better = "lower" if lower_is_better(run.measure) else "higher"
     title = f"{run.measure.capitalize()} by length"
-    return Plot("results", title, f"Measured on {where}; {better} is better. A missing point is not finite.", figure)
+    caption = f"Measured on {measured_on(run)}; {better} is better. A missing point is not finite."
+    return Plot("results", title, caption, figure)
 
 
 def _result_trace(run: RunData, method: str) -> dict[str, Any]:
@@ -155,11 +160,11 @@ def _gap_plot(run: RunData) -> Plot | None:
     reference = {length: run.result(found.baseline.method, length) for length in run.lengths}
     against = [(length, result.value) for length, result in reference.items() if result and result.value]
     traces = [_gap_trace(run, method, against) for method in reversed(methods_of(run))]
-    gaps = [abs(gap) for trace in traces for gap in trace["y"] if gap is not None and abs(gap) <= _WIDEST_GAP]
-    widest = 1.1 * max(gaps, default=1.0) or 1.0
+    gaps = [gap for trace in traces for gap in trace["y"] if gap is not None and abs(gap) <= _WIDEST_GAP]
+    margin = 0.1 * (max(gaps) - min(gaps)) or 1.0
     label = look(found.baseline.method).label
-    title = html.escape(f"difference from {label} in %")
-    vertical = _axis(title, range=[-widest, widest], ticksuffix="%")
+    title = _text(f"difference from {label} in %")
+    vertical = _axis(title, range=[min(gaps) - margin, max(gaps) + margin], ticksuffix="%")
     lengths = [length for length, _ in against]
     figure = _figure(
         traces, xaxis=_length_axis(lengths), yaxis=vertical, legend_traceorder="reversed", **_length_marks(run)
@@ -264,7 +269,7 @@ def _convergence(
         "name": "candidates",
         "x": cost[::every].tolist(),
         "y": [evaluation.value for evaluation in evaluations[::every]],
-        "text": [html.escape(evaluation.origin) for evaluation in evaluations[::every]],
+        "text": [_text(evaluation.origin) for evaluation in evaluations[::every]],
         "hovertemplate": "%{text}: %{y:.4f}",
         "marker": {"color": GREY, "size": 4, "opacity": 0.5},
     }

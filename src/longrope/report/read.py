@@ -18,13 +18,17 @@ _INTERVAL = 2  # an interval is its two ends
 
 @dataclass(frozen=True)
 class Result:
-    """The value of one method at one length; None when it is not finite. tokens: how many were measured."""
+    """The value of one method at one length; None when it is not finite. tokens: how many were measured.
+
+    seen: measured on the windows of the search itself rather than on held-out ones.
+    """
 
     method: str
     length: int
     value: float | None
     tokens: int | None
     ci: tuple[float, float] | None
+    seen: bool
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,10 @@ class Document:
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run folder holds; empty or None where a file is not there."""
+    """What a run folder holds; empty or None where a file is not there.
+
+    results: on held-out windows where there are some, else on all. seen: beside those, on the windows of the search.
+    """
 
     name: str
     config: Mapping[str, Any]
@@ -57,6 +64,7 @@ class RunData:
     documents: Mapping[str, tuple[Document, ...]]
     measure: str
     results: tuple[Result, ...]
+    seen: tuple[Result, ...]
     table: FactorTable | None
     evaluations: tuple[Evaluation, ...]
     finished: bool
@@ -100,17 +108,21 @@ def read_run(run: Path) -> RunData:
     _check(isinstance(model, Mapping), run / CONFIG, "model is an object or a name")
     settings = config.get("settings", metrics.get("settings", {}))
     _check(isinstance(settings, Mapping), run / CONFIG, "settings is an object")
+    results = _results(metrics.get("results", []), run / METRICS)
+    unseen = tuple(result for result in results if not result.seen)
     return RunData(
         name=run.resolve().name,
-        config=config or metrics,
+        config=config,
         model=model,
         settings=settings,
         documents=_documents(config.get("documents", {}), run / CONFIG),
         measure=str(metrics.get("measure", "perplexity")),
-        results=_results(metrics.get("results", []), run / METRICS),
+        results=unseen or results,
+        seen=tuple(result for result in results if result.seen) if unseen else (),
         table=_table(run / FACTORS),
         evaluations=tuple(_evaluation(record, run / EVALUATIONS) for record in read_lines(run / EVALUATIONS)),
-        finished=(run / DONE).exists(),
+        # The page of a demo is part of the demo, so it is made before DONE; by then everything is measured.
+        finished=(run / DONE).exists() or bool(results),
     )
 
 
@@ -163,6 +175,7 @@ def _result(item: Mapping[str, Any], path: Path) -> Result:
         value=_number(item.get("value"), path, "value"),
         tokens=None if tokens is None else int(tokens),
         ci=None if low is None or high is None else (low, high),
+        seen=item.get("windows") == "search",
     )
 
 

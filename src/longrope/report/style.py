@@ -20,7 +20,7 @@ _LABELS = {
     "yarn-rcd": "YaRN-rcd",
     "llama3": "Llama 3",
 }
-# Okabe and Ito's palette without its black and its yellow, which one of the two backgrounds would swallow.
+# Okabe and Ito's palette without its black and its yellow, and with a lighter blue: it must show on white and on black.
 OURS_COLOUR, GREY = "#D55E00", "#8A8A8A"
 _COLOURS = {
     UNSCALED: GREY,
@@ -28,9 +28,9 @@ _COLOURS = {
     "ntk": "#009E73",
     "ntk-cd": "#009E73",
     "dynamic-ntk": "#CC79A7",
-    "yarn": "#0072B2",
-    "yarn-paper": "#0072B2",
-    "yarn-rcd": "#0072B2",
+    "yarn": "#1F86C7",
+    "yarn-paper": "#1F86C7",
+    "yarn-rcd": "#1F86C7",
     "llama3": "#56B4E9",
 }
 _SYMBOLS = {"pi": "square", "ntk": "triangle-up", "dynamic-ntk": "triangle-down", "yarn": "diamond", "llama3": "cross"}
@@ -96,7 +96,8 @@ def percent_text(share: float) -> str:
 
 def count_text(count: float) -> str:
     """A count in three digits or so: 5120000 -> 5.12M."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+    count = float(f"{count:.3g}")
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:,.0f}"
@@ -105,5 +106,5 @@ def count_text(count: float) -> str:
 def duration_text(seconds: float) -> str:
     """83 s, 12 min or 3.4 h."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.0f}\N{NO-BREAK SPACE}s"
+    return f"{seconds / 60:.0f}\N{NO-BREAK SPACE}min" if seconds < 7200 else f"{seconds / 3600:.1f}\N{NO-BREAK SPACE}h"

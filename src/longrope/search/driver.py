@@ -14,16 +14,16 @@ import numpy as np
 
 from longrope import __version__
 from longrope.baselines import attention_factor, baseline
-from longrope.documents import Window, choose_windows, default_window_count, fingerprint, read_sources
 from longrope.errors import UserError
 from longrope.evaluate.methods import Result, measure_methods
 from longrope.factors import FactorTable, RopeFactors
 from longrope.lengths import format_length
 from longrope.model import LoadedModel, LoadOptions, load_model
-from longrope.runs import FACTORS, RunFolder, default_run_path
+from longrope.runs import FACTORS, RunFolder, command_line, default_run_path
 from longrope.search.evolution import Candidate, Evolution, EvolutionSettings
 from longrope.search.objective import Objective, PerplexityObjective
 from longrope.search.space import START_TOKENS, Space
+from longrope.windows import Window, fingerprint, windows_for
 
 logger = logging.getLogger(__name__)
 
@@ -115,15 +115,6 @@ def search(
     windows = windows_for(loaded, documents, to, chosen.windows, chosen.seed, share="search")
     held = windows_for(loaded, unseen, to, chosen.windows, chosen.seed, share="unseen") if unseen else []
     return search_windows(loaded, chosen, windows, held, out=out, init=init, on_progress=on_progress)
-
-
-def windows_for(
-    loaded: LoadedModel, sources: Sequence[str], length: int, count: int | None, seed: int, *, share: Any
-) -> list[Window]:
-    """Windows of a length from sources as `--documents` takes them."""
-    documents = read_sources(sources, share=share, tokenizer=loaded.tokenizer)
-    wanted = count or default_window_count(length)
-    return choose_windows(documents, loaded.tokenizer, length=length, count=wanted, seed=seed)
 
 
 def search_windows(
@@ -310,6 +301,7 @@ def run_config(
         "model": describe_model(loaded),
         "settings": chosen | {"init": [row.key for table in init for row in table.rows]},
         "documents": {"search": describe_windows(windows), "unseen": describe_windows(unseen)},
+        "ignored": {"command_line": command_line()},
     }
 
 

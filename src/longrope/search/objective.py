@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from longrope.documents import Window
 from longrope.evaluate.perplexity import measure
 from longrope.factors import RopeFactors
 from longrope.model import LoadedModel
+from longrope.windows import Window
 
 
 @dataclass(frozen=True)

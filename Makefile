@@ -1,0 +1,40 @@
+# Every target makes and reuses .venv by itself; nothing has to be installed first but Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format bench docs clean
+
+# torch first and by itself: its range admits the CPU build where one is offered, and no newer CUDA build.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "longrope needs Python 3.11 or newer; give it as make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch>=2.9,<2.14"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/longrope demo
+
+# One thread a worker: the tests' models are too small to share.
+test: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/evaluation.py
+
+# The commands' reference is generated from --help; a test holds it to the code.
+docs: $(VENV)/installed
+	$(BIN)/python tools/reference.py
+
+clean:
+	rm -rf $(VENV) build dist

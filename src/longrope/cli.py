@@ -1,0 +1,504 @@
+"""The `longrope` command: one function a command, each a thin layer over the Python API.
+
+Imports of torch and everything heavy stay inside the functions, so that `longrope --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from longrope import __version__
+from longrope.errors import UserError
+from longrope.lengths import format_length, parse_length, parse_lengths
+
+if TYPE_CHECKING:
+    from longrope.factors import FactorTable
+    from longrope.model import LoadOptions
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A longer context window for a RoPE language model: LongRoPE, searched, measured and exported.",
+)
+evaluate_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure a model with factors.")
+app.add_typer(evaluate_app, name="evaluate")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or `tiny`, the embedded model.")]
+Documents = Annotated[
+    list[str],
+    typer.Option(
+        "--documents",
+        "-d",
+        metavar="D",
+        help="A file, folder or glob of .txt, .jsonl(.gz) or .parquet; hf:NAME[:SPLIT]; or stdlib. Repeatable.",
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write; by default under runs/.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Fixes windows and every random choice.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, mps; balanced or sequential over all GPUs.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto (CPU: float32 under bf16 autocast, CUDA: bfloat16), float32, bfloat16, float16."
+    ),
+]
+Attention = Annotated[str, typer.Option("--attention", help="transformers' attention: sdpa, eager, flash_attention_2.")]
+OriginalLength = Annotated[
+    str | None, typer.Option("--original-length", metavar="N", help="Trained length, where the checkpoint is wrong.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint carries.")]
+Precision = Annotated[str, typer.Option("--rope-precision", help="dtype of angles: float32 as in engines, or float64.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say everything, and show tracebacks.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and results.")]
+Windows = Annotated[
+    int | None, typer.Option("--windows", min=1, help="Windows of each length; by default 8 up to 32k, 5, 3 from 512k.")
+]
+Factors = Annotated[
+    list[str] | None,
+    typer.Option("--factors", "-f", metavar="F", help="factors.json, a run folder, or none (ignore the checkpoint's)."),
+]
+Lengths = Annotated[str, typer.Option("--lengths", metavar="A,B,..", help="Lengths in tokens, such as 256,1k,2k.")]
+
+VERBOSITY = {"verbose": False, "quiet": False}
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"longrope {__version__}")
+        raise typer.Exit
+
+
+def _begin(verbose: bool, quiet: bool) -> None:
+    from longrope.console import set_up_logging
+
+    VERBOSITY.update(verbose=verbose, quiet=quiet)
+    set_up_logging(1 if verbose else -1 if quiet else 0)
+
+
+def _options_of(
+    device: str, dtype: str, attention: str, original_length: str | None, trust: bool, precision: str
+) -> LoadOptions:
+    from transformers.utils import logging as transformers_logging
+
+    from longrope.model import LoadOptions
+
+    if not VERBOSITY["verbose"]:
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return LoadOptions(
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        original_length=parse_length(original_length) if original_length else None,
+        trust_remote_code=trust,
+        rope_precision=precision,
+    )
+
+
+def _tables(factors: list[str] | None) -> dict[str, FactorTable]:
+    """Factor tables by the name they get in results: the run's folder or the file's stem."""
+    tables: dict[str, FactorTable] = {}
+    for given in factors or []:
+        path = Path(given) / "factors.json" if Path(given).is_dir() else Path(given)
+        stem = path.parent.name if path.name == "factors.json" and path.parent.name else path.stem
+        name, number = stem, 2
+        while name in tables:
+            name, number = f"{stem}-{number}", number + 1
+        tables[name] = _read(path)
+    return tables
+
+
+def _read(path: Path) -> FactorTable:
+    from longrope.convert import read_factors
+
+    return read_factors(path)
+
+
+@app.command()
+def demo(
+    documents: Documents = ["stdlib"],  # noqa: B006  (typer reads the default; nobody changes it)
+    evaluations: Annotated[int, typer.Option(min=1, help="Candidates to evaluate.")] = 300,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "sdpa",
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole story on the embedded model: search, compare, export, report; a few minutes on two cores."""
+    _begin(verbose, quiet)
+    from longrope.console import err, print_json, results_table, search_progress
+    from longrope.demo import demo as run_demo
+
+    options = _options_of(device, dtype, attention, None, False, "float32")
+    with search_progress(quiet) as on_progress:
+        made = run_demo(
+            documents=documents,
+            evaluations=evaluations,
+            seed=seed,
+            out=out,
+            options=options,
+            on_progress=on_progress,
+        )
+    if as_json:
+        print_json(made.metrics)
+    err.print(results_table(made.metrics["results"], title="perplexity on documents that the search has not seen"))
+    err.print(f"stock transformers loads {made.checkpoint} (largest logit gap to ours: {made.logit_gap:.2g})")
+    err.print(f"report: {made.report}", soft_wrap=True)
+
+
+@app.command()
+def documents(
+    sources: Annotated[list[str], typer.Argument(metavar="D", help="Documents, as --documents takes them.")],
+    model: Annotated[str, typer.Option(help="The model whose tokenizer counts.")] = "tiny",
+    lengths: Annotated[str | None, typer.Option(metavar="A,B,..", help="Lengths to count windows of.")] = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """What is there: lengths of documents in tokens, and how many windows of each length they give."""
+    _begin(verbose, quiet)
+    from longrope.console import err, print_json
+    from longrope.documents import read_sources
+    from longrope.model import load_tokenizer
+    from longrope.windows import summary, token_lengths
+
+    tokenizer = load_tokenizer(model, trust_remote_code=trust)
+    found = read_sources(sources, tokenizer=tokenizer)
+    described = summary(token_lengths(found, tokenizer), parse_lengths(lengths) if lengths else None)
+    if as_json:
+        print_json({"command": "documents", "model": model, "settings": {"documents": sources}, **described})
+    else:
+        from longrope.console import documents_table
+
+        err.print(documents_table(described))
+
+
+@app.command()
+def search(
+    model: Model,
+    to: Annotated[str, typer.Option("--to", metavar="N", help="Target length, such as 32k.")],
+    documents: Documents,
+    unseen: Annotated[list[str] | None, typer.Option(metavar="D", help="Documents that are only measured.")] = None,
+    out: Out = None,
+    method: Annotated[str, typer.Option(help="evolution: Algorithm 1 of the paper.")] = "evolution",
+    start_tokens: Annotated[
+        str, typer.Option(metavar="N|search", help="Start tokens: a number, or search.")
+    ] = "search",
+    attention_factor: Annotated[str, typer.Option(metavar="RULE", help="su, yarn, none or a number.")] = "su",
+    init: Annotated[list[Path] | None, typer.Option(metavar="FACTORS", help="One more seed. Repeatable.")] = None,
+    evaluations: Annotated[int | None, typer.Option(min=1, help="At most so many candidates.")] = None,
+    windows: Windows = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "sdpa",
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search rescale factors for one target length. The same command resumes; a larger budget continues."""
+    _begin(verbose, quiet)
+    target = parse_length(to)
+    seeds = [_read(path) for path in init or []]
+    from longrope.console import err, factors_table, print_json, results_table, search_progress
+    from longrope.runs import METRICS, default_run_path, read_object
+    from longrope.search.driver import search as run_search
+
+    options = _options_of(device, dtype, attention, original_length, trust, rope_precision)
+    path = out or default_run_path("search", model, target)
+    with search_progress(quiet) as on_progress:
+        table = run_search(
+            model,
+            to=target,
+            documents=documents,
+            unseen=unseen or [],
+            out=path,
+            init=seeds,
+            options=options,
+            on_progress=on_progress,
+            method=method,
+            start_tokens=start_tokens,
+            attention_factor=attention_factor,
+            evaluations=evaluations,
+            windows=windows,
+            seed=seed,
+        )
+    measured = read_object(path / METRICS, "measurements of the run")
+    if as_json:
+        print_json(measured)
+        return
+    err.print(factors_table(table))
+    for name in ("search", "unseen"):
+        if chosen := [result for result in measured["results"] if result["windows"] == name]:
+            err.print(results_table(chosen, title=f"perplexity, {name} windows"))
+    err.print(f"factors: {path / 'factors.json'}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    model: Model,
+    lengths: Lengths,
+    documents: Documents,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,..", help="none, pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-rcd, llama3; +su."),
+    ] = None,
+    factors: Factors = None,
+    windows: Windows = None,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "sdpa",
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """The table of methods by length: perplexity on the same windows."""
+    _begin(verbose, quiet)
+    from longrope.compare import compare as run_compare
+    from longrope.console import err, print_json, results_table
+    from longrope.evaluate.methods import DEFAULT_METHODS
+
+    wanted = parse_lengths(lengths)
+    options = _options_of(device, dtype, attention, original_length, trust, rope_precision)
+    measured = run_compare(
+        model,
+        lengths=wanted,
+        documents=documents,
+        methods=[part.strip() for part in methods.split(",")] if methods else DEFAULT_METHODS,
+        factors=_tables(factors),
+        windows=windows,
+        seed=seed,
+        out=out,
+        options=options,
+        on_result=lambda result: logging.getLogger("longrope").debug("%s", result.to_dict()),
+    )
+    if as_json:
+        print_json(measured)
+    else:
+        err.print(
+            results_table(measured["results"], title=f"perplexity, methods set up for {format_length(max(wanted))}")
+        )
+
+
+@app.command()
+def factors(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="factors.json, a transformers config.json, or a CSV.")],
+    row: Annotated[
+        str | None, typer.Option(help="Of a CSV: the name of a row, or MODEL@LENGTH for a whole table.")
+    ] = None,
+    rope_theta: Annotated[float | None, typer.Option(help="Of a CSV: the model's rope_theta.")] = None,
+    original_length: OriginalLength = None,
+    attention_factor: Annotated[str, typer.Option(metavar="RULE", help="Of a CSV: su, yarn, none or a number.")] = "su",
+    up_to: Annotated[str | None, typer.Option(metavar="N", help="Of a CSV without a header: its length.")] = None,
+    to: Annotated[str, typer.Option("--to", metavar="FORM", help="Convert to json, transformers or csv.")] = "",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the converted factors.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Print, check and convert factors."""
+    _begin(verbose, quiet)
+    from longrope.console import err, factors_table
+    from longrope.convert import convert, read_factors
+
+    table = read_factors(
+        file,
+        row=row,
+        rope_theta=rope_theta,
+        original_length=parse_length(original_length) if original_length else None,
+        attention=attention_factor,
+        up_to=parse_length(up_to) if up_to else None,
+    )
+    if out is not None:
+        from longrope.runs import write_atomically
+
+        write_atomically(out, convert(table, to or "json"))
+    elif to or as_json:
+        sys.stdout.write(convert(table, to or "json"))
+    else:
+        err.print(factors_table(table))
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The new folder.")],
+    factors: Factors = None,
+    engine: Annotated[str, typer.Option(help="transformers.")] = "transformers",
+    window: Annotated[
+        str, typer.Option(help="long (safe everywhere), dynamic (both rows, by length) or short.")
+    ] = "long",
+    original_length: OriginalLength = None,
+    trust: Trust = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """A checkpoint for an engine, verified as written."""
+    _begin(verbose, quiet)
+    from longrope.console import err
+    from longrope.export.transformers import export_model
+
+    options = _options_of("cpu", "auto", "sdpa", original_length, trust, "float32")
+    written = export_model(model, _one_table(factors), out, engine=engine, window=window, options=options)
+    err.print(f"checkpoint: {written}", soft_wrap=True)
+
+
+def _one_table(factors: list[str] | None) -> FactorTable | None:
+    tables = list(_tables(factors).values())
+    if len(tables) > 1:
+        raise UserError("--factors", got=f"{len(tables)} files", rule="one table is used here", do="give one")
+    return tables[0] if tables else None
+
+
+@evaluate_app.command("perplexity")
+def evaluate_perplexity(
+    model: Model,
+    lengths: Lengths,
+    documents: Documents,
+    factors: Factors = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slide a window over whole documents by so many tokens (256 in the papers)."),
+    ] = None,
+    windows: Windows = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "sdpa",
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Token-weighted perplexity by length, on whole windows or with a sliding window."""
+    _begin(verbose, quiet)
+    from longrope.evaluate.run import evaluate
+
+    options = _options_of(device, dtype, attention, original_length, trust, rope_precision)
+    measured = evaluate(
+        "perplexity",
+        model,
+        lengths=parse_lengths(lengths),
+        factors=_one_or_none(factors),
+        documents=documents,
+        windows=windows,
+        stride=stride,
+        seed=seed,
+        options=options,
+    )
+    _show(measured, as_json)
+
+
+@evaluate_app.command("passkey")
+def evaluate_passkey(
+    model: Model,
+    lengths: Lengths,
+    factors: Factors = None,
+    tries: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 10,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "sdpa",
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Share of five-digit keys that the model finds in filler, by length."""
+    _begin(verbose, quiet)
+    from longrope.evaluate.run import evaluate
+
+    options = _options_of(device, dtype, attention, original_length, trust, rope_precision)
+    measured = evaluate(
+        "passkey",
+        model,
+        lengths=parse_lengths(lengths),
+        factors=_one_or_none(factors),
+        tries=tries,
+        seed=seed,
+        options=options,
+    )
+    _show(measured, as_json)
+
+
+def _one_or_none(factors: list[str] | None) -> FactorTable | str | None:
+    return "none" if factors == ["none"] else _one_table(factors)
+
+
+def _show(measured: dict[str, Any], as_json: bool) -> None:
+    from longrope.console import err, print_json, results_table
+
+    if as_json:
+        print_json(measured)
+    else:
+        err.print(results_table(measured["results"], title=measured["measure"]))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="By default RUN/report.html.")] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """One self-contained HTML page from a run folder."""
+    _begin(verbose, quiet)
+    from longrope.console import err
+    from longrope.report import write_report
+
+    err.print(f"report: {write_report(run, out)}", soft_wrap=True)
+
+
+def main() -> NoReturn:
+    """Run the command line: exit code 0 done, 2 bad usage or input in one line, 1 anything else, 130 interrupted."""
+    from longrope.console import end_at_once_on_signals
+
+    end_at_once_on_signals()
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command line's parser
+            _fail(f"{error.format_message()}; see longrope --help", 2)
+        if VERBOSITY["verbose"]:
+            raise
+        _fail(f"{type(error).__name__}: {error} (run it again with -v for the traceback)", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print("longrope: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

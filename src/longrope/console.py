@@ -1,0 +1,154 @@
+"""What people see: rich tables and progress on stderr, one JSON document on stdout, and how a process ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from longrope.lengths import format_length
+
+if TYPE_CHECKING:
+    from longrope.factors import FactorTable
+    from longrope.search.driver import OnProgress
+
+INTERRUPTED = 130
+
+err = Console(stderr=True, highlight=False)
+
+
+def set_up_logging(verbosity: int) -> None:
+    """Our notes on stderr: warnings at -1, notes at 0, everything at 1; other libraries speak at 1 only."""
+    level = {-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG)
+    handler = RichHandler(console=err, show_time=False, show_level=False, show_path=verbosity > 0, markup=False)
+    for name in ("longrope", *(["transformers", "datasets"] if verbosity > 0 else [])):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers = [handler]
+        logger.propagate = False
+
+
+def end_at_once_on_signals() -> None:
+    """SIGINT and SIGTERM end the process with exit code 130 and the command that resumes.
+
+    State is always on disk, so nothing is left to do. A thread waits for the signals, because Python's own handlers
+    would wait for a forward pass to end first, which can be many minutes.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads started later inherit it
+
+    def wait() -> None:
+        signal.sigwait(signals)
+        command = shlex.join(["longrope", *sys.argv[1:]])
+        sys.stderr.write(f"\x1b[?25h\nlongrope: interrupted; the same command goes on from here: {command}\n")
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """The one JSON document of --json, on stdout. NaN is null."""
+    sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def search_progress(quiet: bool) -> Iterator[OnProgress | None]:
+    """A progress bar for a search: iteration, best value, candidates a second, time left."""
+    if quiet:
+        yield None
+        return
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("best {task.fields[best]}  {task.fields[rate]} candidates/s"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("search", total=None, best="-", rate="-")
+
+        def on_progress(progress: Any) -> None:
+            bar.update(
+                task,
+                description=f"iteration {progress.iteration}",
+                completed=progress.done,
+                total=progress.total,
+                best=f"{progress.best:.4f}" if math.isfinite(progress.best) else "-",
+                rate=f"{progress.rate:.2f}",
+            )
+
+        yield on_progress
+
+
+def results_table(results: Sequence[Mapping[str, Any]], *, title: str) -> Table:
+    """Methods by length; the best of each length in bold."""
+    lengths = sorted({result["length"] for result in results})
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    values = {(result["method"], result["length"]): result["value"] for result in results}
+    best = {
+        length: min(
+            (values[method, length] for method in methods if values.get((method, length)) is not None), default=None
+        )
+        for length in lengths
+    }
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for length in lengths:
+        table.add_column(format_length(length), justify="right")
+    for method in methods:
+        cells = [values.get((method, length)) for length in lengths]
+        table.add_row(method, *(_cell(cell, best[length]) for cell, length in zip(cells, lengths, strict=True)))
+    return table
+
+
+def _cell(value: float | None, best: float | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.4g}" if value >= 1000 else f"{value:.3f}"
+    return f"[bold]{text}[/bold]" if value == best else text
+
+
+def factors_table(table: FactorTable) -> Table:
+    """Rows of a factor table, one line each."""
+    title = (
+        f"{table.model or 'factors'}: base {table.rope_theta:g}, {table.rotary_dim} rotary dimensions, original length "
+    )
+    shown = Table(title=title + format_length(table.original_length), title_justify="left")
+    for name in ("up to", "start tokens", "attention factor", "first", "middle", "last"):
+        shown.add_column(name, justify="right")
+    for row in table.rows:
+        middle = row.rescale[len(row.rescale) // 2]
+        cells = [
+            f"{row.attention_factor:.4f}",
+            *(f"{value:.4g}" for value in (row.rescale[0], middle, row.rescale[-1])),
+        ]
+        shown.add_row(format_length(row.up_to), str(row.start_tokens), *cells)
+    return shown
+
+
+def documents_table(described: Mapping[str, Any]) -> Table:
+    """What `longrope documents` found: windows by length, and a histogram of lengths."""
+    title = f"{described['documents']} documents, {described['tokens']:,} tokens, the longest {described['longest']:,}"
+    shown = Table(title=title, title_justify="left")
+    for name in ("at least", "documents", "windows"):
+        shown.add_column(name, justify="right")
+    shown.add_column("")
+    most = max((row["documents"] for row in described["lengths"]), default=0) or 1
+    for row in described["lengths"]:
+        bar = "\u2588" * round(30 * row["documents"] / most)
+        shown.add_row(format_length(row["length"]), f"{row['documents']:,}", f"{row['windows']:,}", bar)
+    return shown

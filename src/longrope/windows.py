@@ -1,0 +1,191 @@
+"""Windows of tokens, drawn from documents and fixed by a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longrope.documents import Document, Share, distinct, read_sources
+from longrope.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from longrope.model import LoadedModel
+
+Ids = NDArray[np.int64]
+
+_TOKENIZED_AT_ONCE = 32  # documents a call, so that the tokens of a large collection are never in memory together
+
+
+@dataclass(frozen=True)
+class Window:
+    """A span of one document: `ids` (length,), BOS first when the tokenizer has one, then the tokens from `start` on.
+
+    `document` and `sha256` are the document's name and hash; `start` counts its tokens, BOS not among them.
+    """
+
+    document: str
+    sha256: str
+    start: int
+    ids: Ids
+
+
+def default_window_count(length: int) -> int:
+    """Search windows of a length in tokens: 8 up to 32k, 5 below 512k, 3 from there (the paper's choices)."""
+    return 8 if length <= 32 * 1024 else 5 if length < 512 * 1024 else 3
+
+
+def choose_windows(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, length: int, count: int, seed: int
+) -> list[Window]:
+    """`count` windows of `length` tokens, fixed by the seed and the texts, not by names or order.
+
+    One window a document, at a random place, as far as there are documents long enough; then further ones of the same
+    documents, which never overlap. Documents are tokenized only until there are enough. Raises UserError, saying what
+    was found, when the documents cannot hold that many.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    span = length - len(bos)
+    if span < 1 or count < 1:
+        got = f"{count} of {length} tokens"
+        raise UserError("windows", got=got, rule="there is at least one, of at least 2 tokens", do="ask for more")
+    rng = np.random.default_rng(seed)
+    ordered = sorted(distinct(documents), key=lambda document: document.sha256)
+    long: list[tuple[Document, list[int]]] = []
+    for index in rng.permutation(len(ordered)):
+        document = ordered[index]
+        if len(long) < count and _most_tokens(document.text) >= span:
+            (ids,) = _tokenize(tokenizer, [document.text])
+            if len(ids) >= span:
+                long.append((document, ids))
+    shares = _deal([len(ids) // span for _, ids in long], count)
+    if sum(shares) < count:
+        # Where none is long enough, all have to be tokenized to tell how long they are.
+        longest = max([len(ids) for _, ids in long] or token_lengths(ordered, tokenizer), default=0)
+        found = f"{_number(len(ordered), 'document')}, the longest of {_number(longest, 'token')}"
+        got = f"{found}, which hold {_number(sum(shares), 'window')} of {length} tokens"
+        do = "give longer or more documents, or ask for shorter or fewer windows"
+        raise UserError("documents", got=got, rule=f"wanted: {_number(count, 'window')}", do=do)
+    return [
+        Window(document.name, document.sha256, start, np.array(bos + ids[start : start + span], dtype=np.int64))
+        for (document, ids), share in zip(long, shares, strict=True)
+        for start in _starts(rng, len(ids), span, share)
+    ]
+
+
+def _most_tokens(text: str) -> int:
+    """A bound on the tokens of a text: a token is a byte at least.
+
+    One more for the space that some tokenizers put in front, and 11 times as many where they may normalise: the worst
+    that NFKC does to a character's UTF-8.
+    """
+    size = len(text.encode())
+    return 1 + (size if text.isascii() else 11 * size)
+
+
+def _deal(capacities: Sequence[int], count: int) -> list[int]:
+    """How many windows each document gives: in turn, one each, until `count` are dealt or none has room."""
+    shares = [0] * len(capacities)
+    while sum(shares) < min(count, sum(capacities)):
+        for index, capacity in enumerate(capacities):
+            if shares[index] < capacity and sum(shares) < count:
+                shares[index] += 1
+    return shares
+
+
+def _starts(rng: np.random.Generator, tokens: int, span: int, count: int) -> list[int]:
+    """Random ascending starts of `count` spans that do not overlap, for one span uniform.
+
+    The tokens left over are drawn as gaps, so no draw is ever refused.
+    """
+    gaps = np.sort(rng.integers(0, tokens - count * span, size=count, endpoint=True))
+    return [int(start) for start in gaps + span * np.arange(count)]
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def token_lengths(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of each whole document, BOS not counted."""
+    batches = range(0, len(documents), _TOKENIZED_AT_ONCE)
+    texts = ([document.text for document in documents[i : i + _TOKENIZED_AT_ONCE]] for i in batches)
+    return [len(ids) for batch in texts for ids in _tokenize(tokenizer, batch)]
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # verbose=False: no warning about texts beyond the model's length, which are the point here.
+    ids: list[list[int]] = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+    return ids
+
+
+def fingerprint(windows: Sequence[Window]) -> str:
+    """`sha256:...` over the ids of all windows, in order."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(f"{len(window.ids)}:".encode())
+        digest.update(window.ids.astype("<i8").tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def windows_for(
+    loaded: LoadedModel, sources: Sequence[str], length: int, count: int | None, seed: int, *, share: Share
+) -> list[Window]:
+    """Windows of a length from sources as `--documents` takes them; `count` by default as for a search."""
+    documents = read_sources(sources, share=share, tokenizer=loaded.tokenizer)
+    wanted = count or default_window_count(length)
+    return choose_windows(documents, loaded.tokenizer, length=length, count=wanted, seed=seed)
+
+
+def whole_documents(
+    loaded: LoadedModel, sources: Sequence[str], length: int, count: int | None, *, share: Share
+) -> list[Window]:
+    """Whole documents of at least `length` tokens as one window each, BOS first; the first `count` by hash, or all.
+
+    Raises UserError when none is that long.
+    """
+    bos = [] if loaded.tokenizer.bos_token_id is None else [loaded.tokenizer.bos_token_id]
+    documents = read_sources(sources, share=share, tokenizer=loaded.tokenizer)
+    found: list[Window] = []
+    for document in sorted(documents, key=lambda each: each.sha256):
+        if count is not None and len(found) == count:
+            break
+        if _most_tokens(document.text) + len(bos) >= length:
+            (ids,) = _tokenize(loaded.tokenizer, [document.text])
+            if len(bos) + len(ids) >= length:
+                found.append(Window(document.name, document.sha256, 0, np.array(bos + ids, dtype=np.int64)))
+    if not found:
+        got = f"{_number(len(documents), 'document')}, none of {length} tokens"
+        do = "give longer documents, or ask for a shorter length"
+        raise UserError("documents", got=got, rule="a window fits into at least one", do=do)
+    return found
+
+
+def summary(lengths: Sequence[int], wanted: Sequence[int] | None = None) -> Mapping[str, Any]:
+    """What documents of these lengths in tokens hold: how many reach each wanted length, and how many windows that is.
+
+    The wanted lengths are by default the powers of two from 256 to the longest document.
+    """
+    longest = max(lengths, default=0)
+    wanted = wanted or [2**power for power in range(8, max(9, longest.bit_length()))]
+    return {
+        "documents": len(lengths),
+        "tokens": sum(lengths),
+        "longest": longest,
+        "lengths": [
+            {
+                "length": length,
+                "documents": sum(each >= length for each in lengths),
+                "windows": sum(each // length for each in lengths),
+            }
+            for length in wanted
+        ],
+    }

@@ -1,0 +1,546 @@
+"""The report: one page that holds everything, loads nothing, believes no name and says what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longrope.baselines import METHODS, RopeShape, baseline, critical_dimension
+from longrope.errors import UserError
+from longrope.factors import FactorTable, RopeFactors, unscaled
+from longrope.report import write_report
+from longrope.report.facts import cards, command_line, headline, missing, settings, table_rows
+from longrope.report.plots import log_ticks, plots
+from longrope.report.read import read_run
+from longrope.report.style import count_text, duration_text, look, percent_text, value_text
+from longrope.runs import RunFolder
+
+SHAPE = RopeShape(rope_theta=200.0, rotary_dim=64, original_length=256)
+LENGTHS = [256, 1024, 2048]
+VALUES: dict[str, list[float | None]] = {
+    "none": [5.1, 35.0, math.inf],
+    "pi": [5.1, 6.9, 9.1],
+    "dynamic-ntk": [5.1, 4.95, 5.4],
+    "yarn": [5.1, 4.6, 4.49],
+    "yarn+su": [5.1, 4.61, 4.52],
+    "searched": [5.1, 4.5, 4.268],
+}
+CONFIG: dict[str, Any] = {
+    "command": "search",
+    "longrope": "0.1.0",
+    "model": {"name": "tiny", "rope_theta": 200.0, "rotary_dim": 64, "original_length": 256, "fingerprint": "f00d"},
+    "settings": {"to": 2048, "seed": 3, "documents": ["stdlib", "my texts"], "hours": None},
+    "documents": {
+        "search": [{"name": "asyncio/events.py", "sha256": "ab" * 32, "start": 17}],
+        "unseen": [{"name": "typing.py", "sha256": "cd" * 32, "start": 0}],
+    },
+    "ignored": {"workers": 2, "command_line": ["longrope", "search", "tiny", "--documents", "my texts"]},
+}
+
+
+def interval(value: float | None) -> list[float] | None:
+    return None if value is None else [value * 0.9, value * 1.1]
+
+
+def results(values: dict[str, list[float | None]]) -> list[dict[str, Any]]:
+    return [
+        {"method": method, "length": length, "value": value, "tokens": 4096, "ci": interval(value)}
+        for method, row in values.items()
+        for length, value in zip(LENGTHS, row, strict=True)
+    ]
+
+
+def make_run(path: Path, name: str = "tiny", document: str = "asyncio/events.py", method: str = "searched") -> Path:
+    """A finished run written by the run folder itself, with names that a file could hold."""
+    documents = {**CONFIG["documents"], "search": [{**CONFIG["documents"]["search"][0], "name": document}]}
+    config = {**CONFIG, "model": {**CONFIG["model"], "name": name}, "documents": documents}
+    searched = tuple(np.linspace(1, 9, 32).tolist())
+    rows = (unscaled(32, 256), RopeFactors(2048, searched, start_tokens=4, attention_factor=1.17))
+    values = {method if key == "searched" else key: row for key, row in VALUES.items()}
+    with RunFolder.open(path, config) as run:
+        run.save_factors(FactorTable(200.0, 64, 256, rows, model=name))
+        for index, value in enumerate([9.1, 4.49, math.nan, 4.6, 4.3, 4.35, 4.268]):
+            origin = {0: "pi", 1: "yarn"}.get(index, document)
+            run.log_evaluation({"index": index, "origin": origin, "value": value, "tokens": 16384, "seconds": 0.5})
+        run.save_metrics({"command": "search", "model": name, "measure": "perplexity", "results": results(values)})
+        run.finish()
+    return path
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, text outside of scripts, and the JSON of the figures."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words: list[str] = []
+        self.bold: list[str] = []
+        self.rows: list[list[str]] = []
+        self.json = ""
+        self._inside: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(path.read_text("utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        if tag not in ("meta", "link", "img", "br"):
+            self._inside.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._inside and self._inside.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        tag, attributes = self._inside[-1] if self._inside else ("", {})
+        if tag == "script" and attributes.get("type") == "application/json":
+            self.json += data
+        elif tag not in ("script", "style"):
+            self.words.append(data.strip())
+            inside = {name for name, _ in self._inside}
+            if inside & {"td", "th"} and tag != "small":
+                self.rows[-1][-1] += data.strip()
+            if tag == "strong":
+                self.bold.append(data.strip())
+
+    @property
+    def text(self) -> str:
+        return " ".join(word for word in self.words if word)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Page:
+    return Page(write_report(run))
+
+
+# --- the whole page --------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_written_beside_the_run_or_where_asked(run: Path, tmp_path: Path) -> None:
+    assert write_report(run) == run / "report.html"
+    assert write_report(run, tmp_path / "other.html").read_bytes() == (run / "report.html").read_bytes()
+
+
+def test_the_page_is_small_and_loads_nothing(run: Path, page: Page) -> None:
+    assert (run / "report.html").stat().st_size < 6_000_000
+    loading = {"src", "href", "srcset", "data", "action", "poster", "background"}
+    assert [item for item in page.attributes if item[1] in loading] == []
+    assert page.tags.keys().isdisjoint({"link", "iframe", "img", "object", "embed", "base", "form"})
+    policy = [value for tag, key, value in page.attributes if (tag, key) == ("meta", "content") and "-src" in value]
+    assert len(policy) == 1
+    assert policy[0].startswith("default-src 'none';")
+    style = (run / "report.html").read_text().partition("<style>")[2].partition("</style>")[0]
+    assert "@media" in style
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_plotly_is_in_the_page_once_and_every_plot_has_its_place(run: Path, page: Page) -> None:
+    assert (run / "report.html").read_text().count("plotly.js v") == 1
+    figures = json.loads(page.json)
+    places = [value for _, key, value in page.attributes if key == "data-figure"]
+    assert places == ["results", "gap", "factors", "convergence", "cost"]
+    assert sorted(figures) == sorted(places)
+
+
+def test_every_method_is_in_the_table_with_its_figures_and_the_best_first(page: Page) -> None:
+    header = page.rows.index(["method", "256", "1024", "2048"])
+    assert page.rows[header + 1 : header + 7] == [
+        ["searched", "5.100", "4.500", "4.268"],
+        ["YaRN", "5.100", "4.600", "4.490"],
+        ["YaRN + su", "5.100", "4.610", "4.520"],
+        ["dynamic NTK", "5.100", "4.950", "5.400"],
+        ["PI", "5.100", "6.900", "9.100"],
+        ["unscaled", "5.100", "35.00", "—"],
+    ]
+    assert page.bold == ["5.100", "4.500", "4.268", *["5.100"] * 5]
+    assert "3.841 – 4.695" in page.text
+    assert next(value for _, key, value in page.attributes if key == "data-method") == "searched"
+
+
+def test_the_page_says_what_was_asked(page: Page) -> None:
+    assert "tiny, 256 → 2048 tokens: perplexity 4.27, YaRN 4.49 (−4.9%)" in page.text
+    assert "longrope search tiny --documents 'my texts'" in page.text
+    assert ["asyncio/events.py", "ab" * 8, "17"] in page.rows
+    assert ["settings.seed", "3"] in page.rows
+    assert ["longrope", "0.1.0"] in page.rows
+    assert ["256", "1.000", "1.000", "0", "1.0000"] in page.rows
+    assert ["2048", "1.000", "9.000", "4", "1.1700"] in page.rows
+    assert "Missing" not in page.text
+
+
+def test_the_page_follows_light_and_dark_screens_and_paper(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    assert "@media (prefers-color-scheme: dark)" in text
+    assert "@media print" in text
+    assert 'matchMedia("(prefers-color-scheme: dark)")' in text
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+
+
+def test_importing_the_report_imports_neither_torch_nor_transformers_nor_plotly() -> None:
+    code = "import sys, longrope.report, longrope.runs; print({'torch', 'transformers', 'plotly'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == "set()\n"
+
+
+# --- names from files ------------------------------------------------------------------------------------------------
+
+HOSTILE = "</script></title></style><img src=x onerror=alert(1)>&lt;b>'\"{{ 7*7 }}\u2028%{x}"
+
+
+def test_hostile_names_are_text_everywhere(run: Path, page: Page, tmp_path: Path) -> None:
+    hostile = Page(write_report(make_run(tmp_path / "run", name=HOSTILE, document=HOSTILE, method=HOSTILE)))
+    assert hostile.tags == page.tags
+    shown = " ".join(HOSTILE.split())
+    assert " ".join(hostile.text.split()).count(shown) >= 5  # title, headline, table, document, settings
+    figures = json.loads(hostile.json)
+    names = [trace["name"] for trace in figures["results"]["data"]]
+    assert [name for name in names if "img" in name] == [
+        "&lt;/script&gt;&lt;/title&gt;&lt;/style&gt;&lt;img src=x onerror=alert(1)&gt;&amp;lt;b&gt;'\""
+        "{{ 7*7 }}\u2028%{x}"
+    ]
+    assert "<" not in json.dumps([figure["data"] for figure in figures.values()])
+
+
+def test_a_hostile_measure_is_text_too(run: Path, page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
+    metrics = json.loads((path / "metrics.json").read_text())
+    (path / "metrics.json").write_text(json.dumps({**metrics, "measure": "<a href=x>passkey</a>"}))
+    hostile = Page(write_report(path))
+    assert hostile.tags == page.tags
+    title = json.loads(hostile.json)["results"]["layout"]["yaxis"]["title"]["text"]
+    assert title == "&lt;a href=x&gt;passkey&lt;/a&gt;"
+
+
+def test_a_name_that_is_no_unicode_text_is_still_written(tmp_path: Path) -> None:
+    assert "broken-?-name" in Page(write_report(make_run(tmp_path, name="broken-\udcff-name"))).text
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+
+def figures_of(path: Path) -> dict[str, Any]:
+    return {plot.name: plot.figure for plot in plots(read_run(path))}
+
+
+def test_the_results_plot_has_every_method_on_log_axes_and_ours_stands_out(run: Path) -> None:
+    figure = figures_of(run)["results"]
+    traces = {trace["name"]: trace for trace in figure["data"]}
+    assert set(traces) == {"searched", "YaRN", "YaRN + su", "dynamic NTK", "PI", "unscaled"}
+    assert traces["searched"]["y"] == [5.1, 4.5, 4.268]
+    assert traces["unscaled"]["y"] == [5.1, 35.0, None]
+    assert traces["YaRN"]["x"] == LENGTHS
+    widths = {name: trace["line"]["width"] for name, trace in traces.items()}
+    assert all(widths["searched"] > width for name, width in widths.items() if name != "searched")
+    assert (figure["layout"]["xaxis"]["type"], figure["layout"]["yaxis"]["type"]) == ("log", "log")
+    assert figure["layout"]["xaxis"]["ticktext"] == ["256", "1024", "2048"]
+    assert traces["YaRN"]["error_y"]["array"] == pytest.approx([0.51, 0.46, 0.449])
+
+
+def test_the_gap_plot_is_relative_to_the_best_baseline_at_the_target(run: Path) -> None:
+    traces = {trace["name"]: trace for trace in figures_of(run)["gap"]["data"]}
+    assert traces["YaRN"]["y"] == [0, 0, 0]
+    assert traces["searched"]["y"] == pytest.approx([0, 100 * (4.5 / 4.6 - 1), 100 * (4.268 / 4.49 - 1)])
+
+
+def test_the_factors_plot_shows_ours_beside_pi_ntk_and_yarn_with_the_critical_dimension(run: Path) -> None:
+    figure = figures_of(run)["factors"]
+    traces = {trace["name"]: trace["y"] for trace in figure["data"]}
+    assert set(traces) == {"this run", "PI", "NTK", "YaRN"}
+    for name, label in (("pi", "PI"), ("ntk", "NTK"), ("yarn", "YaRN")):
+        assert traces[label] == list(baseline(name, SHAPE, 2048).rescale)
+    assert traces["this run"] == np.linspace(1, 9, 32).tolist()
+    assert figure["layout"]["shapes"][0]["x0"] == critical_dimension(SHAPE)
+    assert figure["layout"]["annotations"][0]["text"] == "critical dimension 22.4"
+
+
+def test_the_convergence_is_the_best_so_far_against_evaluations_and_tokens(run: Path) -> None:
+    made = {plot.name: plot for plot in plots(read_run(run))}
+    line = {trace["name"]: trace for trace in made["convergence"].figure["data"]}
+    assert line["best so far"]["x"] == [1, 2, 5, 7, 7]
+    assert line["best so far"]["y"] == [9.1, 4.49, 4.3, 4.268, 4.268]
+    assert line["candidates"]["y"] == [9.1, 4.49, None, 4.6, 4.3, 4.35, 4.268]
+    assert line["YaRN"]["y"] == [4.49, 4.49]
+    costs = {trace["name"]: trace for trace in made["cost"].figure["data"]}
+    assert costs["best so far"]["x"] == [16384 * count for count in (1, 2, 5, 7, 7)]
+    assert made["convergence"].caption.startswith("Best 4.268 at evaluation 7 of 7. Dots are candidates; 2 lie above")
+    low, high = made["convergence"].figure["layout"]["yaxis"]["range"]
+    assert low < 4.268 < 4.49 < high < 9.1
+
+
+def test_a_method_looks_the_same_in_every_plot(run: Path) -> None:
+    colours: dict[str, set[str]] = {}
+    for figure in figures_of(run).values():
+        for trace in figure["data"]:
+            if "line" in trace:
+                colours.setdefault(trace["name"], set()).add(trace["line"]["color"])
+    assert all(len(found) == 1 for found in colours.values())
+    assert colours["searched"] == colours["this run"] == colours["best so far"]
+
+
+def test_no_two_methods_look_alike() -> None:
+    names = ["none", *METHODS, *(f"{name}+su" for name in ("pi", "ntk", "dynamic-ntk", "yarn", "llama3")), "a", "b"]
+    looks = [look(name, names) for name in names]
+    assert len({(item.colour, item.dash, item.symbol) for item in looks}) == len(names)
+    assert len({item.label for item in looks}) == len(names)
+    assert [item.label for item in looks if item.ours] == ["a", "b"]
+
+
+def test_a_long_search_is_thinned_to_keep_the_page_small(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
+    records = [{"origin": "mutation", "value": 5 - index / 50_000, "tokens": 9} for index in range(20_000)]
+    records[12_345]["value"] = 4.0
+    (path / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    traces = {trace["name"]: trace for trace in figures_of(path)["convergence"]["data"]}
+    assert len(traces["candidates"]["x"]) == 2000
+    assert min(traces["best so far"]["y"]) == 4.0
+    assert write_report(path).stat().st_size < 6_000_000
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(4.2, 4.6), (4.27, 900.0), (1.0, 1e6), (3.0, 3.0), (1e-3, 2e-3), (99.0, 101.0)]
+)
+def test_log_ticks_are_few_round_numbers_inside_the_range(low: float, high: float) -> None:
+    ticks = log_ticks(low, high)
+    assert 1 <= len(ticks) <= 9
+    assert ticks == sorted(set(ticks))
+    assert all(low * 0.97 <= tick <= high * 1.03 for tick in ticks)
+
+
+# --- what may be missing ---------------------------------------------------------------------------------------------
+
+SENTENCES = {
+    "config.json": "What was asked: there is no config.json.",
+    "metrics.json": "Perplexity by length: there is no metrics.json with results.",
+    "factors.json": "The factors: there is no factors.json.",
+    "evaluations.jsonl": "The convergence: there is no evaluations.jsonl with evaluations.",
+}
+
+
+@pytest.mark.parametrize("gone", SENTENCES)
+def test_a_missing_file_is_said_and_the_rest_is_shown(run: Path, tmp_path: Path, gone: str) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
+    (path / gone).unlink()
+    text = Page(write_report(path)).text
+    assert [name for name, sentence in SENTENCES.items() if sentence in text] == [gone]
+
+
+@pytest.mark.parametrize("kept", SENTENCES)
+def test_a_run_with_one_file_makes_a_page(run: Path, tmp_path: Path, kept: str) -> None:
+    shutil.copy(run / kept, tmp_path)
+    text = Page(write_report(tmp_path)).text
+    assert [name for name, sentence in SENTENCES.items() if sentence in text] == [
+        name for name in SENTENCES if name != kept
+    ]
+    assert ("not finished" in text) == (kept != "metrics.json")
+
+
+def test_a_page_without_plots_carries_no_scripts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    page = Page(write_report(tmp_path))
+    assert page.tags["script"] == 0
+    assert "tiny, 256 → 2048 tokens: no figures yet" in page.text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    names = "config.json, metrics.json, factors.json, evaluations.jsonl"
+    with pytest.raises(UserError) as caught:
+        write_report(tmp_path)
+    rule = "a run is a folder that a command wrote; give the --out of a command"
+    assert str(caught.value) == f"run: got {tmp_path}, which has none of {names}; {rule}"
+    with pytest.raises(UserError, match=rf"run: got {tmp_path}/none, which is no folder; a run is a folder"):
+        write_report(tmp_path / "none")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_that_cannot_be_written_is_told(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"output: got {tmp_path}/none/page\.html \(No such file or directory\)"):
+        write_report(run, tmp_path / "none" / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "{", "it is JSON"),
+        ("config.json", "[]", "it is a JSON object"),
+        ("config.json", '{"model": 3}', "model is an object or a name"),
+        ("config.json", '{"settings": []}', "settings is an object"),
+        ("config.json", '{"documents": {"search": ["a"]}}', "documents are lists of objects"),
+        ("metrics.json", "\x00", "it is JSON"),
+        ("metrics.json", '{"results": {}}', "results is a list"),
+        ("metrics.json", '{"results": [3]}', "results is a list"),
+        ("metrics.json", '{"results": [{"length": 1}]}', "a method is a name"),
+        ("metrics.json", '{"results": [{"method": "a", "length": 0}]}', "a length is a positive whole number"),
+        ("metrics.json", '{"results": [{"method": "a", "length": true}]}', "a length is a positive whole number"),
+        ("metrics.json", '{"results": [{"method": "a", "length": 1, "value": "4"}]}', "value: a number"),
+        ("metrics.json", '{"results": [{"method": "a", "length": 1, "ci": [1]}]}', "ci is null or two numbers"),
+        ("factors.json", "", "which is empty"),
+        ("factors.json", '{"format": "other"}', "factors: format: got format 'other'; it is \"longrope-factors\""),
+        ("evaluations.jsonl", "x\n{}\n", "line 1 broken"),
+        ("evaluations.jsonl", '{"value": "low"}\n', "value: a number"),
+    ],
+)
+def test_a_corrupt_file_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        write_report(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_values_that_are_not_finite_are_a_dash(tmp_path: Path) -> None:
+    huge = "1" + "0" * 400
+    values = ["NaN", "Infinity", "null", huge]
+    rows = [
+        f'{{"method": "{name}", "length": 512, "value": {value}}}' for name, value in zip("abcd", values, strict=True)
+    ]
+    (tmp_path / "metrics.json").write_text(f'{{"model": "m", "results": [{", ".join(rows)}]}}')
+    page = Page(write_report(tmp_path))
+    assert [row for row in page.rows if row[0] in "abcd"] == [[name, "—"] for name in "abcd"]
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def written(path: Path, values: dict[str, list[float | None]], **metrics: object) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    (path / "metrics.json").write_text(json.dumps({"results": results(values), **metrics}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "measure", "sentence"),
+    [
+        ({"yarn": [5.0, 5.0, 4.0], "x": [5.0, 5.0, 4.4]}, "perplexity", "perplexity 4.40, YaRN 4.00 (+10.0%)"),
+        ({"ntk": [5, 5, 6], "yarn": [5, 5, 7], "x": [5, 5, 3]}, "perplexity", "perplexity 3.00, NTK 6.00 (−50.0%)"),
+        ({"yarn": [5.0, 5.0, 4.0], "x": [5.0, 4.0, None]}, "perplexity", "perplexity at 1024 4.00, YaRN 5.00 (−20.0%)"),
+        ({"x": [5.0, 5.0, 4.4]}, "perplexity", "perplexity 4.40"),
+        ({"none": [5.0, 9.0, None], "x": [5.0, 5.0, 4.4]}, "perplexity", "perplexity 4.40"),
+        (
+            {"yarn": [5.0, 5.0, 4.0], "pi": [5.0, 5.0, 9.0]},
+            "perplexity",
+            "YaRN is the best of 2, perplexity 4.00 at 2048 tokens",
+        ),
+        ({"yarn": [1.0, 0.9, 0.4], "x": [1.0, 1.0, 0.8]}, "passkey", "passkey 0.80, YaRN 0.40 (+100.0%)"),
+        ({"yarn": [1.0, 0.9, 0.0], "x": [1.0, 1.0, 0.8]}, "passkey", "passkey 0.80, YaRN 0.000"),
+    ],
+)
+def test_the_headline_is_computed_from_the_figures(
+    tmp_path: Path, values: dict[str, list[float | None]], measure: str, sentence: str
+) -> None:
+    run = read_run(written(tmp_path, values, measure=measure))
+    assert headline(run) == f"tiny, 256 → 2048 tokens: {sentence}"
+    assert plots(run)
+
+
+def test_the_headline_of_a_search_without_measurements_is_its_best_value(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "config.json", tmp_path)
+    shutil.copy(run / "evaluations.jsonl", tmp_path)
+    assert headline(read_run(tmp_path)) == "tiny, 256 → 2048 tokens: best value 4.27 after 7 evaluations"
+
+
+def test_results_all_of_which_diverged_make_a_page(tmp_path: Path) -> None:
+    run = read_run(written(tmp_path, {"none": [None, None, None]}))
+    assert headline(run) == "tiny, 256 → 2048 tokens: no figures yet"
+    assert [cell.text for cell in table_rows(run)[0].cells] == ["—", "—", "—"]
+    assert Page(write_report(tmp_path)).tags["figure"] == 1
+
+
+def test_the_higher_share_wins_where_answers_are_counted(tmp_path: Path) -> None:
+    run = read_run(written(tmp_path, {"pi": [1.0, 0.2, 0.1], "yarn": [1.0, 0.9, 0.4]}, measure="passkey"))
+    assert [(row.method, [cell.best for cell in row.cells]) for row in table_rows(run)] == [
+        ("yarn", [True, True, True]),
+        ("pi", [True, False, False]),
+    ]
+    assert "Higher is better" in Page(write_report(tmp_path)).text
+
+
+def test_the_cards_hold_the_key_numbers(run: Path) -> None:
+    assert [(card.name, card.value, card.remark) for card in cards(read_run(run))] == [
+        ("Extension", "8×", "256 → 2048 tokens"),
+        ("Perplexity at 2048", "4.268", "3.841 – 4.695"),
+        ("Best baseline", "4.490", "YaRN, ours −4.9%"),
+        ("Attention factor", "1.170", "4 start tokens"),
+        ("Candidate evaluations", "7", "115k token-passes, 4\N{NO-BREAK SPACE}s"),
+    ]
+
+
+def test_a_run_without_a_command_line_shows_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "ignored": {}}))
+    run = read_run(tmp_path)
+    assert command_line(run) == ""
+    assert missing(run) == [sentence for name, sentence in SENTENCES.items() if name != "config.json"]
+    assert "Command" not in Page(write_report(tmp_path)).text
+
+
+def test_held_out_windows_make_the_headline_and_those_of_the_search_stand_apart(tmp_path: Path) -> None:
+    seen = [{**item, "windows": "search"} for item in results({"yarn": [5.0, 5.0, 4.0], "x": [5.0, 4.0, 2.0]})]
+    unseen = [{**item, "windows": "unseen"} for item in results({"yarn": [5.0, 5.0, 4.0], "x": [5.0, 4.0, 3.0]})]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for order in (seen + unseen, unseen + seen):
+        (tmp_path / "metrics.json").write_text(json.dumps({"results": order}))
+        page = Page(write_report(tmp_path))
+        assert "perplexity 3.00, YaRN 4.00 (−25.0%)" in page.text
+        assert "Measured on windows that the search did not see." in page.text
+        assert [row for row in page.rows if row[0] == "x"] == [
+            ["x", "5.000", "4.000", "3.000"],
+            ["x", "5.000", "4.000", "2.000"],
+        ]
+    (tmp_path / "metrics.json").write_text(json.dumps({"results": seen}))
+    page = Page(write_report(tmp_path))
+    assert "Measured on the windows that the search itself used." in page.text
+    assert [row for row in page.rows if row[0] == "x"] == [["x", "5.000", "4.000", "2.000"]]
+
+
+def test_a_run_is_finished_once_it_is_measured_or_done(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert not read_run(tmp_path).finished
+    (tmp_path / "DONE").touch()
+    assert read_run(tmp_path).finished
+    (tmp_path / "DONE").unlink()
+    assert read_run(written(tmp_path, {"yarn": [5.0, 5.0, 4.0]})).finished
+
+
+def test_settings_are_listed_by_dotted_key_without_the_documents(run: Path) -> None:
+    shown = settings(read_run(run))
+    assert shown["model.fingerprint"] == "f00d"
+    assert shown["settings.hours"] == "null"
+    assert shown["settings.documents"] == '["stdlib", "my texts"]'
+    assert not [key for key in shown if key.startswith("documents")]
+
+
+def test_numbers_read_well() -> None:
+    assert [value_text(value) for value in (4.2684, 42.684, 426.84, 4268.4, 4.2e7, 0.0, None)] == [
+        *("4.268", "42.68", "426.8", "4,268.4", "4.20e+07", "0.000", "—")
+    ]
+    assert [count_text(count) for count in (0, 999, 12_345, 999_999, 5_120_000, 7e9, 2e12)] == [
+        *("0", "999", "12.3k", "1M", "5.12M", "7G", "2T")
+    ]
+    assert [percent_text(share) for share in (-0.05, 0.1, 0.0)] == ["−5.0%", "+10.0%", "+0.0%"]
+    assert [duration_text(seconds).replace("\xa0", " ") for seconds in (83, 720, 12240)] == ["83 s", "12 min", "3.4 h"]
