@@ -27,7 +27,7 @@ _SHARED: dict[str, Any] = {
     "bos_token_id": BOS,
     "eos_token_id": EOS,
     "pad_token_id": PAD,
-    "initializer_range": 0.1,  # attention that tells positions apart: a wrong angle moves the logits
+    "initializer_range": 0.12,  # attention that tells positions apart: a wrong angle moves the logits
 }
 _GROUPED = {"num_key_value_heads": 1}
 _LONGROPE = {
@@ -80,6 +80,20 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "num_local_experts": 3,
             "num_experts_per_tok": 2,
+        },
+    ),
+    "llama4": (  # cos and sin as one complex number
+        "Llama4TextConfig",
+        {
+            **_GROUPED,
+            **_rope(),
+            "head_dim": 16,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 1],
+            "layer_types": ["chunked_attention", "full_attention"],
+            "attention_chunk_size": 16,
         },
     ),
     "phi": ("PhiConfig", {**_rope(partial_rotary_factor=0.5)}),

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from models import ARCHITECTURES, ORIGINAL, SCALED, build, tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.patch import Patch, ScaledRotary, rotary_modules
 from longrope.rope import RopeTensors
+from models import ARCHITECTURES, ORIGINAL, SCALED, build, tokens
 
 LONG = 4 * ORIGINAL
 BEYOND = 80  # tokens: longer than the original length and every sliding window of the test models
@@ -55,7 +55,8 @@ def test_factors_of_one_are_the_base_model_bit_for_bit_and_leaving_restores_it(n
     with Patch(model, shape) as patch:
         assert torch.equal(logits(model, ids), before)
         patch.install(unscaled(shape.pairs, LONG))
-        assert torch.equal(logits(model, ids), before)
+        # Llama 4 makes its complex numbers by torch.polar, whose last bit is not that of cos and sin.
+        torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=1e-5 if name == "llama4" else 0)
         patch.install(even(shape))
         assert (logits(model, ids) - before).abs().max() > 1e-3
         patch.install(None)

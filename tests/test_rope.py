@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from models import ORIGINAL, SCALED, build
 from torch import Tensor
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longrope.configs import rope_config, table_from_config
 from longrope.factors import RopeFactors
 from longrope.rope import RopeTensors, angles, cos_sin, inverse_frequencies, regime
+from models import ORIGINAL, SCALED, build
 
 THETA, PAIRS = 500.0, 8
 FAR = torch.tensor([[0, 1, 2, 7, 100, 4095, 65_537, 131_071, 999_999, 2**20]])
@@ -22,7 +23,7 @@ EVEN = tuple(1.0 + 0.25 * i for i in range(PAIRS))
 def stock_and_ours(kind: str, length: int) -> tuple[LlamaRotaryEmbedding, RopeTensors]:
     """transformers' own rotary embedding after a sequence of `length`, and our tensors of the row it should use."""
     model = build("llama" if kind == "default" else f"llama-{kind}")
-    stock: Any = LlamaRotaryEmbedding(model.config)
+    stock = LlamaRotaryEmbedding(cast(LlamaConfig, model.config))
     stock(torch.zeros(1, 1, 1), torch.tensor([[length - 1]]))
     described = model.config.to_dict()
     row = table_from_config(described).row_for(length)
@@ -136,7 +137,7 @@ def test_angles_are_differentiable_in_the_rescale_factors() -> None:
         return angles(positions, inverse_frequencies(THETA, rescale), base, torch.tensor(2))
 
     rescale = torch.tensor(EVEN, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(turned, (rescale,))  # type: ignore[no-untyped-call]
+    assert torch.autograd.gradcheck(turned, (rescale,))
     (gradient,) = torch.autograd.grad(turned(rescale).sum(), rescale)
     assert (gradient < 0).all()  # a larger factor turns more slowly
 

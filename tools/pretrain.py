@@ -174,7 +174,7 @@ def train(settings: Settings, out: Path, save_every: int, compile_model: bool) -
         train_dataset=Windows(text, ends, settings),
         callbacks=[SayLoss(out / "training.jsonl", settings.batch * settings.length)],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))  # type: ignore[no-untyped-call]
     return model
 
 

@@ -37,9 +37,8 @@ def apply(model: PreTrainedModel, factors: Factors, *, original_length: int | No
     wanted = as_factors(factors)
     rope = rope_config(model.config.get_text_config().to_dict(), original_length=original_length)
     if isinstance(wanted, FactorTable):
-        rope = rope_config(model.config.get_text_config().to_dict(), original_length=wanted.original_length)
         wanted.check_model(
-            rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=wanted.original_length
+            rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length
         )
     patch = Patch(model, rope.shape)
     try:

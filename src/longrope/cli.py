@@ -6,7 +6,9 @@ Imports of torch and everything heavy stay inside the functions, so that `longro
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -21,14 +23,13 @@ if TYPE_CHECKING:
     from longrope.model import LoadOptions
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A longer context window for a RoPE language model: LongRoPE, searched, measured and exported.",
 )
-evaluate_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure a model with factors.")
+evaluate_app = typer.Typer(rich_markup_mode=None, help="Measure a model with factors.")
 app.add_typer(evaluate_app, name="evaluate")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or `tiny`, the embedded model.")]
@@ -73,13 +74,19 @@ Lengths = Annotated[str, typer.Option("--lengths", metavar="A,B,..", help="Lengt
 VERBOSITY = {"verbose": False, "quiet": False}
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"longrope {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def _begin(verbose: bool, quiet: bool) -> None:
@@ -103,23 +110,37 @@ def _options_of(
         device=device,
         dtype=dtype,
         attention=attention,
-        original_length=parse_length(original_length) if original_length else None,
+        original_length=_length(original_length),
         trust_remote_code=trust,
         rope_precision=precision,
     )
 
 
-def _tables(factors: list[str] | None) -> dict[str, FactorTable]:
-    """Factor tables by the name they get in results: the run's folder or the file's stem."""
+def _length(text: str | None) -> int | None:
+    return None if text is None else parse_length(text)
+
+
+def _tables(factors: list[str] | None, taken: Collection[str] = ()) -> dict[str, FactorTable] | None:
+    """Factor tables by the name they get in results: the run's folder or the file's stem, with -2, -3, .. if taken.
+
+    None when nothing is asked, so that the checkpoint's own are used; `none` asks for no table at all.
+    """
+    if factors is None or factors == ["none"]:
+        return None if factors is None else {}
     tables: dict[str, FactorTable] = {}
-    for given in factors or []:
-        path = Path(given) / "factors.json" if Path(given).is_dir() else Path(given)
-        stem = path.parent.name if path.name == "factors.json" and path.parent.name else path.stem
+    for given in factors:
+        path = _factors_file(given)
+        stem = path.absolute().parent.name if path.name == "factors.json" else path.stem
         name, number = stem, 2
-        while name in tables:
+        while name in tables or name in taken:
             name, number = f"{stem}-{number}", number + 1
         tables[name] = _read(path)
     return tables
+
+
+def _factors_file(given: str | Path) -> Path:
+    """The file itself, or that of a run or checkpoint folder."""
+    return Path(given) / "factors.json" if Path(given).is_dir() else Path(given)
 
 
 def _read(path: Path) -> FactorTable:
@@ -143,10 +164,14 @@ def demo(
 ) -> None:
     """The whole story on the embedded model: search, compare, export, report; a few minutes on two cores."""
     _begin(verbose, quiet)
-    from longrope.console import err, print_json, results_table, search_progress
+    from longrope.console import err, print_json, results_table, resume_with, search_progress
     from longrope.demo import demo as run_demo
+    from longrope.runs import fresh_run_path
 
     options = _options_of(device, dtype, attention, None, False, "float32")
+    if out is None:
+        out = fresh_run_path("demo")
+        resume_with("--out", str(out))
     with search_progress(quiet) as on_progress:
         made = run_demo(
             documents=documents,
@@ -180,15 +205,25 @@ def documents(
     from longrope.model import load_tokenizer
     from longrope.windows import summary, token_lengths
 
+    wanted = None if lengths is None else parse_lengths(lengths)
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
     found = read_sources(sources, tokenizer=tokenizer)
-    described = summary(token_lengths(found, tokenizer), parse_lengths(lengths) if lengths else None)
+    described = summary(token_lengths(found, tokenizer), wanted)
     if as_json:
-        print_json({"command": "documents", "model": model, "settings": {"documents": sources}, **described})
+        print_json({"command": "documents", "model": model, "settings": {"documents": sources}, **_counted(described)})
     else:
         from longrope.console import documents_table
 
         err.print(documents_table(described))
+
+
+def _counted(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What was found, with the number of windows of each length as results like those of every command."""
+    results = [
+        {"method": "windows", "length": row["length"], "value": row["windows"], "tokens": None, "ci": None}
+        for row in described["lengths"]
+    ]
+    return {"results": results, **described}
 
 
 @app.command()
@@ -220,7 +255,7 @@ def search(
     """Search rescale factors for one target length. The same command resumes; a larger budget continues."""
     _begin(verbose, quiet)
     target = parse_length(to)
-    seeds = [_read(path) for path in init or []]
+    seeds = [_read(_factors_file(path)) for path in init or []]
     from longrope.console import err, factors_table, print_json, results_table, search_progress
     from longrope.runs import METRICS, default_run_path, read_object
     from longrope.search.driver import search as run_search
@@ -285,13 +320,15 @@ def compare(
     from longrope.evaluate.methods import DEFAULT_METHODS
 
     wanted = parse_lengths(lengths)
+    chosen = DEFAULT_METHODS if methods is None else [part.strip() for part in methods.split(",")]
+    tables = _tables(factors, taken=[*chosen, "checkpoint"])
     options = _options_of(device, dtype, attention, original_length, trust, rope_precision)
     measured = run_compare(
         model,
         lengths=wanted,
         documents=documents,
-        methods=[part.strip() for part in methods.split(",")] if methods else DEFAULT_METHODS,
-        factors=_tables(factors),
+        methods=chosen,
+        factors=tables,
         windows=windows,
         seed=seed,
         out=out,
@@ -316,7 +353,9 @@ def factors(
     original_length: OriginalLength = None,
     attention_factor: Annotated[str, typer.Option(metavar="RULE", help="Of a CSV: su, yarn, none or a number.")] = "su",
     up_to: Annotated[str | None, typer.Option(metavar="N", help="Of a CSV without a header: its length.")] = None,
-    to: Annotated[str, typer.Option("--to", metavar="FORM", help="Convert to json, transformers or csv.")] = "",
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FORM", help="Convert to json, transformers or csv.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the converted factors.")
     ] = None,
@@ -326,24 +365,29 @@ def factors(
 ) -> None:
     """Print, check and convert factors."""
     _begin(verbose, quiet)
-    from longrope.console import err, factors_table
+    from longrope.console import err, factors_table, print_json, print_out
     from longrope.convert import convert, read_factors
 
     table = read_factors(
         file,
         row=row,
         rope_theta=rope_theta,
-        original_length=parse_length(original_length) if original_length else None,
+        original_length=_length(original_length),
         attention=attention_factor,
-        up_to=parse_length(up_to) if up_to else None,
+        up_to=_length(up_to),
     )
+    text = convert(table, "json" if to is None else to)
     if out is not None:
         from longrope.runs import write_atomically
 
-        write_atomically(out, convert(table, to or "json"))
-    elif to or as_json:
-        sys.stdout.write(convert(table, to or "json"))
-    else:
+        write_atomically(out, text)
+    if as_json:
+        settings = {"file": str(file), "row": row, "to": to, "out": out and str(out)}
+        told = {"command": "factors", "model": table.model, "settings": settings, "results": []}
+        print_json(told | {"factors": table.to_dict()})
+    elif out is None and to is not None:
+        print_out(text)
+    elif out is None:
         err.print(factors_table(table))
 
 
@@ -372,7 +416,7 @@ def export(
 
 
 def _one_table(factors: list[str] | None) -> FactorTable | None:
-    tables = list(_tables(factors).values())
+    tables = list((_tables(factors) or {}).values())
     if len(tables) > 1:
         raise UserError("--factors", got=f"{len(tables)} files", rule="one table is used here", do="give one")
     return tables[0] if tables else None
@@ -482,23 +526,44 @@ def report(
 
 
 def main() -> NoReturn:
-    """Run the command line: exit code 0 done, 2 bad usage or input in one line, 1 anything else, 130 interrupted."""
+    """Run the command line and end the process; SIGINT and SIGTERM end it at once with exit code 130."""
     from longrope.console import end_at_once_on_signals
 
     end_at_once_on_signals()
+    code = run(sys.argv[1:])
     try:
-        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except OSError:  # told already; what is left in the buffer must not be tried again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of a command: 0 done, 2 bad usage or input and 1 anything else, both told in one line on stderr.
+
+    No arguments at all ask for help. Under -v what is not the user's fault comes out as it was raised.
+    """
+    VERBOSITY.update(verbose=False, quiet=False)
+    try:
+        code = app(list(arguments) or ["--help"], prog_name="longrope", standalone_mode=False)
     except UserError as error:
-        _fail(str(error), 2)
+        return _tell(str(error), 2)
+    except BrokenPipeError:  # whoever read our output has enough of it
+        return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command line's parser
-            _fail(f"{error.format_message()}; see longrope --help", 2)
+            return _tell(_usage(error), 2)
         if VERBOSITY["verbose"]:
             raise
-        _fail(f"{type(error).__name__}: {error} (run it again with -v for the traceback)", 1)
-    sys.exit(code if isinstance(code, int) else 0)
+        return _tell(f"{type(error).__name__}: {error} (run it again with -v for the traceback)", 1)
+    return code if isinstance(code, int) else 0
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _usage(error: Any) -> str:
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "longrope"
+    return f"{error.format_message().rstrip('.')}; see {command} --help"
+
+
+def _tell(message: str, code: int) -> int:
     print("longrope: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
+    return code

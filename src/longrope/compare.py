@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longrope import __version__
-from longrope.evaluate.methods import DEFAULT_METHODS, Result, measure_methods
+from longrope.errors import UserError
+from longrope.evaluate.methods import DEFAULT_METHODS, Result, measure_methods, method_factors
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel, LoadOptions, load_model
-from longrope.runs import RunFolder, command_line, default_run_path
+from longrope.runs import METRICS, RunFolder, command_line, default_run_path
 from longrope.search.driver import describe_model, describe_windows, metrics
 from longrope.windows import Window, windows_for
+
+logger = logging.getLogger(__name__)
 
 
 def compare(
@@ -30,19 +34,33 @@ def compare(
 ) -> dict[str, Any]:
     """Perplexity of methods and factor tables (by name) at lengths, on the same windows; returns metrics.json's dict.
 
-    Baselines are set up for the longest length. Writes a run folder `out` (runs/compare-MODEL-LENGTH by default); a
+    Baselines are set up for the longest length. Without `factors` those beside the weights are compared. Writes a run folder `out` (runs/compare-MODEL-LENGTH by default); a
     finished one is read, not measured again. Of `stdlib` the unseen share is used. Raises UserError for bad input.
     """
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
-    tables = dict(factors or {})
-    if loaded.table is not None and not tables:
-        tables["checkpoint"] = loaded.table
-    for table in tables.values():
-        loaded.check(table)
+    if factors is None:
+        factors = {} if loaded.table is None else {"checkpoint": loaded.table}
+    _check(loaded, lengths, methods, factors)
     chosen = {
         length: windows_for(loaded, documents, length, windows, seed, share="unseen") for length in sorted(set(lengths))
     }
-    return compare_windows(loaded, chosen, methods, tables, seed=seed, out=out, on_result=on_result)
+    return compare_windows(loaded, chosen, methods, factors, seed=seed, out=out, on_result=on_result)
+
+
+def _check(
+    loaded: LoadedModel, lengths: Sequence[int], methods: Sequence[str], tables: Mapping[str, FactorTable]
+) -> None:
+    """Raise UserError for what cannot be compared, before anything is written."""
+    if not lengths or not (methods or tables):
+        got = f"{len(lengths)} lengths, {len(methods)} methods and {len(tables)} tables"
+        raise UserError("compare", got=got, rule="there is something to compare", do="give lengths and methods")
+    for method in methods:
+        method_factors(loaded, method, max(lengths), max(lengths))
+    for name, table in tables.items():
+        loaded.check(table)
+        if name in methods:
+            rule = "a table's name is none of the methods compared"
+            raise UserError("factors", got=f"a table named {name}", rule=rule, do="choose another name for it")
 
 
 def compare_windows(
@@ -77,8 +95,12 @@ def compare_windows(
         "documents": {"unseen": [one for length in sorted(windows) for one in describe_windows(windows[length])]},
         "ignored": {"command_line": command_line()},
     }
+    for note in loaded.notes:
+        logger.info(note)
     with RunFolder.open(path, config) as run:
-        if not run.finished:
+        if run.finished:
+            logger.info("%s is finished: its measurements are in %s", path, path / METRICS)
+        else:
             results = measure_methods(loaded, windows, methods, tables, on_result=on_result)
             run.save_metrics(metrics("compare", loaded, settings, results))
             run.finish()

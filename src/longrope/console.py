@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from longrope.lengths import format_length
+from longrope.runs import disk_errors
 
 if TYPE_CHECKING:
     from longrope.factors import FactorTable
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 err = Console(stderr=True, highlight=False)
+
+_resume_arguments: list[str] = []
 
 
 def set_up_logging(verbosity: int) -> None:
@@ -52,22 +56,38 @@ def end_at_once_on_signals() -> None:
 
     def wait() -> None:
         signal.sigwait(signals)
-        command = shlex.join(["longrope", *sys.argv[1:]])
-        sys.stderr.write(f"\x1b[?25h\nlongrope: interrupted; the same command goes on from here: {command}\n")
-        sys.stderr.flush()
+        command = shlex.join(["longrope", *sys.argv[1:], *_resume_arguments])
+        below_the_bar = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # with the cursor that the bar hides
+        with suppress(OSError):
+            os.write(2, f"{below_the_bar}longrope: interrupted; this goes on with it: {command}\n".encode())
         os._exit(INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
+def resume_with(*arguments: str) -> None:
+    """What the command line given has to be followed by to go on after an interruption, such as a run's new folder."""
+    _resume_arguments[:] = arguments
+
+
 def print_json(document: Mapping[str, Any]) -> None:
-    """The one JSON document of --json, on stdout. NaN is null."""
-    sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    """The one JSON document of --json, on stdout. Raises UserError when stdout is a full disk."""
+    print_out(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def print_out(text: str) -> None:
+    """Write to stdout, all of it now. Raises UserError when stdout is a full disk."""
+    with disk_errors(Path("/dev/stdout")):
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 @contextmanager
 def search_progress(quiet: bool) -> Iterator[OnProgress | None]:
-    """A progress bar for a search: iteration, best value, candidates a second, time left."""
+    """A progress bar for a search: iteration, best value, candidates a second, time left.
+
+    It appears with the first candidate: what fails before, fails in one line.
+    """
     if quiet:
         yield None
         return
@@ -78,10 +98,13 @@ def search_progress(quiet: bool) -> Iterator[OnProgress | None]:
         TextColumn("best {task.fields[best]}  {task.fields[rate]} candidates/s"),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=err) as bar:
+    with ExitStack() as stack:
+        bar = Progress(*columns, console=err)
         task = bar.add_task("search", total=None, best="-", rate="-")
 
         def on_progress(progress: Any) -> None:
+            if not bar.live.is_started:
+                stack.enter_context(bar)
             bar.update(
                 task,
                 description=f"iteration {progress.iteration}",

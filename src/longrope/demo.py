@@ -18,7 +18,7 @@ from longrope.export.transformers import export
 from longrope.factors import FactorTable
 from longrope.model import TINY, LoadedModel, LoadOptions, load_model
 from longrope.report import write_report
-from longrope.runs import RunFolder, fresh_run_path
+from longrope.runs import FACTORS, RunFolder, fresh_run_path
 from longrope.search.driver import OnProgress, SearchSettings, metrics, run_config, run_search
 from longrope.windows import choose_windows
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 RATIO = 8
 SEARCH_WINDOWS, UNSEEN_WINDOWS = 8, 24
 MOST_LOGIT_GAP = 1e-5
+REPORT = "report.html"
 METHODS = ("none", "pi", "ntk", "dynamic-ntk", "yarn", "yarn+su")
 
 
@@ -69,7 +70,13 @@ def demo(
     # n-hat stays 0: no engine can express start tokens, and the checkpoint below is for stock transformers.
     settings = SearchSettings(to=target, evaluations=evaluations, start_tokens="0", seed=seed)
     config = run_config("demo", loaded, settings, windows, unseen[target])
+    checkpoint = path / "checkpoint"
     with RunFolder.open(path, config, budget_keys=("evaluations",)) as run:
+        if run.finished:
+            on_stage(f"{path} is finished")
+            measured = run.metrics()
+            page, gap = path / REPORT, float(measured["logit_gap"])
+            return Demo(path, FactorTable.load(path / FACTORS), measured, page, checkpoint, gap)
         on_stage(f"searching: {evaluations} candidates on {len(windows)} windows of {target} tokens")
         table = run_search(run, loaded, settings, windows, on_progress=on_progress)
 
@@ -79,12 +86,13 @@ def demo(
         run.save_metrics(measured)
 
         on_stage("exporting a checkpoint, and loading it with stock transformers")
-        checkpoint = path / "checkpoint"
         shutil.rmtree(checkpoint, ignore_errors=True)  # of a demo that was interrupted here
         export(loaded, table, checkpoint, window="long")
         gap = logit_gap(loaded, table, checkpoint)
         if gap > MOST_LOGIT_GAP:
             raise RuntimeError(f"the exported checkpoint's logits differ by {gap:g} from ours")
+        measured["logit_gap"] = gap
+        run.save_metrics(measured)
         report = write_report(path)
         run.finish()
     return Demo(path, table, measured, report, checkpoint, gap)

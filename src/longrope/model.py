@@ -7,7 +7,7 @@ import json
 import logging
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -127,31 +127,30 @@ class LoadedModel:
         The decoder runs once over all T tokens and keeps no cache; only the model's own tail, from the last hidden
         state to logits, runs by chunk, so that the logits of a whole window are never in memory.
         """
-        decoder = cast(nn.Module, getattr(self.model, self.model.base_model_prefix))
+        whole: Any = self.model
+        decoder = whole.get_decoder()
+        if decoder is whole:  # Llama 4 names a place that its decoder has in the multimodal model only
+            decoder = whole.model
         outputs = decoder(input_ids=ids, use_cache=False)
         hidden: Tensor = outputs.last_hidden_state
         size = max(1, _CHUNK_LOGITS // (self.model.config.get_text_config().vocab_size * ids.shape[0]))
-        tail = _Tail(outputs)
-        setattr(self.model, self.model.base_model_prefix, tail)
-        try:
+        with _answering(decoder, outputs):
             for start in range(0, ids.shape[1], size):
-                tail.hidden = hidden[:, start : start + size]
-                yield start, self.model(input_ids=ids[:, start : start + size], use_cache=False).logits
-        finally:
-            setattr(self.model, self.model.base_model_prefix, decoder)
+                outputs.last_hidden_state = hidden[:, start : start + size]
+                yield start, whole(input_ids=ids[:, start : start + size], use_cache=False).logits
 
 
-class _Tail(nn.Module):
-    """Answers for the decoder with hidden states that are there, so that the class's own forward does the rest."""
-
-    def __init__(self, outputs: Any) -> None:
-        super().__init__()
-        self.outputs = outputs
-        self.hidden: Tensor = outputs.last_hidden_state
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.outputs.last_hidden_state = self.hidden
-        return self.outputs
+@contextmanager
+def _answering(decoder: nn.Module, outputs: Any) -> Iterator[None]:
+    """Let a decoder answer with outputs that are there, so that the rest of the class's own forward runs alone."""
+    own = vars(decoder).get("forward")  # accelerate puts one beside that of the class
+    vars(decoder)["forward"] = lambda *args, **kwargs: outputs
+    try:
+        yield
+    finally:
+        del vars(decoder)["forward"]
+        if own is not None:
+            vars(decoder)["forward"] = own
 
 
 def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:

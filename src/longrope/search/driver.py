@@ -128,6 +128,10 @@ def search_windows(
     on_progress: OnProgress | None = None,
 ) -> FactorTable:
     """The search on windows already chosen; see `search`."""
+    settings.check(loaded.rope.original_length)
+    for table in init:
+        loaded.check(table)
+    make_strategy(loaded, settings, init)  # refuses a seed that does not fit before anything is written
     path = Path(out) if out is not None else default_run_path("search", loaded.name, settings.to)
     config = run_config("search", loaded, settings, windows, unseen, init)
     with RunFolder.open(path, config, budget_keys=("evaluations",)) as run:

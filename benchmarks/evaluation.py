@@ -1,0 +1,224 @@
+"""What a candidate evaluation costs beside the bare model: time, memory, and the small waits around it.
+
+    python benchmarks/evaluation.py            # all figures, a few minutes on 2 quiet cores, 12 GiB of memory
+    python benchmarks/evaluation.py --quick    # only that it runs: its figures mean nothing
+
+docs/benchmarks.md says what is measured and how. Ends with status 1 when a figure misses its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import (
+    RESULTS,
+    Figure,
+    machine,
+    paired,
+    print_table,
+    random_llama,
+    random_windows,
+    spread,
+    timed,
+    today,
+    versions,
+    write_results,
+)
+from longrope.baselines import baseline
+from longrope.evaluate.perplexity import BATCH_TOKENS
+from longrope.factors import RopeFactors, unscaled
+from longrope.model import TINY, LoadedModel, LoadOptions, load_model
+from longrope.search.objective import PerplexityObjective
+from longrope.search.space import Space, mutate
+from longrope.windows import Window, windows_for
+
+VOCABULARY = 32_000
+RATIO = 8  # of the candidates, an extension as in the demonstration
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    length: int = 2048
+    windows: int = 8
+    blocks: int = 9
+    hidden: int = 512
+    layers: int = 4
+    memory_tokens: int = 32 * 1024
+    memory_hidden: int = 256
+    memory_layers: int = 2
+    installs: int = 2000
+    helps: int = 15
+
+
+QUICK = Sizes(
+    length=256, windows=2, blocks=1, hidden=64, layers=1, memory_tokens=512, memory_hidden=64, installs=20, helps=1
+)
+
+
+def candidates(loaded: LoadedModel, seed: int) -> Iterator[RopeFactors]:
+    """Ever new mutants of YaRN, as a search draws them; all have start tokens, which cost a little more."""
+    rng = np.random.default_rng(seed)
+    shape = loaded.rope.shape
+    space = Space(pairs=shape.pairs, ratio=RATIO)
+    start = baseline("yarn", shape, RATIO * shape.original_length)
+    while True:
+        yield start.with_values(rescale=tuple(mutate(rng, start.vector, 0.3, space)), start_tokens=16)
+
+
+def bare_evaluation(loaded: LoadedModel, windows: Sequence[Window]) -> float:
+    """Summed loss in nats by the model as transformers has it and one cross-entropy over all logits of a batch."""
+    ids = torch.from_numpy(np.stack([window.ids for window in windows])).to(loaded.device)
+    total: Tensor = torch.zeros((), dtype=torch.float64, device=loaded.device)
+    with torch.inference_mode(), loaded.autocast():
+        for batch in torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])):
+            logits = loaded.model(input_ids=batch, use_cache=False).logits
+            targets = torch.nn.functional.pad(batch[:, 1:], (0, 1), value=-100)  # the last token has no target
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return float(total)
+
+
+def check_same_work(loaded: LoadedModel, windows: Sequence[Window]) -> None:
+    """The two sides must give the same loss, else their times compare nothing."""
+    shape = loaded.rope.shape
+    with PerplexityObjective(loaded, windows) as objective:
+        ours = np.log(objective(unscaled(shape.rotary_dim // 2, len(windows[0].ids))).value)
+    bare = bare_evaluation(loaded, windows) / sum(len(window.ids) - 1 for window in windows)
+    assert abs(ours - bare) < 1e-3 * bare, f"ours {ours}, bare {bare}: not the same work"
+
+
+def evaluation_cost(loaded: LoadedModel, windows: Sequence[Window], blocks: int, seed: int) -> Figure:
+    """Time of a candidate evaluation over that of the bare forward pass and cross-entropy."""
+    check_same_work(loaded, windows)
+    drawn = candidates(loaded, seed)
+
+    def ours() -> float:
+        factors = next(drawn)
+        with PerplexityObjective(loaded, windows) as objective:  # the bare side has the model without a patch
+            return timed(lambda: objective(factors))
+
+    measured = paired(ours, lambda: timed(lambda: bare_evaluation(loaded, windows)), blocks)
+    what = f"{len(windows)} windows of {len(windows[0].ids)} tokens"
+    return Figure(
+        f"candidate evaluation over bare forward and cross-entropy: {loaded.name}, {what}",
+        value=float(np.median(measured.ratios)),
+        limit=1.05,
+        unit="times",
+        details=measured.details(),
+    )
+
+
+def window_memory(sizes: Sizes, *, seed: int, threads: int, device: str) -> Figure:
+    """Peak memory of evaluating one long window over that of model(ids, labels=ids)."""
+    used = {side: _memory_of(side, sizes, seed, threads, device) for side in ("ours", "labels")}
+    shape = f"vocabulary {VOCABULARY}, hidden {sizes.memory_hidden}, {sizes.memory_layers} layers"
+    return Figure(
+        f"peak memory over model(ids, labels=ids): a window of {sizes.memory_tokens} tokens, {shape}",
+        value=used["ours"]["call_bytes"] / used["labels"]["call_bytes"],
+        limit=0.25,
+        unit="times",
+        details=used,
+    )
+
+
+def _memory_of(side: str, sizes: Sizes, seed: int, threads: int, device: str) -> dict[str, int]:
+    options = {
+        "tokens": sizes.memory_tokens,
+        "vocabulary": VOCABULARY,
+        "hidden": sizes.memory_hidden,
+        "layers": sizes.memory_layers,
+        "seed": seed,
+        "threads": threads,
+        "device": device,
+    }
+    script = str(Path(__file__).with_name("memory.py"))
+    command = [sys.executable, script, side, *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    used: dict[str, int] = json.loads(done.stdout)
+    return used
+
+
+def install_time(loaded: LoadedModel, installs: int, seed: int) -> Figure:
+    """Time of changing from one candidate to the next."""
+    drawn = candidates(loaded, seed)
+    with loaded.patch() as patch:
+        patch.install(next(drawn))
+        seconds = []
+        for _ in range(installs):
+            factors = next(drawn)
+            seconds.append(timed(lambda factors=factors: patch.install(factors)))  # type: ignore[misc]
+    milliseconds = spread(1000 * np.array(seconds))
+    details = {"installs": installs, "milliseconds": milliseconds}
+    return Figure("changing candidates: Patch.install", milliseconds["median"], limit=1.0, unit="ms", details=details)
+
+
+def help_time(starts: int) -> Figure:
+    """Time of the whole process `longrope --help`."""
+    command = [str(Path(sysconfig.get_path("scripts")) / "longrope"), "--help"]
+    seconds = [timed(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(starts + 1)][1:]
+    details = {"starts": starts, "seconds": spread(seconds)}
+    return Figure("longrope --help, the whole process", float(np.median(seconds)), 0.5, unit="s", details=details)
+
+
+def help_imports() -> Figure:
+    """How many modules of torch `longrope --help` imports."""
+    command = [sys.executable, "-X", "importtime", str(Path(sysconfig.get_path("scripts")) / "longrope"), "--help"]
+    trace = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    imported = [line.rpartition("|")[2].strip() for line in trace.splitlines()]
+    assert "longrope.cli" in imported, "the trace does not show the imports of longrope"
+    of_torch = sum(name.partition(".")[0] == "torch" for name in imported)
+    return Figure("longrope --help, modules of torch imported", of_torch, limit=0, unit="")
+
+
+def measure_all(sizes: Sizes, *, seed: int, threads: int, device: str) -> list[Figure]:
+    """Every figure; memory first, because a child process is born with the peak of its parent."""
+    memory = window_memory(sizes, seed=seed, threads=threads, device=device)
+    shape = {"vocabulary": VOCABULARY, "hidden": sizes.hidden, "layers": sizes.layers}
+    tiny = load_model(TINY, LoadOptions(device=device))
+    large = random_llama(**shape, seed=seed, device=device)
+    text = windows_for(tiny, ["stdlib"], sizes.length, sizes.windows, seed, share="search")
+    random = random_windows(VOCABULARY, length=sizes.length, count=sizes.windows, seed=seed)
+    return [
+        evaluation_cost(tiny, text, sizes.blocks, seed),
+        evaluation_cost(large, random, sizes.blocks, seed),
+        memory,
+        install_time(tiny, sizes.installs, seed),
+        help_time(sizes.helps),
+        help_imports(),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, once: a check of the script")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sizes, name = (QUICK, "evaluation-quick") if args.quick else (Sizes(), "evaluation")
+    about: dict[str, Any] = {"benchmark": name, "date": today(), "seed": args.seed, "threads": args.threads}
+    about |= {"device": LoadOptions(device=args.device).placement, "machine": machine(), "versions": versions()}
+    figures = measure_all(sizes, seed=args.seed, threads=args.threads, device=args.device)
+    print_table(name, figures)
+    document = {**about, "sizes": asdict(sizes), "figures": [figure.to_dict() for figure in figures]}
+    write_results(args.out / f"{name}.json", document)
+    return 0 if args.quick or all(figure.ok for figure in figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

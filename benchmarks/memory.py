@@ -1,0 +1,82 @@
+"""Peak memory of one long window: run by evaluation.py, each side in a process of its own.
+
+    python benchmarks/memory.py {ours,labels} --tokens 32768 ...
+
+Prints one JSON object: bytes in use before the call, the peak during it, and their difference. On CPU the first is the
+process's resident set and the second its highest, as getrusage has it; on CUDA both are those of torch's allocator. A
+call on a few tokens comes first, so that libraries, threads and kernels that are loaded once are in neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+
+from common import random_llama, random_windows
+from longrope.baselines import baseline
+from longrope.model import LoadedModel
+from longrope.search.objective import PerplexityObjective
+from longrope.windows import Window
+
+WARM_UP = 64
+
+
+def ours(loaded: LoadedModel, window: Window) -> float:
+    """One candidate evaluation of the window, in perplexity."""
+    factors = baseline("yarn", loaded.rope.shape, len(window.ids))
+    with PerplexityObjective(loaded, [window]) as objective:
+        return objective(factors).value
+
+
+@torch.no_grad()
+def labels(loaded: LoadedModel, window: Window) -> float:
+    """The loss that a transformers model gives for labels, in nats a token."""
+    ids = torch.from_numpy(window.ids)[None].to(loaded.device)
+    with loaded.autocast():
+        loss: Tensor = loaded.model(ids, labels=ids).loss
+    return float(loss)
+
+
+def resident(device: torch.device) -> int:
+    """Bytes in use now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def highest(device: torch.device) -> int:
+    """The most bytes that were in use so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=["ours", "labels"])
+    for name in ("tokens", "vocabulary", "hidden", "layers", "seed", "threads"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--device", required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    size = {"vocabulary": args.vocabulary, "hidden": args.hidden, "layers": args.layers}
+    loaded = random_llama(**size, seed=args.seed, device=args.device)
+    [window] = random_windows(args.vocabulary, length=args.tokens, count=1, seed=args.seed)
+    [short] = random_windows(args.vocabulary, length=WARM_UP, count=1, seed=args.seed)
+    side = ours if args.side == "ours" else labels
+    side(loaded, short)
+    before = resident(loaded.device)
+    side(loaded, window)
+    peak = highest(loaded.device)
+    print(json.dumps({"before_bytes": before, "peak_bytes": peak, "call_bytes": peak - before}))
+
+
+if __name__ == "__main__":
+    main()
