@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from longrope.checkpoint import TINY, LoadOptions, load_tokenizer
 from longrope.convert import rope_config, table_from_config
-from longrope.model import TINY, LoadedModel, LoadOptions, load_tokenizer
+from longrope.model import LoadedModel
 from longrope.runs import write_atomically
 from longrope.windows import Window
 
@@ -33,9 +34,10 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number and the limit it must not exceed; `details` say how it came about."""
+    """One measured number and the limit it must not exceed; `on` says of what, `details` how it came about."""
 
     figure: str
+    on: str
     value: float
     limit: float
     unit: str
@@ -50,6 +52,7 @@ class Figure:
         """What the JSON holds."""
         return {
             "figure": self.figure,
+            "on": self.on,
             "limit": self.limit,
             "value": self.value,
             "ok": self.ok,
@@ -121,11 +124,11 @@ def random_llama(*, vocabulary: int, hidden: int, layers: int, seed: int, device
     )
     options = LoadOptions(device=device)
     torch.manual_seed(seed)  # transformers draws weights from torch's own generator
-    model = cast(PreTrainedModel, LlamaForCausalLM(config).train(False).requires_grad_(False))
+    model = cast(Any, LlamaForCausalLM(config)).eval().requires_grad_(False)
     on_cuda = options.placement.startswith("cuda")
     described = config.to_dict()
     return LoadedModel(
-        name=f"random Llama, hidden {hidden}, {layers} layers, vocabulary {vocabulary}",
+        name=llama_name(vocabulary, hidden, layers),
         model=model.to(device=options.placement, dtype=torch.bfloat16 if on_cuda else torch.float32),
         tokenizer=load_tokenizer(TINY),  # never asked
         rope=rope_config(described),
@@ -134,6 +137,11 @@ def random_llama(*, vocabulary: int, hidden: int, layers: int, seed: int, device
         fingerprint="random",
         options=options,
     )
+
+
+def llama_name(vocabulary: int, hidden: int, layers: int) -> str:
+    """What figures call a random Llama."""
+    return f"random Llama, vocabulary {vocabulary:,}, hidden {hidden}, layers {layers}"
 
 
 def random_windows(vocabulary: int, *, length: int, count: int, seed: int) -> list[Window]:
@@ -184,16 +192,19 @@ def today() -> str:
 def print_table(title: str, figures: Sequence[Figure]) -> None:
     """The figures and whether they keep their limits, on stderr."""
     table = Table(title=title, title_justify="left")
-    for name, justify in (("figure", "left"), ("limit", "right"), ("value", "right"), ("spread", "left"), ("", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("figure", "on"):
+        table.add_column(name, overflow="fold")
+    for name in ("limit", "value", "quartiles", ""):
+        table.add_column(name, justify="right")
     for figure in figures:
+        verdict = "ok" if figure.ok else "[bold]missed[/bold]"
         value, limit = (f"{number:.3g} {figure.unit}".strip() for number in (figure.value, figure.limit))
-        table.add_row(figure.figure, limit, value, _quartiles(figure), "ok" if figure.ok else "[bold]missed[/bold]")
+        table.add_row(figure.figure, figure.on, limit, value, _quartiles(figure), verdict)
     Console(stderr=True, highlight=False).print(table)
 
 
 def _quartiles(figure: Figure) -> str:
-    for spread_of in figure.details.values():
-        if isinstance(spread_of, Mapping) and "lower_quartile" in spread_of:
-            return f"{spread_of['lower_quartile']:.3g} to {spread_of['upper_quartile']:.3g}"
+    for numbers in figure.details.values():
+        if isinstance(numbers, Mapping) and "lower_quartile" in numbers:
+            return f"{numbers['lower_quartile']:.3g} .. {numbers['upper_quartile']:.3g}"
     return ""

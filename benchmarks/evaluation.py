@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from common import (
     RESULTS,
     Figure,
+    llama_name,
     machine,
     paired,
     print_table,
@@ -37,9 +39,10 @@ from common import (
     write_results,
 )
 from longrope.baselines import baseline
+from longrope.checkpoint import TINY, LoadOptions
 from longrope.evaluate.perplexity import BATCH_TOKENS
 from longrope.factors import RopeFactors, unscaled
-from longrope.model import TINY, LoadedModel, LoadOptions, load_model
+from longrope.model import LoadedModel, load_model
 from longrope.search.objective import PerplexityObjective
 from longrope.search.space import Space, mutate
 from longrope.windows import Window, windows_for
@@ -54,7 +57,8 @@ class Sizes:
 
     length: int = 2048
     windows: int = 8
-    blocks: int = 9
+    random_windows: int = 4
+    blocks: int = 11
     hidden: int = 512
     layers: int = 4
     memory_tokens: int = 32 * 1024
@@ -65,7 +69,16 @@ class Sizes:
 
 
 QUICK = Sizes(
-    length=256, windows=2, blocks=1, hidden=64, layers=1, memory_tokens=512, memory_hidden=64, installs=20, helps=1
+    length=256,
+    windows=2,
+    random_windows=2,
+    blocks=1,
+    hidden=64,
+    layers=1,
+    memory_tokens=512,
+    memory_hidden=64,
+    installs=20,
+    helps=1,
 )
 
 
@@ -111,9 +124,9 @@ def evaluation_cost(loaded: LoadedModel, windows: Sequence[Window], blocks: int,
             return timed(lambda: objective(factors))
 
     measured = paired(ours, lambda: timed(lambda: bare_evaluation(loaded, windows)), blocks)
-    what = f"{len(windows)} windows of {len(windows[0].ids)} tokens"
     return Figure(
-        f"candidate evaluation over bare forward and cross-entropy: {loaded.name}, {what}",
+        "time of a candidate evaluation / bare forward and cross-entropy",
+        on=f"{loaded.name}; {len(windows)} windows of {len(windows[0].ids)} tokens",
         value=float(np.median(measured.ratios)),
         limit=1.05,
         unit="times",
@@ -124,9 +137,10 @@ def evaluation_cost(loaded: LoadedModel, windows: Sequence[Window], blocks: int,
 def window_memory(sizes: Sizes, *, seed: int, threads: int, device: str) -> Figure:
     """Peak memory of evaluating one long window over that of model(ids, labels=ids)."""
     used = {side: _memory_of(side, sizes, seed, threads, device) for side in ("ours", "labels")}
-    shape = f"vocabulary {VOCABULARY}, hidden {sizes.memory_hidden}, {sizes.memory_layers} layers"
+    model = llama_name(VOCABULARY, sizes.memory_hidden, sizes.memory_layers)
     return Figure(
-        f"peak memory over model(ids, labels=ids): a window of {sizes.memory_tokens} tokens, {shape}",
+        "peak memory of a candidate evaluation / model(ids, labels=ids)",
+        on=f"{model}; a window of {sizes.memory_tokens} tokens",
         value=used["ours"]["call_bytes"] / used["labels"]["call_bytes"],
         limit=0.25,
         unit="times",
@@ -161,26 +175,43 @@ def install_time(loaded: LoadedModel, installs: int, seed: int) -> Figure:
             factors = next(drawn)
             seconds.append(timed(lambda factors=factors: patch.install(factors)))  # type: ignore[misc]
     milliseconds = spread(1000 * np.array(seconds))
-    details = {"installs": installs, "milliseconds": milliseconds}
-    return Figure("changing candidates: Patch.install", milliseconds["median"], limit=1.0, unit="ms", details=details)
+    return Figure(
+        "time of changing candidates (Patch.install)",
+        on=loaded.name,
+        value=milliseconds["median"],
+        limit=1.0,
+        unit="ms",
+        details={"installs": installs, "milliseconds": milliseconds},
+    )
+
+
+def longrope_script() -> str:
+    """Where pip put the command `longrope`."""
+    return str(Path(sysconfig.get_path("scripts")) / "longrope")
 
 
 def help_time(starts: int) -> Figure:
     """Time of the whole process `longrope --help`."""
-    command = [str(Path(sysconfig.get_path("scripts")) / "longrope"), "--help"]
+    command = [longrope_script(), "--help"]
     seconds = [timed(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(starts + 1)][1:]
-    details = {"starts": starts, "seconds": spread(seconds)}
-    return Figure("longrope --help, the whole process", float(np.median(seconds)), 0.5, unit="s", details=details)
+    return Figure(
+        "time of longrope --help",
+        on="the whole process, from its start to its end",
+        value=float(np.median(seconds)),
+        limit=0.5,
+        unit="s",
+        details={"starts": starts, "seconds": spread(seconds)},
+    )
 
 
 def help_imports() -> Figure:
     """How many modules of torch `longrope --help` imports."""
-    command = [sys.executable, "-X", "importtime", str(Path(sysconfig.get_path("scripts")) / "longrope"), "--help"]
+    command = [sys.executable, "-X", "importtime", longrope_script(), "--help"]
     trace = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     imported = [line.rpartition("|")[2].strip() for line in trace.splitlines()]
     assert "longrope.cli" in imported, "the trace does not show the imports of longrope"
     of_torch = sum(name.partition(".")[0] == "torch" for name in imported)
-    return Figure("longrope --help, modules of torch imported", of_torch, limit=0, unit="")
+    return Figure("modules of torch that longrope --help imports", on="the same", value=of_torch, limit=0, unit="")
 
 
 def measure_all(sizes: Sizes, *, seed: int, threads: int, device: str) -> list[Figure]:
@@ -190,7 +221,7 @@ def measure_all(sizes: Sizes, *, seed: int, threads: int, device: str) -> list[F
     tiny = load_model(TINY, LoadOptions(device=device))
     large = random_llama(**shape, seed=seed, device=device)
     text = windows_for(tiny, ["stdlib"], sizes.length, sizes.windows, seed, share="search")
-    random = random_windows(VOCABULARY, length=sizes.length, count=sizes.windows, seed=seed)
+    random = random_windows(VOCABULARY, length=sizes.length, count=sizes.random_windows, seed=seed)
     return [
         evaluation_cost(tiny, text, sizes.blocks, seed),
         evaluation_cost(large, random, sizes.blocks, seed),
@@ -210,6 +241,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     sizes, name = (QUICK, "evaluation-quick") if args.quick else (Sizes(), "evaluation")
     about: dict[str, Any] = {"benchmark": name, "date": today(), "seed": args.seed, "threads": args.threads}
     about |= {"device": LoadOptions(device=args.device).placement, "machine": machine(), "versions": versions()}

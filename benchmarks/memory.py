@@ -72,9 +72,10 @@ def main() -> None:
     [short] = random_windows(args.vocabulary, length=WARM_UP, count=1, seed=args.seed)
     side = ours if args.side == "ours" else labels
     side(loaded, short)
-    before = resident(loaded.device)
+    before, highest_before = resident(loaded.device), highest(loaded.device)
     side(loaded, window)
     peak = highest(loaded.device)
+    assert peak > highest_before, "the peak was before the call: measure a longer window"
     print(json.dumps({"before_bytes": before, "peak_bytes": peak, "call_bytes": peak - before}))
 
 

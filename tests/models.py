@@ -138,6 +138,7 @@ _REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {}),
     "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "gptj": ("GPTJConfig", {"rotary_dim": 8}),
+    "falcon_alibi": ("FalconConfig", {**_rope(), "alibi": True}),  # has a rotary embedding and does not use it
     "bert": ("BertConfig", {}),
     "t5": ("T5Config", {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}),
     "deepseek_v2": ("DeepseekV2Config", {**_rope(), **_MLA}),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longrope.model import model_source
+from longrope.checkpoint import model_source
 from reference import COMMANDS, PAGE, help_text
 
 ROOT = Path(__file__).parents[1]

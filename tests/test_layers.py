@@ -20,18 +20,20 @@ LAYERS = [
     ["configs", "convert"],
     ["rope"],
     ["patch"],
+    ["checkpoint"],
     ["model"],
     ["documents"],
     ["windows"],
+    ["describe"],
     ["evaluate"],
     ["search"],
     ["export"],
     ["report"],
     ["api", "compare", "demo"],
     ["console"],
-    ["cli"],
+    ["cli", "cli_options"],
 ]
-WITHOUT_TORCH = ["errors", "lengths", "factors", "runs", "baselines", "configs", "convert", "report", "console", "cli"]
+WITHOUT_TORCH = "errors lengths factors runs baselines configs convert report console cli cli_options".split()
 
 
 def layer(module: str) -> int:

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from longrope.baselines import critical_dimension
+from longrope.checkpoint import model_source
 from longrope.documents import read_sources
 from longrope.evaluate.passkey import passkey
 from longrope.evaluate.perplexity import token_losses
-from longrope.model import LoadedModel, load_model, model_source
+from longrope.model import LoadedModel, load_model
 from longrope.windows import choose_windows
 
 FOLDER = Path(model_source("tiny"))

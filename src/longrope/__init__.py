@@ -5,7 +5,9 @@ The public names are loaded when they are used: importing longrope imports neith
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from longrope.compare import compare as compare
     from longrope.errors import UserError as UserError
     from longrope.evaluate.run import evaluate as evaluate
-    from longrope.export.transformers import export_model as export  # noqa: F401
+    from longrope.export.transformers import export as export
     from longrope.factors import FactorTable as FactorTable
     from longrope.factors import RopeFactors as RopeFactors
     from longrope.search.driver import search as search
@@ -28,18 +30,24 @@ _PUBLIC = {
     "apply": "longrope.api:apply",
     "compare": "longrope.compare:compare",
     "evaluate": "longrope.evaluate.run:evaluate",
-    "export": "longrope.export.transformers:export_model",
+    "export": "longrope.export.transformers:export",
     "load": "longrope.api:load",
     "search": "longrope.search.driver:search",
 }
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'longrope' has no attribute {name!r}")
-    module, _, attribute = _PUBLIC[name].partition(":")
-    return getattr(import_module(module), attribute)
+class _Package(ModuleType):
+    """The package: a public name is what _PUBLIC says, also once a module of that name (search, export) is imported."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in _PUBLIC:
+            return super().__getattribute__(name)
+        module, _, attribute = _PUBLIC[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from longrope.checkpoint import LoadOptions
 from longrope.configs import rope_config
-from longrope.convert import read_factors
+from longrope.convert import factors_file, read_factors
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
-from longrope.model import LoadOptions, load_model
+from longrope.model import load_model
 from longrope.patch import Patch
+
+logger = logging.getLogger(__name__)
 
 Factors = FactorTable | RopeFactors | Mapping[str, Any] | str | Path
 
@@ -24,28 +28,29 @@ def as_factors(given: Factors) -> FactorTable | RopeFactors:
         return given
     if isinstance(given, Mapping):
         return FactorTable.from_dict(given)
-    path = Path(given)
-    return read_factors(path / "factors.json" if path.is_dir() else path)
+    return read_factors(factors_file(given))
 
 
 def apply(model: PreTrainedModel, factors: Factors, *, original_length: int | None = None) -> Patch:
     """Put factors on a model that is already loaded; the returned handle's `undo()` takes them off.
 
     A table is used by the length of each sequence, a single row at every length. A sequence that grows past a boundary
-    of the table inside a cache is refused, not answered wrongly. Raises UserError for factors of another model.
+    of the table inside a cache is refused, not answered wrongly. A sliding window that every layer has is widened to
+    the longest length, until `undo`. Raises UserError for factors of another model.
     """
     wanted = as_factors(factors)
     rope = rope_config(model.config.get_text_config().to_dict(), original_length=original_length)
     if isinstance(wanted, FactorTable):
-        wanted.check_model(
-            rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length
-        )
+        wanted.check_model(rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length)
     patch = Patch(model, rope.shape)
     try:
         patch.install(wanted)
     except UserError:
         patch.undo()
         raise
+    note = patch.widen_window(wanted.rows[-1].up_to if isinstance(wanted, FactorTable) else wanted.up_to)
+    if note:
+        logger.info(note)
     return patch
 
 

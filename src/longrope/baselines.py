@@ -195,9 +195,9 @@ def baseline(name: str, shape: RopeShape, target: int, length: int | None = None
     """
     stem, plus, rule = name.partition("+")
     if stem not in METHODS or (plus and rule not in ("su", "yarn", "none")):
-        known = ", ".join(METHODS)
+        known = ", ".join(["none", *METHODS])
         raise UserError(
-            "method", got=repr(name), rule=f"known are {known}, each also with +su", do="choose one of them"
+            "method", got=repr(name), rule=f"known are {known}, all but none also with +su", do="choose one of them"
         )
     ratio = max(1.0, target / shape.original_length)
     if stem == "dynamic-ntk" and length is not None:

@@ -8,19 +8,45 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from longrope import __version__
+from longrope.cli_options import (
+    VERBOSITY,
+    Attention,
+    Device,
+    Documents,
+    Dtype,
+    Factors,
+    Json,
+    Lengths,
+    Model,
+    OriginalLength,
+    Out,
+    Precision,
+    Quiet,
+    Seed,
+    Threads,
+    Trust,
+    Verbose,
+    Windows,
+    begin,
+    length_of,
+    one_or_none,
+    one_table,
+    options_of,
+    read_table,
+    tables_of,
+)
 from longrope.errors import UserError
 from longrope.lengths import format_length, parse_length, parse_lengths
 
 if TYPE_CHECKING:
-    from longrope.factors import FactorTable
-    from longrope.model import LoadOptions
+    pass
 
 app = typer.Typer(
     add_completion=False,
@@ -31,47 +57,6 @@ app = typer.Typer(
 )
 evaluate_app = typer.Typer(rich_markup_mode=None, help="Measure a model with factors.")
 app.add_typer(evaluate_app, name="evaluate")
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or `tiny`, the embedded model.")]
-Documents = Annotated[
-    list[str],
-    typer.Option(
-        "--documents",
-        "-d",
-        metavar="D",
-        help="A file, folder or glob of .txt, .jsonl(.gz) or .parquet; hf:NAME[:SPLIT]; or stdlib. Repeatable.",
-    ),
-]
-Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write; by default under runs/.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Fixes windows and every random choice.")]
-Device = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, mps; balanced or sequential over all GPUs.")
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        "--dtype", help="auto (CPU: float32 under bf16 autocast, CUDA: bfloat16), float32, bfloat16, float16."
-    ),
-]
-Attention = Annotated[str, typer.Option("--attention", help="transformers' attention: sdpa, eager, flash_attention_2.")]
-OriginalLength = Annotated[
-    str | None, typer.Option("--original-length", metavar="N", help="Trained length, where the checkpoint is wrong.")
-]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint carries.")]
-Precision = Annotated[str, typer.Option("--rope-precision", help="dtype of angles: float32 as in engines, or float64.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say everything, and show tracebacks.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and results.")]
-Windows = Annotated[
-    int | None, typer.Option("--windows", min=1, help="Windows of each length; by default 8 up to 32k, 5, 3 from 512k.")
-]
-Factors = Annotated[
-    list[str] | None,
-    typer.Option("--factors", "-f", metavar="F", help="factors.json, a run folder, or none (ignore the checkpoint's)."),
-]
-Lengths = Annotated[str, typer.Option("--lengths", metavar="A,B,..", help="Lengths in tokens, such as 256,1k,2k.")]
-
-VERBOSITY = {"verbose": False, "quiet": False}
 
 
 def _print_version(wanted: bool) -> None:
@@ -89,64 +74,9 @@ def _options(
     pass
 
 
-def _begin(verbose: bool, quiet: bool) -> None:
-    from longrope.console import set_up_logging
-
-    VERBOSITY.update(verbose=verbose, quiet=quiet)
-    set_up_logging(1 if verbose else -1 if quiet else 0)
-
-
-def _options_of(
-    device: str, dtype: str, attention: str, original_length: str | None, trust: bool, precision: str
-) -> LoadOptions:
-    from transformers.utils import logging as transformers_logging
-
-    from longrope.model import LoadOptions
-
-    if not VERBOSITY["verbose"]:
-        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return LoadOptions(
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        original_length=_length(original_length),
-        trust_remote_code=trust,
-        rope_precision=precision,
-    )
-
-
-def _length(text: str | None) -> int | None:
-    return None if text is None else parse_length(text)
-
-
-def _tables(factors: list[str] | None, taken: Collection[str] = ()) -> dict[str, FactorTable] | None:
-    """Factor tables by the name they get in results: the run's folder or the file's stem, with -2, -3, .. if taken.
-
-    None when nothing is asked, so that the checkpoint's own are used; `none` asks for no table at all.
-    """
-    if factors is None or factors == ["none"]:
-        return None if factors is None else {}
-    tables: dict[str, FactorTable] = {}
-    for given in factors:
-        path = _factors_file(given)
-        stem = path.absolute().parent.name if path.name == "factors.json" else path.stem
-        name, number = stem, 2
-        while name in tables or name in taken:
-            name, number = f"{stem}-{number}", number + 1
-        tables[name] = _read(path)
-    return tables
-
-
-def _factors_file(given: str | Path) -> Path:
-    """The file itself, or that of a run or checkpoint folder."""
-    return Path(given) / "factors.json" if Path(given).is_dir() else Path(given)
-
-
-def _read(path: Path) -> FactorTable:
-    from longrope.convert import read_factors
-
-    return read_factors(path)
+EvaluateOut = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="DIR", help="A run folder to write; none by default.")
+]
 
 
 @app.command()
@@ -157,18 +87,18 @@ def demo(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
+    attention: Attention = "auto",
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """The whole story on the embedded model: search, compare, export, report; a few minutes on two cores."""
-    _begin(verbose, quiet)
+    begin(verbose, quiet)
     from longrope.console import err, print_json, results_table, resume_with, search_progress
     from longrope.demo import demo as run_demo
     from longrope.runs import fresh_run_path
 
-    options = _options_of(device, dtype, attention, None, False, "float32")
+    options = options_of(device, dtype, attention, None, False, "float32")
     if out is None:
         out = fresh_run_path("demo")
         resume_with("--out", str(out))
@@ -199,10 +129,10 @@ def documents(
     quiet: Quiet = False,
 ) -> None:
     """What is there: lengths of documents in tokens, and how many windows of each length they give."""
-    _begin(verbose, quiet)
+    begin(verbose, quiet)
+    from longrope.checkpoint import load_tokenizer
     from longrope.console import err, print_json
     from longrope.documents import read_sources
-    from longrope.model import load_tokenizer
     from longrope.windows import summary, token_lengths
 
     wanted = None if lengths is None else parse_lengths(lengths)
@@ -244,7 +174,8 @@ def search(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
+    attention: Attention = "auto",
+    threads: Threads = None,
     original_length: OriginalLength = None,
     rope_precision: Precision = "float32",
     trust: Trust = False,
@@ -253,14 +184,14 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Search rescale factors for one target length. The same command resumes; a larger budget continues."""
-    _begin(verbose, quiet)
+    begin(verbose, quiet)
     target = parse_length(to)
-    seeds = [_read(_factors_file(path)) for path in init or []]
+    seeds = [read_table(path) for path in init or []]
     from longrope.console import err, factors_table, print_json, results_table, search_progress
     from longrope.runs import METRICS, default_run_path, read_object
     from longrope.search.driver import search as run_search
 
-    options = _options_of(device, dtype, attention, original_length, trust, rope_precision)
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
     path = out or default_run_path("search", model, target)
     with search_progress(quiet) as on_progress:
         table = run_search(
@@ -305,7 +236,7 @@ def compare(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
+    attention: Attention = "auto",
     original_length: OriginalLength = None,
     rope_precision: Precision = "float32",
     trust: Trust = False,
@@ -314,15 +245,15 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """The table of methods by length: perplexity on the same windows."""
-    _begin(verbose, quiet)
+    begin(verbose, quiet)
     from longrope.compare import compare as run_compare
     from longrope.console import err, print_json, results_table
     from longrope.evaluate.methods import DEFAULT_METHODS
 
     wanted = parse_lengths(lengths)
     chosen = DEFAULT_METHODS if methods is None else [part.strip() for part in methods.split(",")]
-    tables = _tables(factors, taken=[*chosen, "checkpoint"])
-    options = _options_of(device, dtype, attention, original_length, trust, rope_precision)
+    tables = tables_of(factors, taken=[*chosen, "checkpoint"])
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision)
     measured = run_compare(
         model,
         lengths=wanted,
@@ -364,7 +295,7 @@ def factors(
     quiet: Quiet = False,
 ) -> None:
     """Print, check and convert factors."""
-    _begin(verbose, quiet)
+    begin(verbose, quiet)
     from longrope.console import err, factors_table, print_json, print_out
     from longrope.convert import convert, read_factors
 
@@ -372,9 +303,9 @@ def factors(
         file,
         row=row,
         rope_theta=rope_theta,
-        original_length=_length(original_length),
+        original_length=length_of(original_length),
         attention=attention_factor,
-        up_to=_length(up_to),
+        up_to=length_of(up_to),
     )
     text = convert(table, "json" if to is None else to)
     if out is not None:
@@ -383,7 +314,7 @@ def factors(
         write_atomically(out, text)
     if as_json:
         settings = {"file": str(file), "row": row, "to": to, "out": out and str(out)}
-        told = {"command": "factors", "model": table.model, "settings": settings, "results": []}
+        told: dict[str, Any] = {"command": "factors", "model": table.model, "settings": settings, "results": []}
         print_json(told | {"factors": table.to_dict()})
     elif out is None and to is not None:
         print_out(text)
@@ -402,24 +333,22 @@ def export(
     ] = "long",
     original_length: OriginalLength = None,
     trust: Trust = False,
+    as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """A checkpoint for an engine, verified as written."""
-    _begin(verbose, quiet)
-    from longrope.console import err
-    from longrope.export.transformers import export_model
+    begin(verbose, quiet)
+    from longrope.console import err, print_json
+    from longrope.export.transformers import export as run_export
 
-    options = _options_of("cpu", "auto", "sdpa", original_length, trust, "float32")
-    written = export_model(model, _one_table(factors), out, engine=engine, window=window, options=options)
-    err.print(f"checkpoint: {written}", soft_wrap=True)
-
-
-def _one_table(factors: list[str] | None) -> FactorTable | None:
-    tables = list((_tables(factors) or {}).values())
-    if len(tables) > 1:
-        raise UserError("--factors", got=f"{len(tables)} files", rule="one table is used here", do="give one")
-    return tables[0] if tables else None
+    options = options_of("cpu", "auto", "auto", original_length, trust, "float32")
+    written = run_export(model, one_table(factors), out, engine=engine, window=window, options=options)
+    if as_json:
+        settings = {"engine": engine, "window": window, "out": str(out)}
+        print_json({"command": "export", "model": model, "settings": settings, "results": []})
+    else:
+        err.print(f"checkpoint: {written}", soft_wrap=True)
 
 
 @evaluate_app.command("perplexity")
@@ -433,10 +362,11 @@ def evaluate_perplexity(
         typer.Option(min=1, help="Slide a window over whole documents by so many tokens (256 in the papers)."),
     ] = None,
     windows: Windows = None,
+    out: EvaluateOut = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
+    attention: Attention = "auto",
     original_length: OriginalLength = None,
     rope_precision: Precision = "float32",
     trust: Trust = False,
@@ -445,19 +375,20 @@ def evaluate_perplexity(
     quiet: Quiet = False,
 ) -> None:
     """Token-weighted perplexity by length, on whole windows or with a sliding window."""
-    _begin(verbose, quiet)
+    begin(verbose, quiet)
     from longrope.evaluate.run import evaluate
 
-    options = _options_of(device, dtype, attention, original_length, trust, rope_precision)
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision)
     measured = evaluate(
         "perplexity",
         model,
         lengths=parse_lengths(lengths),
-        factors=_one_or_none(factors),
+        factors=one_or_none(factors),
         documents=documents,
         windows=windows,
         stride=stride,
         seed=seed,
+        out=out,
         options=options,
     )
     _show(measured, as_json)
@@ -469,10 +400,11 @@ def evaluate_passkey(
     lengths: Lengths,
     factors: Factors = None,
     tries: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 10,
+    out: EvaluateOut = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
+    attention: Attention = "auto",
     original_length: OriginalLength = None,
     rope_precision: Precision = "float32",
     trust: Trust = False,
@@ -481,24 +413,21 @@ def evaluate_passkey(
     quiet: Quiet = False,
 ) -> None:
     """Share of five-digit keys that the model finds in filler, by length."""
-    _begin(verbose, quiet)
+    begin(verbose, quiet)
     from longrope.evaluate.run import evaluate
 
-    options = _options_of(device, dtype, attention, original_length, trust, rope_precision)
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision)
     measured = evaluate(
         "passkey",
         model,
         lengths=parse_lengths(lengths),
-        factors=_one_or_none(factors),
+        factors=one_or_none(factors),
         tries=tries,
         seed=seed,
+        out=out,
         options=options,
     )
     _show(measured, as_json)
-
-
-def _one_or_none(factors: list[str] | None) -> FactorTable | str | None:
-    return "none" if factors == ["none"] else _one_table(factors)
 
 
 def _show(measured: dict[str, Any], as_json: bool) -> None:
@@ -518,7 +447,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """One self-contained HTML page from a run folder."""
-    _begin(verbose, quiet)
+    begin(verbose, quiet)
     from longrope.console import err
     from longrope.report import write_report
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from longrope import __version__
+from longrope.checkpoint import LoadOptions, load_options
+from longrope.describe import describe_model, describe_options, describe_windows
 from longrope.errors import UserError
 from longrope.evaluate.methods import DEFAULT_METHODS, Result, measure_methods, method_factors
 from longrope.factors import FactorTable
-from longrope.model import LoadedModel, LoadOptions, load_model
+from longrope.lengths import as_length
+from longrope.model import LoadedModel, load_model
 from longrope.runs import METRICS, RunFolder, command_line, default_run_path
-from longrope.search.driver import describe_model, describe_windows, metrics
+from longrope.search.driver import metrics
 from longrope.windows import Window, windows_for
 
 logger = logging.getLogger(__name__)
@@ -22,7 +25,7 @@ logger = logging.getLogger(__name__)
 def compare(
     model: str | LoadedModel,
     *,
-    lengths: Sequence[int],
+    lengths: Sequence[int | str],
     documents: Sequence[str],
     methods: Sequence[str] = DEFAULT_METHODS,
     factors: Mapping[str, FactorTable] | None = None,
@@ -31,18 +34,21 @@ def compare(
     out: str | Path | None = None,
     options: LoadOptions | None = None,
     on_result: Callable[[Result], None] | None = None,
+    **load: Any,
 ) -> dict[str, Any]:
     """Perplexity of methods and factor tables (by name) at lengths, on the same windows; returns metrics.json's dict.
 
-    Baselines are set up for the longest length. Without `factors` those beside the weights are compared. Writes a run folder `out` (runs/compare-MODEL-LENGTH by default); a
-    finished one is read, not measured again. Of `stdlib` the unseen share is used. Raises UserError for bad input.
+    Baselines are set up for the longest length. Without `factors` those beside the weights are compared. Writes a run
+    folder `out` (runs/compare-MODEL-LENGTH by default); a finished one is read, not measured again. Of `stdlib` the
+    unseen share is used. `load` are the fields of LoadOptions. Raises UserError for bad input.
     """
+    options, wanted = load_options(options, load), [as_length(length) for length in lengths]
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     if factors is None:
         factors = {} if loaded.table is None else {"checkpoint": loaded.table}
-    _check(loaded, lengths, methods, factors)
+    _check(loaded, wanted, methods, factors)
     chosen = {
-        length: windows_for(loaded, documents, length, windows, seed, share="unseen") for length in sorted(set(lengths))
+        length: windows_for(loaded, documents, length, windows, seed, share="unseen") for length in sorted(set(wanted))
     }
     return compare_windows(loaded, chosen, methods, factors, seed=seed, out=out, on_result=on_result)
 
@@ -61,6 +67,7 @@ def _check(
         if name in methods:
             rule = "a table's name is none of the methods compared"
             raise UserError("factors", got=f"a table named {name}", rule=rule, do="choose another name for it")
+        table.row_for(min(lengths))  # one that reaches no length at all would be left out without a word
 
 
 def compare_windows(
@@ -82,10 +89,7 @@ def compare_windows(
         "methods": list(methods),
         "factors": {name: [row.key for row in table.rows] for name, table in tables.items()},
         "seed": seed,
-        "dtype": loaded.options.dtype,
-        "attention": loaded.options.attention,
-        "device": loaded.device.type,
-        "rope_precision": loaded.options.rope_precision,
+        **describe_options(loaded),
     }
     config = {
         "command": "compare",

@@ -35,9 +35,14 @@ _resume_arguments: list[str] = []
 
 
 def set_up_logging(verbosity: int) -> None:
-    """Our notes on stderr: warnings at -1, notes at 0, everything at 1; other libraries speak at 1 only."""
+    """Our notes on stderr: warnings at -1, notes at 0, everything at 1; other libraries speak at 1 only.
+
+    Lines are folded for a terminal only: in a file a note stays one line, and a path in it whole.
+    """
     level = {-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG)
-    handler = RichHandler(console=err, show_time=False, show_level=False, show_path=verbosity > 0, markup=False)
+    handler: logging.Handler = logging.StreamHandler()
+    if err.is_terminal:
+        handler = RichHandler(console=err, show_time=False, show_level=False, show_path=verbosity > 0, markup=False)
     for name in ("longrope", *(["transformers", "datasets"] if verbosity > 0 else [])):
         logger = logging.getLogger(name)
         logger.setLevel(level)
@@ -128,7 +133,7 @@ def results_table(results: Sequence[Mapping[str, Any]], *, title: str) -> Table:
         )
         for length in lengths
     }
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("method")
     for length in lengths:
         table.add_column(format_length(length), justify="right")

@@ -73,6 +73,11 @@ def read_factors(
     return _from_json(read_json(path, "factors file"), rope_theta, original_length)
 
 
+def factors_file(given: str | Path) -> Path:
+    """The file itself, or the factors.json of a run or checkpoint folder."""
+    return Path(given) / "factors.json" if Path(given).is_dir() else Path(given)
+
+
 def _from_json(data: object, rope_theta: float | None, original_length: int | None) -> FactorTable:
     if isinstance(data, Mapping) and "format" not in data and _CONFIG_KEYS & set(data):
         text = language_part(data)

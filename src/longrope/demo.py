@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from longrope.checkpoint import TINY, LoadOptions
 from longrope.documents import Document, hold_out, read_sources
 from longrope.evaluate.methods import measure_methods
 from longrope.export.transformers import export
 from longrope.factors import FactorTable
-from longrope.model import TINY, LoadedModel, LoadOptions, load_model
+from longrope.model import LoadedModel, load_model
 from longrope.report import write_report
 from longrope.runs import FACTORS, RunFolder, fresh_run_path
 from longrope.search.driver import OnProgress, SearchSettings, metrics, run_config, run_search
@@ -60,7 +61,6 @@ def demo(
     path = Path(out) if out is not None else fresh_run_path("demo")
     loaded = load_model(TINY, options)
     original, target = loaded.rope.original_length, RATIO * loaded.rope.original_length
-    on_stage(f"{TINY}: trained on {original} tokens, to be extended to {target}")
     searched, held = _split(documents, loaded)
     windows = choose_windows(searched, loaded.tokenizer, length=target, count=SEARCH_WINDOWS, seed=seed)
     unseen = {
@@ -77,6 +77,7 @@ def demo(
             measured = run.metrics()
             page, gap = path / REPORT, float(measured["logit_gap"])
             return Demo(path, FactorTable.load(path / FACTORS), measured, page, checkpoint, gap)
+        on_stage(f"{TINY}: trained on {original} tokens, to be extended to {target}")
         on_stage(f"searching: {evaluations} candidates on {len(windows)} windows of {target} tokens")
         table = run_search(run, loaded, settings, windows, on_progress=on_progress)
 

@@ -85,12 +85,18 @@ def _read_source(source: str, share: Share, tokenizer: PreTrainedTokenizerBase |
 
 
 def _read_stdlib(share: Share) -> list[Document]:
-    """The modules of the running Python: sha256 of the path mod 10 is 0 for unseen, 1 for search, else train."""
+    """The modules of the running Python: sha256 of the path mod 10 is 0 for unseen, 1 for search, else train.
+
+    The code pages in encodings/ are near-copies of each other, so what is searched and judged on leaves them out: a
+    document that the search has not seen must not be one it has almost seen.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
         inside = path.relative_to(root)
-        if inside.parts[0] in ("site-packages", "dist-packages") or share not in ("all", _stdlib_share(inside)):
+        installed = inside.parts[0] in ("site-packages", "dist-packages")
+        copies = inside.parts[0] == "encodings" and share != "train"
+        if installed or copies or share not in ("all", _stdlib_share(inside)):
             continue
         # A few of CPython's tests are in other encodings on purpose.
         with contextlib.suppress(UnicodeDecodeError, OSError):

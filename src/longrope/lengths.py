@@ -19,6 +19,11 @@ def parse_length(text: str) -> int:
     return length
 
 
+def as_length(length: int | str) -> int:
+    """Tokens of a length given as a number or as text. Raises UserError when it is not one."""
+    return parse_length(str(length))
+
+
 def parse_lengths(text: str) -> list[int]:
     """Ascending, distinct tokens of a list such as `256,1k,2k`. Raises UserError when one is not a length."""
     return sorted({parse_length(part) for part in text.split(",")})

@@ -93,7 +93,8 @@ class Patch:
     """
 
     def __init__(self, model: PreTrainedModel, shape: RopeShape, *, precision: torch.dtype = torch.float32) -> None:
-        self.shape, self.precision = shape, precision
+        self.model, self.shape, self.precision = model, shape, precision
+        self._restore: list[Callable[[], None]] = []
         places = list(rotary_modules(model))
         if not places:
             raise UserError(
@@ -137,8 +138,16 @@ class Patch:
         for *_, scaled in self._places:
             scaled.set(rope, by_length=isinstance(factors, FactorTable))
 
+    def widen_window(self, target: int) -> str | None:
+        """`widen_window` of the model, until `undo`."""
+        note, restore = widen_window(self.model, target)
+        self._restore.append(restore)
+        return note
+
     def undo(self) -> None:
-        """Put the model's own rotary embedding back."""
+        """Put the model's own rotary embedding back, and its sliding window."""
+        while self._restore:
+            self._restore.pop()()
         for parent, name, stock, _ in self._places:
             setattr(parent, name, stock)
         self._places = []
@@ -148,6 +157,32 @@ class Patch:
 
     def __exit__(self, *exception: object) -> None:
         self.undo()
+
+
+def has_local_layers(config: Any) -> bool:
+    """Whether only some layers of a transformers text config have its sliding window: then it is as it should be."""
+    return EXTENDED_LAYERS in (getattr(config, "layer_types", None) or ())
+
+
+def widen_window(model: PreTrainedModel, target: int) -> tuple[str | None, Callable[[], None]]:
+    """Widen a sliding window that every layer has to `target` tokens; local layers of a model that has both stay.
+
+    Returns what is to be said of it, if anything, and what takes it back.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= target:
+        return None, lambda: None
+    if has_local_layers(config):
+        return f"local layers keep their sliding window of {window} tokens", lambda: None
+    holders = [each for each in (config, *model.modules()) if getattr(each, "sliding_window", None) == window]
+
+    def give(width: int) -> None:
+        for holder in holders:
+            setattr(holder, "sliding_window", width)  # noqa: B010  (an attribute that only some classes declare)
+
+    give(target)
+    return f"sliding window widened from {window} to {target} tokens", lambda: give(window)
 
 
 def rotary_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

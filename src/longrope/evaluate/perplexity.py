@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # Short windows are run together up to this many tokens: enough to fill a CPU or a GPU, little memory.
 BATCH_TOKENS = 8192
 _RESAMPLES = 2000
+_NO_TARGET = -100  # of a window's last token
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,17 @@ class Perplexity:
 
 def token_losses(loaded: LoadedModel, ids: Tensor) -> Tensor:
     """Negative log-likelihood (B, T - 1), float32 nats, of every token of ids (B, T) but the first."""
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NO_TARGET)
     parts = []
     with torch.inference_mode(), loaded.autocast():
         for start, logits in loaded.logits(ids):
-            targets = ids[:, start + 1 : start + 1 + logits.shape[1]]
-            kept = logits[:, : targets.shape[1]].flatten(0, 1).float()
-            losses = torch.nn.functional.cross_entropy(kept, targets.flatten().to(logits.device), reduction="none")
-            parts.append(losses.view_as(targets).to(ids.device))
-    return torch.cat(parts, 1)
+            # Flattened whole, without the last token cut off, logits are not copied.
+            wanted = targets[:, start : start + logits.shape[1]].to(logits.device)
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=_NO_TARGET, reduction="none"
+            )
+            parts.append(losses.view_as(wanted).to(ids.device))
+    return torch.cat(parts, 1)[:, :-1]
 
 
 def window_losses(loaded: LoadedModel, windows: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:

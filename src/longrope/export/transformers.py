@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from longrope.convert import to_transformers_config
+from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_options, model_source
+from longrope.convert import factors_file, read_factors, to_transformers_config
 from longrope.errors import UserError
 from longrope.export.card import model_card
 from longrope.factors import FactorTable, RopeFactors, read_json
-from longrope.model import FACTORS_FILE, LoadedModel, LoadOptions, has_local_layers, load_model, model_source
-from longrope.patch import EXTENDED_LAYERS, ScaledRotary, rotary_modules, stock_frequencies
+from longrope.model import LoadedModel, load_model
+from longrope.patch import EXTENDED_LAYERS, ScaledRotary, has_local_layers, rotary_modules, stock_frequencies
 from longrope.rope import inverse_frequencies
 from longrope.runs import disk_errors, write_atomically
 
@@ -30,15 +31,31 @@ _WEIGHTS_OF_OTHERS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"
 
 
 def export(
-    loaded: LoadedModel, table: FactorTable, out: str | Path, *, window: str = "long", source: str | None = None
+    model: str | LoadedModel,
+    factors: FactorTable | str | Path | None,
+    out: str | Path,
+    *,
+    engine: str = "transformers",
+    window: str = "long",
+    options: LoadOptions | None = None,
+    **load: Any,
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads with the factors, and read it back to check.
 
     window: `long` uses the last row at every length, safe everywhere; `short` the first; `dynamic` both, by length,
     for which transformers needs no start tokens and one attention factor. A sliding window that every layer has is
     widened to the target. Raises UserError for factors of another model, for what transformers cannot express, and for
-    an `out` that is not empty.
+    an `out` that is not empty. factors: a table or its file, by default the factors.json beside the weights.
+    `load` are the fields of LoadOptions.
     """
+    if engine != "transformers":
+        raise UserError("--engine", got=repr(engine), rule="it is transformers", do="leave it out")
+    options = load_options(options, load)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table
+    if table is None:
+        rule = "an export needs factors"
+        raise UserError("--factors", got=f"none, and no {FACTORS_FILE} in {loaded.name}", rule=rule, do="give a run")
     out = Path(out).resolve()
     loaded.check(table)
     served = table_for_window(table, window)
@@ -47,7 +64,7 @@ def export(
         raise UserError(
             "--out", got=f"{out}, which is not empty", rule="an export is a new folder", do="choose another"
         )
-    folder = Path(source) if source else checkpoint_folder(loaded)
+    folder = checkpoint_folder(loaded)
     unfinished = out.with_name(f".{out.name}.unfinished")
     try:
         with disk_errors(out):
@@ -127,9 +144,9 @@ def extended_config(config: Mapping[str, Any], keys: Mapping[str, Any], loaded: 
     if not by_type:
         text["rope_scaling"] = rope  # what other engines and transformers 4 read
         text["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    window = getattr(known, "sliding_window", None)  # a class may have one that config.json does not name
-    if window is not None and not has_local_layers(known):
-        text["sliding_window"] = max(window, keys["max_position_embeddings"])
+    window, target = getattr(known, "sliding_window", None), keys["max_position_embeddings"]
+    if window is not None and not has_local_layers(known) and target > loaded.rope.original_length:
+        text["sliding_window"] = max(window, target)  # also where config.json names none: the class may have its own
     head_dim = getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads
     text["head_dim"] = head_dim
     if extended.get("text_config"):
@@ -172,23 +189,3 @@ def _compare(stock: torch.nn.Module, row: RopeFactors, rope_theta: float, length
         rule=f"{type(stock).__name__} must read back what was written",
         do="this class cannot be exported for transformers; please report it",
     )
-
-
-def export_model(
-    model: str | LoadedModel,
-    factors: FactorTable | None,
-    out: str | Path,
-    *,
-    engine: str = "transformers",
-    window: str = "long",
-    options: LoadOptions | None = None,
-) -> Path:
-    """`longrope export`: MODEL with a table, by default the factors.json beside its weights. Raises UserError."""
-    if engine != "transformers":
-        raise UserError("--engine", got=repr(engine), rule="it is transformers", do="leave it out")
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
-    table = factors or loaded.table
-    if table is None:
-        rule = "an export needs factors"
-        raise UserError("--factors", got=f"none, and no {FACTORS_FILE} in {loaded.name}", rule=rule, do="give a run")
-    return export(loaded, table, out, window=window)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import numpy as np
 
 from longrope import __version__
 from longrope.baselines import attention_factor, baseline
+from longrope.checkpoint import LoadOptions, load_options
+from longrope.describe import describe_model, describe_options, describe_windows
 from longrope.errors import UserError
 from longrope.evaluate.methods import Result, measure_methods
 from longrope.factors import FactorTable, RopeFactors
-from longrope.lengths import format_length
-from longrope.model import LoadedModel, LoadOptions, load_model
+from longrope.lengths import as_length, format_length
+from longrope.model import LoadedModel, load_model
 from longrope.runs import FACTORS, RunFolder, command_line, default_run_path
 from longrope.search.evolution import Candidate, Evolution, EvolutionSettings
 from longrope.search.objective import Objective, PerplexityObjective
@@ -77,6 +79,9 @@ class SearchSettings:
         return tuple(start for start in START_TOKENS if start < self.to)
 
 
+SETTINGS = tuple(each.name for each in fields(SearchSettings) if each.name != "to")
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a search is: evaluations done of how many, the iteration, the best value, candidates a second."""
@@ -94,26 +99,28 @@ OnProgress = Callable[[Progress], None]
 def search(
     model: str | LoadedModel,
     *,
-    to: int,
+    to: int | str,
     documents: Sequence[str],
     unseen: Sequence[str] = (),
     out: str | Path | None = None,
     init: Sequence[FactorTable] = (),
     options: LoadOptions | None = None,
     on_progress: OnProgress | None = None,
-    **settings: Any,
+    **keywords: Any,
 ) -> FactorTable:
     """Search rescale factors that give `model` a window of `to` tokens, on windows of `documents`.
 
     Writes a run folder `out` (by default runs/search-MODEL-LENGTH) and resumes one that is there; on a finished one it
-    returns its table. `unseen` documents are only measured, at the end. `settings` are the fields of SearchSettings.
-    Returns the table of two rows that factors.json holds. Raises UserError for bad input.
+    returns its table. `unseen` documents are only measured, at the end. `keywords` are the fields of
+    SearchSettings and of LoadOptions, which are the command's words. Returns the table of two rows that factors.json
+    holds. Raises UserError for bad input.
     """
-    chosen = SearchSettings(to=to, **settings)
+    chosen = SearchSettings(to=as_length(to), **{name: keywords.pop(name) for name in SETTINGS if name in keywords})
+    options = load_options(options, keywords)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     chosen.check(loaded.rope.original_length)
-    windows = windows_for(loaded, documents, to, chosen.windows, chosen.seed, share="search")
-    held = windows_for(loaded, unseen, to, chosen.windows, chosen.seed, share="unseen") if unseen else []
+    windows = windows_for(loaded, documents, chosen.to, chosen.windows, chosen.seed, share="search")
+    held = windows_for(loaded, unseen, chosen.to, chosen.windows, chosen.seed, share="unseen") if unseen else []
     return search_windows(loaded, chosen, windows, held, out=out, init=init, on_progress=on_progress)
 
 
@@ -258,7 +265,7 @@ def make_table(
 ) -> FactorTable:
     """Two rows: the checkpoint as it is up to its original length (all 1 where it is not scaled), and the found one."""
     rope = loaded.rope
-    short = loaded.own.row_for(rope.original_length).with_values(up_to=rope.original_length)
+    short = last_row(loaded.own, rope.original_length).with_values(up_to=rope.original_length)
     return FactorTable(
         rope_theta=rope.rope_theta,
         rotary_dim=rope.rotary_dim,
@@ -297,32 +304,14 @@ def run_config(
 ) -> dict[str, Any]:
     """What config.json of a run that searches holds: everything its result depends on."""
     chosen = {name: value for name, value in vars(settings).items() if name != "windows"}
-    chosen |= {"dtype": loaded.options.dtype, "attention": loaded.options.attention}
-    chosen |= {"device": loaded.device.type, "rope_precision": loaded.options.rope_precision}
     return {
         "command": command,
         "longrope": __version__,
         "model": describe_model(loaded),
-        "settings": chosen | {"init": [row.key for table in init for row in table.rows]},
+        "settings": chosen | describe_options(loaded) | {"init": [row.key for table in init for row in table.rows]},
         "documents": {"search": describe_windows(windows), "unseen": describe_windows(unseen)},
         "ignored": {"command_line": command_line()},
     }
-
-
-def describe_model(loaded: LoadedModel) -> dict[str, Any]:
-    """The model as run folders name it."""
-    return {
-        "name": loaded.name,
-        "rope_theta": loaded.rope.rope_theta,
-        "rotary_dim": loaded.rope.rotary_dim,
-        "original_length": loaded.rope.original_length,
-        "fingerprint": loaded.fingerprint,
-    }
-
-
-def describe_windows(windows: Sequence[Window]) -> list[dict[str, Any]]:
-    """Windows by document and place; never their text."""
-    return [{"name": window.document, "sha256": window.sha256, "start": window.start} for window in windows]
 
 
 def metrics(

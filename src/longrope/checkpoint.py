@@ -1,0 +1,234 @@
+"""The files of a checkpoint: how they are found, checked and loaded by transformers, and what is refused."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import constants, get_session
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from longrope.errors import UserError
+from longrope.factors import FactorTable
+from longrope.patch import CHOOSE_ROPE
+
+TINY = "tiny"
+FACTORS_FILE = "factors.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded and run."""
+
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:N, mps; balanced or sequential spread it over all GPUs."""
+    dtype: str = "auto"
+    """auto (CPU: float32 weights under bf16 autocast; CUDA: bfloat16), float32, bfloat16 or float16."""
+    attention: str = "auto"
+    """transformers' attn_implementation: sdpa, eager, flash_attention_2, ...; auto is sdpa where the class has it."""
+    original_length: int | None = None
+    """Trained length in tokens, where the checkpoint does not say it right."""
+    trust_remote_code: bool = False
+    rope_precision: str = "float32"
+    """dtype of angles: float32 as in every engine, or float64."""
+    threads: int | None = None
+    """CPU threads of an evaluation, torch's choice by default; results are equal for equal threads."""
+
+    def __post_init__(self) -> None:
+        _one_of("--dtype", self.dtype, ("auto", *DTYPES))
+        _check_device(self.device)
+        _one_of("--rope-precision", self.rope_precision, tuple(PRECISIONS))
+        if self.threads is not None and self.threads < 1:
+            raise UserError("--threads", got=self.threads, rule="it is at least 1", do="leave it out, or give a number")
+
+    @property
+    def placement(self) -> str:
+        """The device, `auto` resolved."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_options(options: LoadOptions | None, given: Mapping[str, Any]) -> LoadOptions:
+    """Options given whole, or field by field as keywords of a public function; TypeError for other keywords."""
+    if unknown := sorted(set(given) - {field.name for field in fields(LoadOptions)}):
+        raise TypeError(f"unexpected keyword {unknown[0]!r}")
+    return replace(options or LoadOptions(), **given)
+
+
+def model_source(name: str) -> str:
+    """What transformers loads for a MODEL: the folder of `tiny`, or the name itself."""
+    return str(files("longrope") / "assets" / TINY) if name == TINY else name
+
+
+def beside_weights(source: str) -> FactorTable | None:
+    """The factor table of a checkpoint of ours: factors.json beside its config.json."""
+    path = Path(source) / FACTORS_FILE
+    return FactorTable.load(path) if path.is_file() else None
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(flag, got=repr(value), rule=f"it is one of {', '.join(allowed)}", do="choose one of them")
+
+
+def _check_device(device: str) -> None:
+    if device in _PLACEMENTS:
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        rule = "it is auto, cpu, cuda, cuda:N, mps, balanced or sequential"
+        raise UserError("--device", got=repr(device), rule=rule, do="choose one of them") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        rule = "torch sees no CUDA device here"
+        raise UserError("--device", got=repr(device), rule=rule, do="use --device cpu, or install torch for CUDA")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        rule = f"there are {torch.cuda.device_count()} of them, counted from 0"
+        raise UserError("--device", got=repr(device), rule=rule, do="choose one of them")
+
+
+def load_config(name: str, source: str, options: LoadOptions) -> Any:
+    """The configuration of a causal language model. Raises UserError when it is missing, broken or of another kind."""
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        rule = "a model folder has one"
+        raise UserError("model", got=f"folder {name} without config.json", rule=rule, do="give a checkpoint's folder")
+    if folder.is_file():
+        raise UserError("model", got=f"file {name}", rule="a model is a folder or a Hub id", do="give its folder")
+    if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        rule = f"a model is a folder, a Hub id or {TINY}"
+        raise UserError("model", got=f"{name}, which does not exist", rule=rule, do="check the path")
+    try:
+        config = _from_pretrained(AutoConfig, source, options.trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for a bad config
+        raise _unloadable(name, error, folder.is_dir()) from None
+    classes = getattr(config, "architectures", None) or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+    classes = [classes] if isinstance(classes, str) else classes
+    remote = options.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if not remote and not set(classes) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        raise UserError(
+            "model",
+            got=f"{name}, a {classes[0] or config.model_type}",
+            rule="only causal language models of transformers can be extended",
+            do="give a ...ForCausalLM checkpoint",
+        )
+    return config
+
+
+def _from_pretrained(factory: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
+    """What a transformers Auto class makes of a MODEL: of a folder, or of a Hub id, without a network from the cache.
+
+    The Hub is asked once first: transformers repeats every request that fails for half a minute.
+    """
+    options |= {"trust_remote_code": trust_remote_code, "local_files_only": Path(source).is_dir() or not _hub_answers()}
+    return factory.from_pretrained(source, **options)
+
+
+def _hub_answers() -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # no network, no name service, a proxy that refuses, offline mode: each has its own
+        return False
+    return True
+
+
+def check_has_rope(name: str, described: Mapping[str, Any]) -> None:
+    """Raise UserError for a configuration without a RoPE, before the weights are read."""
+    if not any(described.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base")):
+        got = f"{name}, a {described.get('model_type')} model whose configuration has no RoPE"
+        raise UserError("model", got=got, rule="only a model with RoPE can be extended", do=CHOOSE_ROPE)
+
+
+def _unloadable(name: str, error: Exception, is_folder: bool) -> UserError:
+    reason = textwrap.shorten(str(error), 240, placeholder=" ...") or "no reason given"
+    if "trust_remote_code" in str(error):
+        do = "give --trust-remote-code if you trust its author"
+    elif is_folder:
+        do = "restore the checkpoint's files"
+    else:
+        do = "check the name, or give the folder of a downloaded checkpoint"
+    rule = "it is a transformers checkpoint in a folder or on the Hub"
+    return UserError("model", got=f"{name} ({type(error).__name__}: {reason})", rule=rule, do=do)
+
+
+def _check_files(name: str, folder: Path) -> None:
+    """Raise UserError for a folder without safetensors, or with one that is not whole."""
+    if not any(folder.glob("*.safetensors")):
+        found = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
+        raise UserError(
+            "model",
+            got=f"{name} with {found[0]}",
+            rule="weights are read from safetensors only",
+            do="restore the .safetensors files, or convert the checkpoint with save_pretrained",
+        )
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):  # reads the header and compares it with the size of the file
+                pass
+        except (SafetensorError, OSError) as error:
+            rule = "a safetensors file is whole"
+            raise UserError("model", got=f"{path} ({error})", rule=rule, do="copy or download it again") from None
+
+
+def load_weights(name: str, source: str, config: Any, options: LoadOptions) -> tuple[PreTrainedModel, list[str]]:
+    """The model in eval mode, and what is to be said of its weights."""
+    folder = Path(source)
+    if folder.is_dir():
+        _check_files(name, folder)
+    placement = options.placement
+    on_cuda = placement != "cpu" and torch.cuda.is_available()
+    auto = torch.bfloat16 if on_cuda else torch.float32
+    try:
+        model, info = _from_pretrained(
+            AutoModelForCausalLM,
+            source,
+            options.trust_remote_code,
+            config=config,
+            dtype=DTYPES.get(options.dtype, auto),
+            attn_implementation=None if options.attention == "auto" else options.attention,
+            device_map=placement if placement in _PLACEMENTS else {"": placement},
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if "attn_implementation" in str(error) or "attention implementation" in str(error).lower():
+            rule = textwrap.shorten(str(error), 240, placeholder=" ...")
+            raise UserError("--attention", got=repr(options.attention), rule=rule, do="use --attention auto") from None
+        # safetensors, transformers, accelerate and torch each raise their own for bad files
+        raise _unloadable(name, error, folder.is_dir()) from None
+    lost, other = sorted(info["missing_keys"]), sorted(str(key[0]) for key in info["mismatched_keys"])
+    if lost or other:
+        state = "without" if lost else "with another shape of"
+        raise UserError(
+            "model",
+            got=f"{name} {state} {len(lost or other)} of its weights, the first {(lost or other)[0]}",
+            rule="every weight is in the checkpoint, in the shape that config.json says",
+            do="restore the .safetensors files or config.json",
+        )
+    unused = sorted(info["unexpected_keys"])
+    notes = [f"{len(unused)} weights of the checkpoint are not used, the first {unused[0]}"] if unused else []
+    return cast(PreTrainedModel, model.eval().requires_grad_(False)), notes
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a MODEL. Raises UserError when it cannot be loaded."""
+    source = model_source(name)
+    try:
+        tokenizer = _from_pretrained(AutoTokenizer, source, trust_remote_code)
+    except Exception as error:  # as for the configuration
+        raise _unloadable(f"{name}'s tokenizer", error, Path(source).is_dir()) from None
+    return cast(PreTrainedTokenizerBase, tokenizer)

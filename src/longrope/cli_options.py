@@ -1,0 +1,143 @@
+"""Options that commands share, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longrope.errors import UserError
+from longrope.lengths import parse_length
+
+if TYPE_CHECKING:
+    from longrope.checkpoint import LoadOptions
+    from longrope.factors import FactorTable
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or `tiny`, the embedded model.")]
+Documents = Annotated[
+    list[str],
+    typer.Option(
+        "--documents",
+        "-d",
+        metavar="D",
+        help="A file, folder or glob of .txt, .jsonl(.gz) or .parquet; hf:NAME[:SPLIT]; or stdlib. Repeatable.",
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write; by default under runs/.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Fixes windows and every random choice.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, mps; balanced or sequential over all GPUs.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto (CPU: float32 under bf16 autocast, CUDA: bfloat16), float32, bfloat16, float16."
+    ),
+]
+Attention = Annotated[
+    str, typer.Option("--attention", help="transformers' attention: auto, sdpa, eager, flash_attention_2.")
+]
+OriginalLength = Annotated[
+    str | None, typer.Option("--original-length", metavar="N", help="Trained length, where the checkpoint is wrong.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint carries.")]
+Precision = Annotated[str, typer.Option("--rope-precision", help="dtype of angles: float32 as in engines, or float64.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; a search resumes with as many as it had.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say everything, and show tracebacks.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and results.")]
+Windows = Annotated[
+    int | None, typer.Option("--windows", min=1, help="Windows of each length; by default 8 up to 32k, 5, 3 from 512k.")
+]
+Factors = Annotated[
+    list[str] | None,
+    typer.Option("--factors", "-f", metavar="F", help="factors.json, a run folder, or none (ignore the checkpoint's)."),
+]
+Lengths = Annotated[str, typer.Option("--lengths", metavar="A,B,..", help="Lengths in tokens, such as 256,1k,2k.")]
+
+VERBOSITY = {"verbose": False, "quiet": False}
+
+
+def begin(verbose: bool, quiet: bool) -> None:
+    """Set up what a command says while it works."""
+    from longrope.console import set_up_logging
+
+    VERBOSITY.update(verbose=verbose, quiet=quiet)
+    set_up_logging(1 if verbose else -1 if quiet else 0)
+
+
+def options_of(
+    device: str,
+    dtype: str,
+    attention: str,
+    original_length: str | None,
+    trust: bool,
+    precision: str,
+    threads: int | None = None,
+) -> LoadOptions:
+    """The options of a model as given on the command line; transformers is told to keep quiet."""
+    from transformers.utils import logging as transformers_logging
+
+    from longrope.checkpoint import LoadOptions
+
+    if not VERBOSITY["verbose"]:
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return LoadOptions(
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        original_length=length_of(original_length),
+        trust_remote_code=trust,
+        rope_precision=precision,
+        threads=threads,
+    )
+
+
+def length_of(text: str | None) -> int | None:
+    """A length that may be left out."""
+    return None if text is None else parse_length(text)
+
+
+def tables_of(factors: list[str] | None, taken: Collection[str] = ()) -> dict[str, FactorTable] | None:
+    """Factor tables by the name they get in results: the run's folder or the file's stem, with -2, -3, .. if taken.
+
+    None when nothing is asked, so that the checkpoint's own are used; `none` asks for no table at all.
+    """
+    if factors is None or factors == ["none"]:
+        return None if factors is None else {}
+    from longrope.convert import factors_file
+
+    tables: dict[str, FactorTable] = {}
+    for given in factors:
+        path = factors_file(given)
+        stem = path.absolute().parent.name if path.name == "factors.json" else path.stem
+        name, number = stem, 2
+        while name in tables or name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        tables[name] = read_table(path)
+    return tables
+
+
+def read_table(given: str | Path) -> FactorTable:
+    """A table from any file of factors, or from the factors.json of a folder."""
+    from longrope.convert import factors_file, read_factors
+
+    return read_factors(factors_file(given))
+
+
+def one_table(factors: list[str] | None) -> FactorTable | None:
+    """The only table given, if any."""
+    tables = list((tables_of(factors) or {}).values())
+    if len(tables) > 1:
+        raise UserError("--factors", got=f"{len(tables)} files", rule="one table is used here", do="give one")
+    return tables[0] if tables else None
+
+
+def one_or_none(factors: list[str] | None) -> FactorTable | str | None:
+    """The only table given, or the word none."""
+    return "none" if factors == ["none"] else one_table(factors)

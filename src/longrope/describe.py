@@ -1,0 +1,35 @@
+"""What run folders say of models, windows and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from longrope.model import LoadedModel
+from longrope.windows import Window
+
+
+def describe_options(loaded: LoadedModel) -> dict[str, Any]:
+    """How the model is run, as far as results depend on it."""
+    options = loaded.options
+    described: dict[str, Any] = {"dtype": options.dtype, "attention": options.attention}
+    described |= {"device": loaded.device.type, "rope_precision": options.rope_precision}
+    return described | ({"threads": torch.get_num_threads()} if loaded.device.type == "cpu" else {})
+
+
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
+    """The model as run folders name it."""
+    return {
+        "name": loaded.name,
+        "rope_theta": loaded.rope.rope_theta,
+        "rotary_dim": loaded.rope.rotary_dim,
+        "original_length": loaded.rope.original_length,
+        "fingerprint": loaded.fingerprint,
+    }
+
+
+def describe_windows(windows: Sequence[Window]) -> list[dict[str, Any]]:
+    """Windows by document and place; never their text."""
+    return [{"name": window.document, "sha256": window.sha256, "start": window.start} for window in windows]

@@ -1,0 +1,811 @@
+"""The command line: what it refuses and how, what it prints, and what a run folder holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from commands import SHAPE, TARGET, contents, longrope, longrope_process, refused, table, write_checkpoint
+from commands import write_documents as write_documents_to
+from longrope import __version__
+from longrope.baselines import RopeShape
+from models import ORIGINAL, build, save
+
+LENGTH_RULE = (
+    "a length is a positive whole number of tokens, with k for 1024 or m for 1024k; write it like 4096, 4k, 128k or 2m"
+)
+DOCUMENTS_RULE = "documents are a file, a folder, a glob, hf:NAME[:SPLIT] or stdlib; check the path"
+METHODS_RULE = (
+    "known are pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-paper, yarn-rcd, llama3, each also with +su; choose one of them"
+)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint `model`, documents `texts`, and factors.json of the checkpoint `good.json`."""
+    folder = tmp_path_factory.mktemp("ground")
+    write_checkpoint(folder / "model")
+    write_documents_to(folder / "texts")
+    table().save(folder / "good.json")
+    return folder
+
+
+@pytest.fixture
+def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which has the same."""
+    shutil.copytree(ground, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def search(*more: object, model: str = "model", to: object = TARGET, documents: str = "texts") -> list[object]:
+    return ["search", model, "--to", to, "-d", documents, "--dtype", "float32", "--windows", 2, *more]
+
+
+def compare(*more: object, model: str = "model", lengths: object = TARGET) -> list[object]:
+    return ["compare", model, "--lengths", lengths, "-d", "texts", "--dtype", "float32", "--windows", 2, *more]
+
+
+def perplexity(*more: object, model: str = "model", lengths: object = TARGET) -> list[object]:
+    start = ["evaluate", "perplexity", model, "--lengths", lengths, "-d", "texts"]
+    return [*start, "--dtype", "float32", "--windows", 2, *more]
+
+
+def passkey(*more: object, lengths: object = TARGET) -> list[object]:
+    return ["evaluate", "passkey", "model", "--lengths", lengths, "--dtype", "float32", "--tries", 3, *more]
+
+
+def test_the_ground_of_these_tests_is_sound(here: Path) -> None:
+    """So that what is refused below is refused for what is wrong with it, and for nothing else."""
+    for command in (search("--evaluations", 4), compare("-f", "good.json"), perplexity("-f", "good.json"), passkey()):
+        assert longrope(*command).code == 0
+    assert longrope("export", "model", "-f", "good.json", "--out", "exported").code == 0
+
+
+# Models that are refused
+
+
+def with_file(name: str, data: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(data)
+
+    return write
+
+
+def cut_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+WHOLE = "a safetensors file is whole; copy or download it again"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "model: got broken with no weights; weights are read from safetensors only; "
+            "restore the .safetensors files, or convert the checkpoint with save_pretrained",
+        ),
+        (
+            only_pickle,
+            "model: got broken with pytorch_model.bin; weights are read from safetensors only; "
+            "restore the .safetensors files, or convert the checkpoint with save_pretrained",
+        ),
+        (cut_weights, f"model: got broken/model.safetensors (REASON); {WHOLE}"),
+        (with_file("model.safetensors", b""), f"model: got broken/model.safetensors (REASON); {WHOLE}"),
+        (
+            with_file("model.safetensors", b"<html>404</html>" * 99),
+            f"model: got broken/model.safetensors (REASON); {WHOLE}",
+        ),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            "model: got folder broken without config.json; a model folder has one; give a checkpoint's folder",
+        ),
+        (
+            with_file("config.json", b"{"),
+            "model: got broken (REASON); it is a transformers checkpoint in a folder or on the Hub; "
+            "restore the checkpoint's files",
+        ),
+        (
+            with_file("factors.json", b'{"format": '),
+            "factors file: got broken/factors.json (REASON); it is JSON; restore the file or make it again",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(here: Path, damage: Callable[[Path], None], message: str) -> None:
+    shutil.copytree("model", "broken")
+    damage(here / "broken")
+    for command in (search(model="broken"), compare(model="broken"), perplexity(model="broken")):
+        assert re.sub(r"\(.*\)", "(REASON)", refused(*command)) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such", "got /no/such, which does not exist; a model is a folder, a Hub id or tiny; check the path"),
+        ("./none", "got ./none, which does not exist; a model is a folder, a Hub id or tiny; check the path"),
+        ("good.json", "got file good.json; a model is a folder or a Hub id; give its folder"),
+        ("texts", "got folder texts without config.json; a model folder has one; give a checkpoint's folder"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_a_model_that_is_not_there_is_refused(name: str, message: str) -> None:
+    assert refused(*search(model=name)) == f"model: {message}"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_hub_id_that_cannot_be_had_is_refused() -> None:
+    message = refused(*search(model="acme/none-7b"))
+    assert message.startswith("model: got acme/none-7b (OSError: ")
+    do = "check the name, or give the folder of a downloaded checkpoint"
+    assert message.endswith(f"; it is a transformers checkpoint in a folder or on the Hub; {do}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "bert",
+            "model: got other, a BertModel; only causal language models of transformers can be extended; "
+            "give a ...ForCausalLM checkpoint",
+        ),
+        (
+            "gpt2",
+            "model: got other, a gpt2 model whose configuration has no RoPE; only a model with RoPE can be extended; "
+            "choose a RoPE model (Llama, Mistral, Qwen, Phi, Gemma, OLMo, GPT-NeoX, ...)",
+        ),
+        (
+            "deepseek_v3",
+            "config: got kv_lora_rank 8; multi-head latent attention is not supported; "
+            "choose a model with one rotation for the whole head",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_extended_is_refused(here: Path, name: str, message: str) -> None:
+    save(build(name), here / "other")
+    assert refused(*search(model="other")) == message
+
+
+@pytest.mark.usefixtures("here")
+def test_a_device_that_does_not_exist_is_refused() -> None:
+    for command in (search, compare, perplexity, passkey):
+        rule = "it is auto, cpu, cuda, cuda:N, mps, balanced or sequential; choose one of them"
+        assert refused(*command("--device", "banana")) == f"--device: got 'banana'; {rule}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.usefixtures("here")
+def test_cuda_where_there_is_none_is_refused() -> None:
+    for command in (search, compare, perplexity, passkey):
+        rule = "torch sees no CUDA device here; use --device cpu, or install torch for CUDA"
+        assert refused(*command("--device", "cuda")) == f"--device: got 'cuda'; {rule}"
+
+
+@pytest.mark.usefixtures("here")
+def test_an_attention_that_does_not_exist_is_refused() -> None:
+    for command in (search, compare, perplexity, passkey):
+        assert "banana" in refused(*command("--attention", "banana"))
+
+
+# Lengths, options and arguments that are refused
+
+
+@pytest.mark.parametrize("length", ["0", "-5", "4kk", "", "1e3", "0.5k", "99999999999999999999", "banana"])
+@pytest.mark.usefixtures("here")
+def test_a_target_that_is_no_length_is_refused(length: str) -> None:
+    assert refused(*search(to=length)) == f"length: got {length!r}; {LENGTH_RULE}"
+
+
+@pytest.mark.parametrize("target", [1, ORIGINAL - 1, ORIGINAL])
+@pytest.mark.usefixtures("here")
+def test_a_target_that_is_not_longer_than_the_original_length_is_refused(target: int) -> None:
+    assert refused(*search(to=target)) == (
+        f"--to: got {target} tokens; the target is longer than the model's original length of 48; "
+        "give a longer target, such as 384, or --original-length"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "first"), [("", ""), (",", ""), ("1,2x", "2x"), ("256;512", "256;512"), ("64,,96", "")]
+)
+@pytest.mark.usefixtures("here")
+def test_a_list_with_something_else_than_lengths_is_refused(lengths: str, first: str) -> None:
+    for command in (
+        compare(lengths=lengths),
+        perplexity(lengths=lengths),
+        passkey(lengths=lengths),
+        ["documents", "texts", "--lengths", lengths],
+    ):
+        assert refused(*command) == f"length: got {first!r}; {LENGTH_RULE}"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["bogus"], "No such command 'bogus'; see longrope --help"),
+        (["--bogus"], "No such option: --bogus; see longrope --help"),
+        (["search"], "Missing argument 'MODEL'; see longrope search --help"),
+        (["search", "model", "-d", "texts"], "Missing option '--to'; see longrope search --help"),
+        (["search", "model", "--to", "96"], "Missing option '--documents' / '-d'; see longrope search --help"),
+        (["search", "model", "--to"], "Option '--to' requires an argument; see longrope --help"),
+        (["compare", "model", "-d", "texts"], "Missing option '--lengths'; see longrope compare --help"),
+        (["evaluate"], "Missing command; see longrope evaluate --help"),
+        (["evaluate", "bogus"], "No such command 'bogus'; see longrope evaluate --help"),
+        (["documents"], "Missing argument 'D'; see longrope documents --help"),
+        (["export", "model"], "Missing option '--out' / '-o'; see longrope export --help"),
+        (search("--method", "banana"), "--method: got 'banana'; it is one of evolution; choose one of them"),
+        (
+            search("--dtype", "int8"),
+            "--dtype: got 'int8'; it is one of auto, float32, bfloat16, float16; choose one of them",
+        ),
+        (
+            search("--rope-precision", "x"),
+            "--rope-precision: got 'x'; it is one of float32, float64; choose one of them",
+        ),
+        (search("--original-length", ""), f"length: got ''; {LENGTH_RULE}"),
+        (search("--original-length", "x"), f"length: got 'x'; {LENGTH_RULE}"),
+        (compare("--methods", "none,banana"), f"method: got 'banana'; {METHODS_RULE}"),
+        (compare("--methods", "pi+banana"), f"method: got 'pi+banana'; {METHODS_RULE}"),
+        (compare("--methods", ""), f"method: got ''; {METHODS_RULE}"),
+        (compare(lengths=1), "windows: got 2 of 1 tokens; there is at least one, of at least 2 tokens; ask for more"),
+        (
+            perplexity("--stride", TARGET),
+            "--stride: got 192; a stride is between 1 and the window of 192 tokens less one; "
+            "use 256 as in the papers, or a smaller one",
+        ),
+        (
+            passkey(lengths=20),
+            "passkey: got a window of 20 tokens; the prompt without filler takes 104; measure at 104 tokens or more",
+        ),
+        (
+            ["export", "model", "--out", "x", "--engine", "banana"],
+            "--engine: got 'banana'; it is transformers; leave it out",
+        ),
+        (
+            ["export", "model", "--out", "x", "-f", "good.json", "--window", "banana"],
+            "--window: got 'banana'; it is one of dynamic, long, short; choose one of them",
+        ),
+        (
+            ["factors", "good.json", "--to", "banana"],
+            "--to: got 'banana'; it is json, transformers or csv; choose one of them",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_bad_usage_is_told_in_one_line(command: list[object], message: str) -> None:
+    assert refused(*command) == message
+
+
+@pytest.mark.usefixtures("here")
+def test_an_argument_too_many_is_refused() -> None:
+    message = refused(*search("more"))
+    assert message.startswith("Got unexpected extra argument")
+    assert message.endswith(" (more); see longrope search --help")
+
+
+@pytest.mark.parametrize("value", ["x", "-1", str(TARGET), "1.5", ""])
+@pytest.mark.usefixtures("here")
+def test_start_tokens_that_make_no_sense_are_refused(value: str) -> None:
+    rule = "it is a number of tokens below the target, or search; give 0, a number or search"
+    assert refused(*search("--start-tokens", value)) == f"--start-tokens: got {value!r}; {rule}"
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1", "nan", "inf", ""])
+@pytest.mark.usefixtures("here")
+def test_an_attention_factor_that_makes_no_sense_is_refused(value: str) -> None:
+    rule = "it is su, yarn, none or a positive number; choose one of them"
+    assert refused(*search("--attention-factor", value)) == f"--attention-factor: got {value!r}; {rule}"
+
+
+@pytest.mark.parametrize("option", ["--evaluations", "--windows", "--seed"])
+@pytest.mark.parametrize("value", ["-1", "x", "1.5"])
+@pytest.mark.usefixtures("here")
+def test_a_number_that_is_none_or_too_small_is_refused_with_its_option(option: str, value: str) -> None:
+    message = refused(*search(option, value))
+    assert message.startswith(f"Invalid value for '{option}': ")
+    assert message.endswith("; see longrope search --help")
+
+
+# Documents that are refused
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "empty.txt",
+            b"",
+            "got 'empty.txt', which is empty; a document holds at least some text; give documents with text",
+        ),
+        (
+            "blank.txt",
+            b" \n",
+            "got 'blank.txt', which is empty; a document holds at least some text; give documents with text",
+        ),
+        (
+            "binary.txt",
+            b"\x00\x01" * 99,
+            "got 'binary.txt', which is binary (it holds a zero byte); a document is text in UTF-8; "
+            "convert it, or take it out",
+        ),
+        (
+            "latin.txt",
+            b"\xe9" * 99,
+            "got 'latin.txt', which is not UTF-8; a document is text in UTF-8; convert it, or take it out",
+        ),
+        (
+            "paper.pdf",
+            b"%PDF",
+            "got 'paper.pdf'; a document is .txt, .jsonl, .jsonl.gz or .parquet; convert it, or give another file",
+        ),
+        ("missing.txt", None, f"got 'missing.txt', which does not exist; {DOCUMENTS_RULE}"),
+        ("no*.txt", None, f"got 'no*.txt', which does not exist; {DOCUMENTS_RULE}"),
+        ("", None, f"got '', which does not exist; {DOCUMENTS_RULE}"),
+    ],
+)
+def test_documents_that_cannot_be_read_are_refused(here: Path, name: str, data: bytes | None, message: str) -> None:
+    if data is not None:
+        (here / name).write_bytes(data)
+    for command in (search(documents=name), search("--unseen", name), ["documents", name], compare("-d", name)):
+        assert refused(*command) == f"documents: {message}"
+
+
+def test_too_short_documents_are_refused_with_what_was_found(here: Path) -> None:
+    (here / "short.txt").write_text("twelve bytes")
+    message = (
+        "documents: got 1 document, the longest of 12 tokens, which hold 0 windows of 192 tokens; wanted: 2 windows; "
+        "give longer or more documents, or ask for shorter or fewer windows"
+    )
+    assert refused(*search(documents="short.txt")) == message
+    assert refused(*search("--unseen", "short.txt")) == message
+
+
+@pytest.mark.usefixtures("here")
+def test_more_windows_than_the_documents_hold_are_refused() -> None:
+    assert refused(*compare("--windows", 43)) == (
+        "documents: got 6 documents, the longest of 1500 tokens, which hold 42 windows of 192 tokens; "
+        "wanted: 43 windows; give longer or more documents, or ask for shorter or fewer windows"
+    )
+
+
+# Factors that are refused
+
+
+def changed(**keys: Any) -> str:
+    return json.dumps(table().to_dict() | keys)
+
+
+def with_last(value: float) -> str:
+    data = table().to_dict()
+    data["table"][1]["rescale"][7] = value
+    return json.dumps(data)
+
+
+def shorter() -> str:
+    data = table().to_dict()
+    del data["table"][1]["rescale"][7]
+    return json.dumps(data)
+
+
+CORRECT = "correct the file or search again"
+SEARCHED = "give the factors that were searched for this model"
+BAD_FACTORS = [
+    (changed(format="other"), f"factors: format: got format 'other'; it is \"longrope-factors\"; {CORRECT}"),
+    (
+        changed(version=2),
+        "factors file: got version 2; this longrope reads version 1; use the longrope that wrote it, or search again",
+    ),
+    (shorter(), f"factors: rescale: got 7 numbers; rotary_dim 16 has 8 pairs; {CORRECT}"),
+    (with_last(math.nan), f"factors: rescale[7]: got nan; it is a finite, positive number; {CORRECT}"),
+    (with_last(math.inf), f"factors: rescale[7]: got inf; it is a finite, positive number; {CORRECT}"),
+    (with_last(-1.0), f"factors: rescale[7]: got -1.0; it is a finite, positive number; {CORRECT}"),
+    (with_last(0.0), f"factors: rescale[7]: got 0.0; it is a finite, positive number; {CORRECT}"),
+    (changed(table=[]), f"factors: table: got no rows; it has at least one row; {CORRECT}"),
+    (
+        changed(rope_theta=10000.0),
+        f"factors: got rope_theta 10000; the model has rope_theta 500; {SEARCHED}",
+    ),
+    (
+        json.dumps(table(shape=RopeShape(500.0, 32, ORIGINAL)).to_dict()),
+        f"factors: got rotary_dim 32; the model has rotary_dim 16; {SEARCHED}",
+    ),
+    (
+        changed(original_length=64),
+        f"factors: got original_length 64; the model has original_length 48; {SEARCHED}, or --original-length",
+    ),
+    ("[1]", f'factors: format: got list; it is "longrope-factors"; {CORRECT}'),
+    ('{"format": ', "factors file: got f.json (REASON); it is JSON; restore the file or make it again"),
+    (
+        "",
+        "factors file: got f.json, which is empty; it is a factors.json, a config.json or a CSV of factors; "
+        "restore the file or make it again",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FACTORS)
+def test_factors_that_are_none_or_another_models_are_refused(here: Path, text: str, message: str) -> None:
+    (here / "f.json").write_text(text)
+    given = ("--factors", "f.json")
+    export = ["export", "model", *given, "--out", "exported"]
+    for command in (compare(*given), perplexity(*given), passkey(*given), search("--init", "f.json"), export):
+        assert re.sub(r"\(.*\)", "(REASON)", refused(*command)) == message
+
+
+def test_factors_that_are_not_there_are_refused(here: Path) -> None:
+    (here / "empty").mkdir()
+    rule = "it is a file; check the path"
+    assert refused(*compare("-f", "f.json")) == f"factors file: got f.json, which does not exist; {rule}"
+    assert refused(*compare("-f", "empty")) == f"factors file: got empty/factors.json, which does not exist; {rule}"
+    assert refused(*search("--init", "empty")) == f"factors file: got empty/factors.json, which does not exist; {rule}"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_length_beyond_the_factors_is_refused() -> None:
+    message = (
+        "sequence: got 193 tokens; the factor table ends at 192; "
+        "use at most 192 tokens, or search factors for a longer target"
+    )
+    for command in (perplexity, passkey, compare):
+        assert refused(*command("-f", "good.json", lengths=TARGET + 1)) == message
+
+
+@pytest.mark.usefixtures("here")
+def test_two_tables_where_one_is_used_and_none_where_one_is_needed_are_refused() -> None:
+    twice = ("-f", "good.json", "-f", "good.json")
+    assert refused(*perplexity(*twice)) == "--factors: got 2 files; one table is used here; give one"
+    assert refused("export", "model", "--out", "x") == (
+        "--factors: got none, and no factors.json in model; an export needs factors; give a run"
+    )
+
+
+# Places that are refused
+
+
+def test_an_output_folder_that_is_not_ours_is_refused_and_left_alone(here: Path) -> None:
+    (here / "full").mkdir()
+    (here / "full" / "mine.txt").write_text("mine")
+    for command in (search, compare):
+        assert refused(*command("--out", "good.json")) == (
+            "--out: got good.json, a file; a run is a folder; choose another --out"
+        )
+        assert refused(*command("--out", "full")) == (
+            "--out: got full, which has mine.txt; the output folder holds other files and no run; "
+            "choose another --out or an empty folder"
+        )
+        assert refused(*command("--out", "model")).startswith(
+            "--out: got model, which has config.json, generation_config"
+        )
+    rule = "an export is a new folder; choose another"
+    for out in ("full", "good.json", "model"):
+        message = refused("export", "model", "-f", "good.json", "--out", out)
+        assert message == f"--out: got {here / out}, which is not empty; {rule}"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_place_that_takes_no_files_is_refused() -> None:
+    rule = "the folder above it must exist and take new files; choose a folder that can be written to"
+    for out, reason in (("/proc/none", "No such file or directory"), ("good.json/sub", "Not a directory")):
+        message = f"output: got {out} ({reason}); {rule}"
+        assert refused(*search("--out", out)) == message
+        assert refused(*compare("--out", out)) == message
+    message = refused("export", "model", "-f", "good.json", "--out", "/proc/none/x")
+    assert message == f"output: got /proc/none/x (No such file or directory); {rule}"
+    message = refused("factors", "good.json", "--out", "/proc/none")
+    assert message == f"output: got /proc/none (No such file or directory); {rule}"
+
+
+def test_a_run_with_other_settings_and_a_run_of_another_command_are_refused_and_kept(here: Path) -> None:
+    assert longrope(*search("--evaluations", 4, "--out", "run")).code == 0
+    rule = "a run is continued with its own settings, only a budget may grow; choose another --out"
+    assert refused(*search("--evaluations", 4, "--out", "run", "--seed", 1)).endswith(rule)
+    assert refused(*search("--evaluations", 3, "--out", "run")) == (
+        f"--out: got run, a run where settings.evaluations was 4, now 3; {rule}"
+    )
+    message = refused(*search("--evaluations", 4, "--out", "run", "--attention-factor", "yarn"))
+    assert message == f'--out: got run, a run where settings.attention_factor was "su", now "yarn"; {rule}'
+    message = refused(*compare("--out", "run"))
+    assert message.startswith('--out: got run, a run where command was "search", now "compare"; ')
+    assert (here / "run" / "DONE").exists()
+
+
+# What is printed
+
+
+def test_the_version_and_help_go_to_stdout() -> None:
+    assert longrope("--version").out == f"longrope {__version__}\n"
+    assert longrope("--version").code == 0
+    for arguments in ([], ["--help"], ["-h"]):
+        ran = longrope(*arguments)
+        assert (ran.code, ran.err) == (0, "")
+        for command in ("demo", "documents", "search", "compare", "factors", "export", "report", "evaluate"):
+            assert f"\n  {command} " in ran.out
+
+
+def test_help_of_every_command_imports_no_torch() -> None:
+    code = """
+import sys
+from longrope.cli import app, run
+names = [[each.name or each.callback.__name__] for each in app.registered_commands]
+for group in app.registered_groups:
+    names += [[group.name, each.name] for each in group.typer_instance.registered_commands]
+codes = [run([*name, "--help"]) for name in names]
+print(len(names), set(codes), sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "9 {0} []"
+    assert done.stderr == ""
+
+
+def is_standard(document: Any, command: str, model: str | None) -> bool:
+    """Whether a JSON document has the shape that every command's has."""
+    results = {"method", "length", "value", "tokens", "ci"}
+    return (
+        document["command"] == command
+        and document["model"] == model
+        and isinstance(document["settings"], dict)
+        and all(results <= set(result) for result in document["results"])
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_json_is_one_document_of_one_shape_on_stdout() -> None:
+    commands: list[tuple[list[object], str, str | None]] = [
+        (search("--evaluations", 5, "--unseen", "texts"), "search", "model"),
+        (compare("--methods", "none,pi", "-f", "good.json"), "compare", "model"),
+        (perplexity("-f", "good.json"), "evaluate perplexity", "model"),
+        (passkey("-f", "good.json"), "evaluate passkey", "model"),
+        (["documents", "texts", "--model", "model"], "documents", "model"),
+        (["factors", "good.json"], "factors", "small"),
+    ]
+    for command, name, model in commands:
+        ran = longrope(*command, "--json", "-q")
+        assert (ran.code, ran.err) == (0, ""), command
+        assert is_standard(ran.document, name, model), ran.out
+        if name != "factors":
+            assert ran.document["results"], command
+
+
+@pytest.mark.usefixtures("here")
+def test_json_of_a_search_measures_it_beside_the_baselines_on_both_kinds_of_windows() -> None:
+    document = longrope(*search("--evaluations", 5, "--unseen", "texts", "--json")).document
+    methods = ["pi", "ntk", "yarn", "yarn+su", "longrope"]
+    measured = [(result["windows"], result["method"], result["length"]) for result in document["results"]]
+    assert measured == [(kind, method, TARGET) for kind in ("search", "unseen") for method in methods]
+    assert {result["tokens"] for result in document["results"]} == {2 * (TARGET - 1)}
+
+
+@pytest.mark.usefixtures("here")
+def test_without_json_results_go_to_stderr_and_stdout_stays_empty() -> None:
+    commands: list[tuple[list[object], str]] = [
+        (search("--evaluations", 5), "perplexity, search windows"),
+        (compare(), "perplexity, methods set up for 192"),
+        (perplexity(), "perplexity"),
+        (passkey(), "passkey"),
+        (["documents", "texts"], "6 documents, 9,000 tokens, the longest 1,500"),
+        (["factors", "good.json"], "small: base 500, 16 rotary dimensions"),
+    ]
+    for command, shown in commands:
+        ran = longrope(*command)
+        assert (ran.code, ran.out) == (0, "")
+        assert shown in ran.err
+
+
+@pytest.mark.usefixtures("here")
+def test_quiet_shows_no_progress_and_the_default_does() -> None:
+    loud = longrope(*search("--evaluations", 5, "--out", "loud"))
+    quiet = longrope(*search("--evaluations", 5, "--out", "quiet", "-q"))
+    assert "candidates/s" in loud.err
+    assert "5/5" in loud.err
+    assert "candidates/s" not in quiet.err
+    assert "perplexity, search windows" in quiet.err
+
+
+@pytest.mark.usefixtures("here")
+def test_factors_are_converted_to_stdout_or_to_a_file() -> None:
+    assert json.loads(longrope("factors", "good.json", "--to", "json").out) == table().to_dict()
+    assert longrope("factors", "good.json", "--to", "json", "--out", "copy.json").out == ""
+    assert Path("copy.json").read_bytes() == Path("good.json").read_bytes()
+    assert longrope("factors", "good.json", "--json").document["factors"] == table().to_dict()
+    assert longrope("factors", "good.json", "--to", "csv").out.startswith("name,model,finetuned_length")
+
+
+@pytest.mark.usefixtures("here")
+def test_documents_are_counted_as_the_models_tokenizer_cuts_them() -> None:
+    document = longrope("documents", "texts", "--model", "model", "--lengths", "192,1500,1501", "--json").document
+    assert (document["documents"], document["tokens"], document["longest"]) == (6, 9000, 1500)
+    assert [(result["length"], result["value"]) for result in document["results"]] == [(192, 42), (1500, 6), (1501, 0)]
+
+
+def test_stdout_on_a_full_disk_is_told_in_one_line(here: Path) -> None:
+    with open("/dev/full", "w") as full:
+        ran = longrope_process("factors", "good.json", "--json", cwd=here, stdout=full)
+    rule = "the disk must have room for it; free some space, then run the same command again"
+    assert ran.err == f"longrope: output: got /dev/stdout (No space left on device); {rule}\n"
+    assert ran.code == 2
+
+
+def test_a_demonstration_ends_in_a_report_and_a_checkpoint_and_says_when_it_is_finished(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longrope import demo
+
+    monkeypatch.setattr(demo, "SEARCH_WINDOWS", 1)
+    monkeypatch.setattr(demo, "UNSEEN_WINDOWS", 1)
+    monkeypatch.setattr(demo, "METHODS", ("yarn",))
+    write_documents_to(here / "more", count=1, characters=20_000)
+    command = ["demo", "-d", "more", "--evaluations", 2, "--out", "story", "--dtype", "float32", "--json", "-q"]
+    first = longrope(*command)
+    assert first.code == 0
+    assert is_standard(first.document, "demo", "tiny")
+    lengths = [256, 512, 1024, 2048]
+    methods = [(result["method"], result["length"]) for result in first.document["results"]]
+    assert methods == [(method, length) for length in lengths for method in ("yarn", "longrope")]
+    assert first.document["logit_gap"] < 1e-5
+    assert {"report.html", "checkpoint", "DONE"} <= {path.name for path in (here / "story").iterdir()}
+    before = contents(here / "story")
+    again = longrope(*command)
+    assert (again.code, again.out, contents(here / "story")) == (0, first.out, before)
+
+
+# Names of tables
+
+
+def test_tables_are_named_by_file_or_folder_and_never_share_a_name(here: Path) -> None:
+    (here / "runs" / "best").mkdir(parents=True)
+    for place in ("runs/best/factors.json", "yarn.json", "a.json"):
+        table().save(here / place)
+    (here / "other").mkdir()
+    shutil.copy("a.json", "other/a.json")
+    files = ["runs/best", "runs/best/factors.json", "yarn.json", "a.json", "other/a.json"]
+    given = [word for file in files for word in ("-f", file)]
+    document = longrope(*compare("--methods", "yarn", *given, "--json")).document
+    names = [result["method"] for result in document["results"]]
+    assert names == ["yarn", "best", "best-2", "yarn-2", "a", "a-2"]
+    values = {result["value"] for result in document["results"]}
+    assert len(values) == 1, "all of them are YaRN's factors"
+
+
+def test_the_checkpoints_own_factors_are_used_replaced_or_ignored(here: Path) -> None:
+    from longrope.baselines import baseline
+    from longrope.factors import FactorTable
+
+    own = FactorTable(500.0, 16, ORIGINAL, (baseline("pi", SHAPE, TARGET),))
+    own.save(here / "model" / "factors.json")
+    stock = compare("--methods", "none,pi,yarn", "--json", "--out")
+
+    def measured(out: str, *more: str) -> dict[str, float]:
+        document = longrope(*stock, out, *more).document
+        return {result["method"]: result["value"] for result in document["results"]}
+
+    own_values, ignored, replaced = (
+        measured("own"),
+        measured("ignored", "-f", "none"),
+        measured("replaced", "-f", "good.json"),
+    )
+    assert own_values["checkpoint"] == own_values["pi"] != own_values["none"]
+    assert set(ignored) == {"none", "pi", "yarn"}
+    assert replaced["good"] == replaced["yarn"]
+    assert "checkpoint" not in replaced
+
+    def value(*more: str) -> float:
+        return float(longrope(*perplexity("--json", *more)).document["results"][0]["value"])
+
+    assert value() == own_values["pi"]
+    assert value("-f", "none") == own_values["none"]
+    assert value("-f", "good.json") == own_values["yarn"]
+
+
+# The run folder of a search
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+
+
+def without_seconds(run: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(run)]
+
+
+def test_a_search_leaves_a_run_folder_of_just_these_files(here: Path) -> None:
+    assert longrope(*search("--evaluations", 70)).code == 0
+    run = here / "runs" / "search-model-192"
+    names = {"config.json", "evaluations.jsonl", "factors.json", "metrics.json", "DONE", ".lock"}
+    assert {path.name for path in run.iterdir()} == names
+    assert (run / "DONE").read_bytes() == b""
+
+    config = json.loads((run / "config.json").read_text())
+    assert set(config) == {"command", "longrope", "model", "settings", "documents", "ignored"}
+    assert config["model"]["original_length"] == ORIGINAL
+    assert config["settings"]["to"] == TARGET
+    assert [set(window) for window in config["documents"]["search"]] == [{"name", "sha256", "start"}] * 2
+    assert "rope" not in json.dumps(config["documents"]), "a run holds no text"
+
+    evaluations = lines(run)
+    keys = ["index", "iteration", "origin", "key", "rescale", "start_tokens", "attention_factor"]
+    assert [list(line) for line in evaluations] == [[*keys, "value", "tokens", "seconds"]] * 70
+    assert [line["index"] for line in evaluations] == list(range(70))
+    assert [line["iteration"] for line in evaluations] == [0] * 64 + [1] * 6
+    assert len({line["key"] for line in evaluations}) == 70
+    assert {line["tokens"] for line in evaluations} == {2 * TARGET}
+
+    factors = json.loads((run / "factors.json").read_text())
+    short, long = factors["table"]
+    assert short == {"up_to": ORIGINAL, "rescale": [1.0] * 8, "start_tokens": 0, "attention_factor": 1.0}
+    best = min(evaluations, key=lambda line: float(line["value"]))
+    assert long == {"up_to": TARGET} | {key: best[key] for key in ("rescale", "start_tokens", "attention_factor")}
+    assert (np.diff(long["rescale"]) >= 0).all()
+    assert factors["provenance"]["value"] == best["value"]
+
+    results = json.loads((run / "metrics.json").read_text())["results"]
+    found = next(result for result in results if result["method"] == "longrope")
+    assert found["value"] == pytest.approx(best["value"], rel=1e-6)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_finished_search_says_so_and_evaluates_nothing() -> None:
+    command = search("--evaluations", 5, "--out", "run")
+    first = longrope(*command, "--json")
+    before = contents(Path("run"))
+    again = longrope(*command, "--json")
+    assert again.code == 0
+    assert again.err == "run is finished: its factors are in run/factors.json\n"
+    assert again.out == first.out
+    assert contents(Path("run")) == before
+
+
+@pytest.mark.usefixtures("here")
+def test_a_finished_comparison_says_so_and_measures_nothing() -> None:
+    command = compare("--methods", "none", "--out", "run", "--json")
+    first = longrope(*command)
+    again = longrope(*command)
+    assert (again.code, again.out) == (0, first.out)
+    assert again.err == "run is finished: its measurements are in run/metrics.json\n"
+
+
+def test_a_larger_budget_continues_and_ends_like_a_search_with_that_budget(here: Path) -> None:
+    assert longrope(*search("--evaluations", 30, "--out", "grown")).code == 0
+    more = longrope(*search("--evaluations", 70, "--out", "grown"))
+    assert "resuming grown after 30 evaluations" in more.err
+    assert longrope(*search("--evaluations", 70, "--out", "direct")).code == 0
+    assert without_seconds(here / "grown") == without_seconds(here / "direct")
+    for name in ("factors.json", "metrics.json"):
+        assert (here / "grown" / name).read_bytes() == (here / "direct" / name).read_bytes()
+
+
+def test_a_search_starts_from_the_factors_it_is_given(here: Path) -> None:
+    assert longrope(*search("--evaluations", 4, "--init", "good.json", "--out", "run")).code == 0
+    assert [line["origin"] for line in lines(here / "run")] == ["pi", "ntk", "yarn", "mutation"], "YaRN, known already"
+    other = table()
+    from dataclasses import replace
+
+    last = other.rows[-1].with_values(rescale=tuple(np.linspace(1, 4, 8).round(2)))
+    replace(other, rows=(other.rows[0], last)).save(here / "mine.json")
+    assert longrope(*search("--evaluations", 4, "--init", "mine.json", "--out", "mine")).code == 0
+    assert lines(here / "mine")[3]["origin"] == "init"
+    assert lines(here / "mine")[3]["rescale"] == list(last.rescale)
+
+
+def test_a_search_keeps_to_the_start_tokens_and_attention_factor_it_is_given(here: Path) -> None:
+    given = ("--start-tokens", 4, "--attention-factor", "1.25")
+    assert longrope(*search("--evaluations", 12, *given, "--out", "run")).code == 0
+    assert {(line["start_tokens"], line["attention_factor"]) for line in lines(here / "run")} == {(4, 1.25)}
+    assert longrope("report", "run").code == 0
+    assert "<html" in (here / "run" / "report.html").read_text()

@@ -1,0 +1,349 @@
+"""compare and evaluate give the figures that plain transformers gives, and their statistics are what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from byte_tokenizer import BOS
+from commands import TARGET, longrope, table, write_checkpoint, write_documents
+from longrope.checkpoint import LoadOptions
+from longrope.compare import compare
+from longrope.errors import UserError
+from longrope.evaluate.passkey import PAPER, SHORT, passkey, wilson_interval
+from longrope.evaluate.perplexity import bootstrap_interval, measure_sliding, sliding_spans, summarize
+from longrope.evaluate.run import evaluate
+from longrope.model import LoadedModel, load_model
+from longrope.windows import Window
+from models import ORIGINAL
+
+FLOAT32 = LoadOptions(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ground")
+    write_checkpoint(folder / "model")
+    write_documents(folder / "texts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(ground: Path) -> LoadedModel:
+    return load_model(str(ground / "model"), FLOAT32)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LoadedModel:
+    return load_model("tiny", FLOAT32)
+
+
+def stock(ground: Path, out: Path, **rope: Any) -> Any:
+    """The checkpoint with another RoPE in its config.json, as plain transformers loads it."""
+    shutil.copytree(ground / "model", out)
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_theta": 500.0, **rope}
+    config["max_position_embeddings"] = TARGET if rope else ORIGINAL
+    path.write_text(json.dumps(config))
+    model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    return model.eval()
+
+
+def windows_of(run: Path, texts: Path, length: int) -> list[list[int]]:
+    """The windows that a run's config.json names, cut from the files: a token of these models is a byte."""
+    named = json.loads((run / "config.json").read_text())["documents"]["unseen"]
+    return [[BOS, *(texts / each["name"]).read_bytes()[each["start"] :][: length - 1]] for each in named]
+
+
+@torch.no_grad()
+def plain_perplexity(model: Any, windows: list[list[int]]) -> float:
+    """The textbook's loop: one window at a time, labels shifted by hand, summed in float64."""
+    total, count = 0.0, 0
+    for window in windows:
+        ids = torch.tensor([window])
+        losses = -model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])
+        total, count = total + float(losses.sum()), count + len(losses)
+    return math.exp(total / count)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "rope"),
+    [("none", {}), ("pi", LINEAR), ("yarn", YARN), ("llama3", LLAMA3)],
+    ids=lambda value: str(value)[:8],
+)
+def test_a_method_has_the_perplexity_of_stock_transformers(
+    ground: Path, small: LoadedModel, tmp_path: Path, method: str, rope: dict[str, Any]
+) -> None:
+    documents = [str(ground / "texts")]
+    made = compare(small, lengths=[TARGET], documents=documents, methods=[method], windows=5, out=tmp_path / "run")
+    windows = windows_of(tmp_path / "run", ground / "texts", TARGET)
+    assert [len(window) for window in windows] == [TARGET] * 5
+    expected = plain_perplexity(stock(ground, tmp_path / "stock", **rope), windows)
+    (result,) = made["results"]
+    assert result["value"] == pytest.approx(expected, rel=1e-5)
+    assert (result["method"], result["length"], result["tokens"]) == (method, TARGET, 5 * (TARGET - 1))
+
+
+def test_methods_differ_and_are_measured_on_the_same_windows(ground: Path, small: LoadedModel, tmp_path: Path) -> None:
+    methods = ["none", "pi", "ntk", "dynamic-ntk", "yarn", "yarn+su"]
+    made = compare(
+        small,
+        lengths=[TARGET, ORIGINAL],
+        documents=[str(ground / "texts")],
+        methods=methods,
+        factors={"found": table()},
+        windows=3,
+        out=tmp_path / "run",
+    )
+    order = [(result["method"], result["length"]) for result in made["results"]]
+    assert order == [(method, length) for length in (ORIGINAL, TARGET) for method in [*methods, "found"]]
+    values = {(result["method"], result["length"]): result["value"] for result in made["results"]}
+    assert len({values[method, TARGET] for method in methods}) == len(methods)
+    assert values["found", TARGET] == values["yarn", TARGET]
+    assert values["found", ORIGINAL] == values["none", ORIGINAL], "its first row is all ones"
+    assert values["dynamic-ntk", ORIGINAL] == values["none", ORIGINAL], "dynamic NTK leaves short sequences alone"
+    for result in made["results"]:
+        low, high = result["ci"]
+        assert low <= result["value"] <= high
+
+
+def test_a_comparison_leaves_the_model_as_it_was(ground: Path, small: LoadedModel, tmp_path: Path) -> None:
+    ids = torch.arange(TARGET)[None] % 256
+    before = small.model(ids).logits
+    compare(small, lengths=[96], documents=[str(ground / "texts")], methods=["pi"], windows=1, out=tmp_path / "run")
+    assert torch.equal(small.model(ids).logits, before)
+
+
+def test_evaluate_agrees_with_compare(ground: Path, small: LoadedModel, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"lengths": [TARGET], "documents": [str(ground / "texts")], "windows": 3}
+    (compared,) = compare(small, methods=["none"], out=tmp_path / "run", **common)["results"]
+    (evaluated,) = evaluate("perplexity", small, **common)["results"]
+    assert evaluated == {key: compared[key] for key in ("method", "length", "value", "tokens", "ci")}
+
+
+def test_a_comparison_of_nothing_and_a_table_named_like_a_method_are_refused(
+    ground: Path, small: LoadedModel, tmp_path: Path
+) -> None:
+    documents = [str(ground / "texts")]
+    with pytest.raises(
+        UserError, match=r"^compare: got 0 lengths, 1 methods and 0 tables; there is something to compare"
+    ):
+        compare(small, lengths=[], documents=documents, methods=["pi"], out=tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"^factors: got a table named pi; a table's name is none of the methods compared"
+    ):
+        compare(small, lengths=[96], documents=documents, methods=["pi"], factors={"pi": table()}, out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"^lengths: got none; there is at least one; give lengths in tokens$"):
+        evaluate("perplexity", small, lengths=[], documents=documents)
+    with pytest.raises(
+        UserError, match=r"^measure: got 'speed'; it is one of perplexity, passkey; choose one of them$"
+    ):
+        evaluate("speed", small, lengths=[96])
+    assert not (tmp_path / "run").exists()
+
+
+# The sliding window
+
+spans_of = st.integers(2, 60).flatmap(
+    lambda length: st.tuples(st.integers(1, 300), st.just(length), st.integers(1, length - 1))
+)
+
+
+@given(spans_of)
+@settings(deadline=None)
+def test_every_token_but_the_first_is_scored_once_with_enough_context(drawn: tuple[int, int, int]) -> None:
+    tokens, length, stride = drawn
+    scored: list[int] = []
+    for start, end, first in sliding_spans(tokens, length, stride):
+        assert 0 <= start < end <= tokens
+        assert end - start <= length
+        for token in range(first, end):
+            scored.append(token)
+            assert token - start >= min(token, length - stride), "at least so many tokens before it"
+    assert scored == list(range(1, tokens))
+
+
+@given(spans_of)
+@settings(deadline=None)
+def test_a_document_takes_as_few_windows_as_the_stride_allows(drawn: tuple[int, int, int]) -> None:
+    tokens, length, stride = drawn
+    assert len(list(sliding_spans(tokens, length, stride))) == 1 + math.ceil(max(0, tokens - length) / stride)
+
+
+@pytest.mark.parametrize("stride", [0, -1, 96, 200])
+def test_a_stride_that_would_leave_tokens_out_is_refused(stride: int) -> None:
+    with pytest.raises(UserError, match=rf"^--stride: got {stride}; a stride is between 1 and the window of 96 tokens"):
+        list(sliding_spans(500, 96, stride))
+
+
+@torch.no_grad()
+def test_sliding_perplexity_is_that_of_every_token_with_its_own_context(ground: Path, small: LoadedModel) -> None:
+    """With stride 1 each token is the last of its own window; measured here one token at a time."""
+    length, ids = 40, np.array([BOS, *(ground / "texts" / "0.txt").read_bytes()[:99]])
+    total = 0.0
+    for token in range(1, len(ids)):
+        context = torch.from_numpy(ids[None, max(0, token + 1 - length) : token])
+        total -= float(small.model(context).logits[0, -1].double().log_softmax(-1)[ids[token]])
+    measured = measure_sliding(small, [Window("0.txt", "0", 0, ids)], length=length, stride=1)
+    assert measured.tokens == 99
+    assert measured.value == pytest.approx(math.exp(total / 99), rel=1e-5)
+
+
+def test_sliding_over_a_document_of_one_window_is_measuring_that_window(ground: Path, small: LoadedModel) -> None:
+    ids = np.array([BOS, *(ground / "texts" / "0.txt").read_bytes()[:90]])
+    measured = measure_sliding(small, [Window("0.txt", "0", 0, ids)], length=91, stride=10)
+    assert measured.value == pytest.approx(plain_perplexity(small.model, [ids.tolist()]), rel=1e-5)
+
+
+# Means and intervals
+
+
+def test_perplexity_is_weighted_by_tokens() -> None:
+    figure = summarize(np.array([10.0, 90.0]), np.array([10, 30]), ["a", "b"])
+    assert figure.value == pytest.approx(math.exp(100 / 40))
+    assert figure.tokens == 40
+
+
+def test_an_interval_of_two_documents_reaches_from_one_to_the_other() -> None:
+    losses, counts = np.array([100.0, 200.0]), np.array([100, 100])
+    assert bootstrap_interval(losses, counts, ["a", "b"]) == pytest.approx((math.e, math.e**2))
+
+
+def test_windows_of_one_document_are_no_independent_evidence() -> None:
+    losses, counts = np.array([100.0, 200.0, 100.0, 200.0]), np.full(4, 100)
+    assert bootstrap_interval(losses, counts, ["a"] * 4) is None
+    assert bootstrap_interval(losses, counts, ["a", "a", "b", "b"]) == pytest.approx((math.exp(1.5), math.exp(1.5)))
+
+
+def test_an_interval_of_many_documents_is_that_of_the_central_limit() -> None:
+    rng = np.random.default_rng(0)
+    means = rng.normal(2.0, 0.3, 400)
+    interval = bootstrap_interval(means * 100, np.full(400, 100), [str(index) for index in range(400)])
+    assert interval is not None
+    half = 1.96 * means.std() / 20
+    assert np.log(interval) == pytest.approx([means.mean() - half, means.mean() + half], abs=0.15 * half)
+
+
+def test_a_loss_that_is_not_finite_has_no_interval() -> None:
+    assert bootstrap_interval(np.array([1.0, math.nan]), np.array([1, 1]), ["a", "b"]) is None
+
+
+def test_wilson_intervals_are_the_closed_form() -> None:
+    square = 1.96**2
+    assert wilson_interval(10, 10) == pytest.approx((10 / (10 + square), 1.0))
+    assert wilson_interval(0, 10) == pytest.approx((0.0, square / (10 + square)))
+    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+@given(st.integers(1, 500).flatmap(lambda tries: st.tuples(st.integers(0, tries), st.just(tries))))
+def test_a_wilson_interval_solves_its_equation_and_mirrors(drawn: tuple[int, int]) -> None:
+    found, tries = drawn
+    low, high = wilson_interval(found, tries)
+    assert 0 <= low < high <= 1
+    assert low - 1e-12 <= found / tries <= high + 1e-12
+    for bound in (low, high):
+        if 1e-9 < bound < 1 - 1e-9:  # at 0 and 1 the other root is cut off
+            assert abs(found / tries - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / tries), abs=1e-9)
+    assert wilson_interval(tries - found, tries) == pytest.approx((1 - high, 1 - low))
+
+
+# Passkey
+
+
+def prompts_of(loaded: LoadedModel, length: int, tries: int, **options: Any) -> tuple[list[list[int]], Any]:
+    """The token ids that `passkey` runs through the model, and what it returns."""
+    seen: list[list[int]] = []
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.extend(kwargs["input_ids"].tolist())
+
+    hook = loaded.model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        return seen, passkey(loaded, length, tries=tries, **options)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("length", "template"), [(112, SHORT), (256, SHORT), (1023, SHORT), (1024, PAPER)])
+def test_a_prompt_has_the_length_asked_for_and_holds_its_key_at_its_depth(
+    small: LoadedModel, length: int, template: Any
+) -> None:
+    tries = 4
+    prompts, retrieval = prompts_of(small, length, tries, seed=3)
+    assert len(prompts) == retrieval.tries == tries
+    keys = set()
+    for index, (prompt, depth) in enumerate(zip(prompts, retrieval.depths, strict=True)):
+        assert len(prompt) == length
+        assert prompt[0] == BOS
+        text = bytes(prompt[1:]).decode()
+        key = text[-5:]
+        assert key.isdecimal()
+        keys.add(key)
+        statement = template.statement.format(key=key)
+        before, found, after = text.partition(statement)
+        assert found
+        assert before.startswith(template.intro)
+        assert after.endswith(f"{template.question} {key}")
+        assert text.count(key) == 3, "twice in its statement, and in the answer"
+        filler = before.removeprefix(template.intro) + after.removesuffix(f"{template.question} {key}")
+        assert filler == (template.filler * 20)[: len(filler)]
+        assert len(before.removeprefix(template.intro)) == int(depth * len(filler))
+        assert index / tries <= depth < (index + 1) / tries
+    assert len(keys) == tries
+
+
+def test_the_seed_fixes_keys_and_depths(small: LoadedModel) -> None:
+    first, again, other = (prompts_of(small, 256, 3, seed=seed)[0] for seed in (0, 0, 1))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("length", [200, 256, 1024])
+def test_a_key_counts_as_found_exactly_when_greedy_decoding_writes_it(tiny: LoadedModel, length: int) -> None:
+    prompts, retrieval = prompts_of(tiny, length, 6)
+    written = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt[:-6]])  # the answer is a space and five digits
+        out = tiny.model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=258
+        )
+        written.append(out[0, -6:].tolist() == prompt[-6:])
+    assert retrieval.found.tolist() == written
+    assert retrieval.value == sum(written) / 6
+    assert retrieval.ci == wilson_interval(sum(written), 6)
+
+
+def test_random_weights_find_no_key(small: LoadedModel) -> None:
+    retrieval = passkey(small, 150, tries=5)
+    assert (retrieval.value, retrieval.found.tolist()) == (0.0, [False] * 5)
+
+
+def test_passkey_on_the_command_line_is_that_of_the_library(ground: Path, small: LoadedModel) -> None:
+    command = ["evaluate", "passkey", ground / "model", "--lengths", "128,192", "--tries", 3, "--dtype", "float32"]
+    document = longrope(*command, "--json").document
+    expected = [passkey(small, length, tries=3) for length in (128, 192)]
+    assert [result["value"] for result in document["results"]] == [each.value for each in expected]
+    assert [result["tokens"] for result in document["results"]] == [3 * 128, 3 * 192]
+    assert [tuple(result["ci"]) for result in document["results"]] == [each.ci for each in expected]
