@@ -173,7 +173,7 @@ def test_every_method_is_the_base_model_where_nothing_is_extended(name: str, tar
 
 @pytest.mark.parametrize("name", ["ntk2", "", "yarn+x", "yarn+", "+su", "yarn+su+su"])
 def test_an_unknown_method_is_refused_with_the_known_ones(name: str) -> None:
-    message = f"method: got {name!r}; known are pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-paper, yarn-rcd, llama3"
+    message = f"method: got {name!r}; known are none, pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-paper, yarn-rcd, llama3"
     with pytest.raises(UserError, match=re.escape(message)):
         baseline(name, LLAMA2, 32768)
 

@@ -27,7 +27,8 @@ LENGTH_RULE = (
 )
 DOCUMENTS_RULE = "documents are a file, a folder, a glob, hf:NAME[:SPLIT] or stdlib; check the path"
 METHODS_RULE = (
-    "known are pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-paper, yarn-rcd, llama3, each also with +su; choose one of them"
+    "known are none, pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-paper, yarn-rcd, llama3, all but none also with +su; "
+    "choose one of them"
 )
 
 
