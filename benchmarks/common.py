@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope.checkpoint import TINY, LoadOptions, load_tokenizer
 from longrope.convert import rope_config, table_from_config
+from longrope.files import write_atomically
 from longrope.model import LoadedModel
-from longrope.runs import write_atomically
 from longrope.windows import Window
 
 Vector = NDArray[np.float64]

@@ -14,8 +14,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "longrope"
 # From the ground up; a module imports from its own layer's line or from lines above it in this list.
 LAYERS = [
     ["errors"],
-    ["lengths"],
-    ["factors", "runs"],
+    ["lengths", "files"],
+    ["factors"],
+    ["runs"],
     ["baselines"],
     ["configs", "convert"],
     ["rope"],
@@ -33,7 +34,7 @@ LAYERS = [
     ["console"],
     ["cli", "cli_options"],
 ]
-WITHOUT_TORCH = "errors lengths factors runs baselines configs convert report console cli cli_options".split()
+WITHOUT_TORCH = "errors lengths files factors runs baselines configs convert report console cli cli_options".split()
 
 
 def layer(module: str) -> int:

@@ -20,7 +20,8 @@ import pytest
 
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
-from longrope.runs import RunFolder, append_line, default_run_path, fresh_run_path, read_lines, write_atomically
+from longrope.files import append_line, read_lines, write_atomically
+from longrope.runs import RunFolder, default_run_path, fresh_run_path
 
 CONFIG: dict[str, Any] = {
     "command": "search",
@@ -68,7 +69,7 @@ def test_a_kill_in_the_middle_of_writing_keeps_a_whole_file(tmp_path: Path) -> N
     code = """
 import sys
 from pathlib import Path
-from longrope.runs import write_atomically
+from longrope.files import write_atomically
 for number in range(10**9):
     write_atomically(Path(sys.argv[1]), f"{number}," * 200_000)
 """
@@ -94,7 +95,7 @@ def test_a_file_size_limit_keeps_the_old_file_and_is_told_in_one_line(tmp_path: 
 import sys
 from pathlib import Path
 from longrope.errors import UserError
-from longrope.runs import write_atomically
+from longrope.files import write_atomically
 try:
     write_atomically(Path(sys.argv[1]), "x" * 100_000)
 except UserError as error:
@@ -194,7 +195,7 @@ def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path: Path) -> N
 import sys
 from pathlib import Path
 from longrope.errors import UserError
-from longrope.runs import append_line
+from longrope.files import append_line
 try:
     for index in range(100):
         append_line(Path(sys.argv[1]), {"index": index, "padding": "x" * 280})

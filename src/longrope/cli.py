@@ -188,7 +188,8 @@ def search(
     target = parse_length(to)
     seeds = [read_table(path) for path in init or []]
     from longrope.console import err, factors_table, print_json, results_table, search_progress
-    from longrope.runs import METRICS, default_run_path, read_object
+    from longrope.files import read_object
+    from longrope.runs import METRICS, default_run_path
     from longrope.search.driver import search as run_search
 
     options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
@@ -309,7 +310,7 @@ def factors(
     )
     text = convert(table, "json" if to is None else to)
     if out is not None:
-        from longrope.runs import write_atomically
+        from longrope.files import write_atomically
 
         write_atomically(out, text)
     if as_json:

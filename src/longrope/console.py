@@ -20,8 +20,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from longrope.files import disk_errors
 from longrope.lengths import format_length
-from longrope.runs import disk_errors
 
 if TYPE_CHECKING:
     from longrope.factors import FactorTable

@@ -15,7 +15,8 @@ from typing import Any, NoReturn, TypeVar
 from longrope.baselines import attention_factor
 from longrope.configs import RopeConfig, language_part, rope_config, table_from_config
 from longrope.errors import UserError
-from longrope.factors import FactorTable, RopeFactors, read_json, read_text, unscaled
+from longrope.factors import FactorTable, RopeFactors, unscaled
+from longrope.files import read_json, read_text
 from longrope.lengths import format_length, parse_length
 
 __all__ = ["RopeConfig", "read_factors", "rope_config", "table_from_config", "to_csv", "to_transformers_config"]

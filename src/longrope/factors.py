@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longrope.errors import UserError
+from longrope.files import read_json, write_atomically
 from longrope.lengths import format_length
 
 FORMAT = "longrope-factors"
@@ -210,30 +211,7 @@ class FactorTable:
 
     def save(self, path: str | Path) -> None:
         """Write a factors.json, whole or not at all."""
-        from longrope.runs import write_atomically
-
         write_atomically(Path(path), self.to_json())
-
-
-def read_text(path: Path, what: str) -> str:
-    """The text of a UTF-8 file. Raises UserError when it is missing or unreadable."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(what, got=f"{path}, which does not exist", rule="it is a file", do="check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        rule = "it is a readable text file"
-        raise UserError(what, got=f"{path} ({error})", rule=rule, do="check the path") from None
-
-
-def read_json(path: Path, what: str) -> object:
-    """Parsed JSON of a file. Raises UserError when it is missing, unreadable or not JSON."""
-    text = read_text(path, what)
-    try:
-        return cast(object, json.loads(text))
-    except (ValueError, RecursionError) as error:
-        got = f"{path} ({error})" if text.strip() else f"{path}, which is empty"
-        raise UserError(what, got=got, rule="it is JSON", do="restore the file or make it again") from None
 
 
 def _row_from_dict(row: object) -> RopeFactors:

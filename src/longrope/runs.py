@@ -6,187 +6,34 @@ resume), factors.json, metrics.json, and DONE, written last.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
-import math
 import os
 import re
 import sys
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-import numpy as np
-
 from longrope.errors import UserError
-from longrope.factors import FactorTable, read_json
+from longrope.factors import FactorTable
+from longrope.files import (
+    TEMPORARY,
+    append_line,
+    disk_errors,
+    finite,
+    json_default,
+    read_json,
+    read_lines,
+    read_object,
+    write_atomically,
+)
 from longrope.lengths import format_length
 
 CONFIG, EVALUATIONS, FACTORS, METRICS, DONE = "config.json", "evaluations.jsonl", "factors.json", "metrics.json", "DONE"
-_LOCK, _TEMPORARY = ".lock", ".longrope-*.tmp"
-_ELSEWHERE = "choose a folder that can be written to"
-_DISK_FULL = ("the disk must have room for it", "free some space, then run the same command again")
-_PARENT = ("the folder above it must exist and take new files", _ELSEWHERE)
-_DISK_RULES = {
-    errno.ENOSPC: _DISK_FULL,
-    errno.EDQUOT: _DISK_FULL,
-    errno.EFBIG: ("the limit on file sizes must allow it", "raise the limit, then run the same command again"),
-    errno.EROFS: ("the file system must be writable", _ELSEWHERE),
-    errno.EACCES: ("you must be allowed to write there", _ELSEWHERE),
-    errno.EPERM: ("you must be allowed to write there", _ELSEWHERE),
-    errno.ENOENT: _PARENT,
-    errno.ENOTDIR: _PARENT,
-    errno.EEXIST: _PARENT,
-    errno.EISDIR: ("a file is written there, and a folder is in its place", "choose another path"),
-    errno.ENAMETOOLONG: ("the file system must take the name", "choose a shorter path"),
-    errno.ENOLCK: ("the file system must support file locks", "choose a folder on another file system"),
-    errno.ENOSYS: ("the file system must support file locks", "choose a folder on another file system"),
-}
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a file whole or not at all: after any failure, kill or power cut the old one is still there.
-
-    Text is written as UTF-8. A device or pipe (/dev/stdout) is written to directly. Raises UserError when the place
-    cannot be written: disk full, read-only, not permitted, no such folder.
-    """
-    content = data.encode() if isinstance(data, str) else data
-    with disk_errors(path):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            path.write_bytes(content)  # replacing /dev/null by a file would break the machine
-        else:
-            _replace(path.resolve(), content)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.parent / _TEMPORARY.replace("*", uuid.uuid4().hex)
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; file systems that cannot sync a folder say EINVAL."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the ways in which a disk refuses into a UserError; anything else is not the user's and passes."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_RULES:
-            raise
-        rule, do = _DISK_RULES[error.errno]
-        raise UserError("output", got=f"{path} ({error.strerror})", rule=rule, do=do) from None
-
-
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line and hand it to the operating system; NaN and infinities become null.
-
-    A line that does not fit on the disk is taken back. Raises UserError when the file cannot be written.
-    """
-    line = json.dumps(_finite(record), allow_nan=False) + "\n"
-    with disk_errors(path):
-        size = path.stat().st_size if path.is_file() else None
-        try:
-            with path.open("ab") as file:
-                file.write(line.encode())
-        except OSError:
-            if size is not None:
-                with suppress(OSError):
-                    os.truncate(path, size)
-            raise
-
-
-def read_lines(path: Path, *, repair: bool = False) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, none when there is no file; a half-written last line is dropped.
-
-    `repair` also cuts the file back to its whole lines, so that it can be appended to. Raises UserError with the
-    number of the line when another line is broken.
-    """
-    if not path.exists():
-        return []
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        rule = "it is a readable file"
-        raise UserError("lines", got=f"{path} ({error.strerror})", rule=rule, do="check the path") from None
-    lines = data.splitlines(keepends=True)
-    records = [_record(line) for line in lines]
-    if records and records[-1] is None:
-        records.pop()
-    if None in records:
-        broken = records.index(None) + 1
-        rule = "every line but the last is a JSON object"
-        raise UserError("lines", got=f"{path}, line {broken} broken", rule=rule, do="restore the file or start anew")
-    whole = b"".join(lines[: len(records)])
-    if whole and not whole.endswith(b"\n"):
-        whole += b"\n"
-    if repair and whole != data:
-        write_atomically(path, whole)
-    return [record for record in records if record is not None]
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _finite(value: object) -> object:
-    """The same with plain numbers and containers, where NaN and infinities are None."""
-    value = _plain(value)
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _plain(value: object) -> object:
-    """numpy's numbers and arrays as Python's, paths as text."""
-    if isinstance(value, np.generic | np.ndarray):
-        return cast(object, value.tolist())
-    return str(value) if isinstance(value, Path) else value
-
-
-def _json_default(value: object) -> object:
-    plain = _plain(value)
-    if plain is value:
-        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-    return plain
-
-
-def read_object(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError when it is missing or not one."""
-    data = read_json(path, what)
-    if not isinstance(data, dict):
-        got = f"{path} ({type(data).__name__})"
-        raise UserError(what, got=got, rule="it is a JSON object", do="restore it or start anew")
-    return data
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -208,7 +55,7 @@ class RunFolder:
         Raises UserError when the folder holds other files or a run with other settings, when another process writes
         it, or when it cannot be written.
         """
-        wanted = cast(dict[str, Any], _finite(config))
+        wanted = cast(dict[str, Any], finite(config))
         _refuse_other_files(path)
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -222,7 +69,7 @@ class RunFolder:
     @classmethod
     def _open_locked(cls, path: Path, wanted: dict[str, Any], budget_keys: Sequence[str], lock: int) -> RunFolder:
         resumed = (path / CONFIG).exists()
-        for leftover in path.glob(_TEMPORARY):  # of a process that was killed while it wrote
+        for leftover in path.glob(TEMPORARY):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
         if not resumed:
             write_atomically(path / CONFIG, _dump(wanted))
@@ -265,7 +112,7 @@ class RunFolder:
         path = self._state(name)
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(data, default=_json_default) + "\n")
+        write_atomically(path, json.dumps(data, default=json_default) + "\n")
 
     def load_state(self, name: str) -> dict[str, Any] | None:
         """What `save_state` wrote, None when it never did. Raises UserError when the file is corrupt."""
@@ -293,7 +140,7 @@ class RunFolder:
 
 
 def _dump(data: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite(data), indent=1, allow_nan=False) + "\n"
 
 
 def _refuse_other_files(path: Path) -> None:
@@ -302,7 +149,7 @@ def _refuse_other_files(path: Path) -> None:
         raise UserError("--out", got=f"{path}, a file", rule="a run is a folder", do="choose another --out")
     if not path.is_dir() or _is_run(path / CONFIG):
         return
-    ours = {item.name for item in path.glob(_TEMPORARY)} | {_LOCK}
+    ours = {item.name for item in path.glob(TEMPORARY)} | {_LOCK}
     if others := sorted(item.name for item in path.iterdir() if item.name not in ours):
         got = f"{path}, which has {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}"
         rule = "the output folder holds other files and no run"

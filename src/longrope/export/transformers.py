@@ -19,11 +19,11 @@ from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_options, model_s
 from longrope.convert import factors_file, read_factors, to_transformers_config
 from longrope.errors import UserError
 from longrope.export.card import model_card
-from longrope.factors import FactorTable, RopeFactors, read_json
+from longrope.factors import FactorTable, RopeFactors
+from longrope.files import disk_errors, read_json, write_atomically
 from longrope.model import LoadedModel, load_model
 from longrope.patch import EXTENDED_LAYERS, ScaledRotary, has_local_layers, rotary_modules, stock_frequencies
 from longrope.rope import inverse_frequencies
-from longrope.runs import disk_errors, write_atomically
 
 WINDOWS = ("dynamic", "long", "short")
 _LEFT_BEHIND = ("config.json", "README.md", FACTORS_FILE)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from longrope.files import write_atomically
 from longrope.report.page import page
 from longrope.report.read import read_run
-from longrope.runs import write_atomically
 
 __all__ = ["write_report"]
 

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from longrope.baselines import RopeShape
 from longrope.errors import UserError
-from longrope.factors import FactorTable, read_json
-from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, METRICS, read_lines
+from longrope.factors import FactorTable
+from longrope.files import read_json, read_lines
+from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, METRICS
 
 _INTERVAL = 2  # an interval is its two ends
 

@@ -1,0 +1,199 @@
+"""Files written whole or not at all, lines appended, JSON read: each failure of a disk or a file is one clear line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from longrope.errors import UserError
+
+TEMPORARY = ".longrope-*.tmp"
+_ELSEWHERE = "choose a folder that can be written to"
+_DISK_FULL = ("the disk must have room for it", "free some space, then run the same command again")
+_PARENT = ("the folder above it must exist and take new files", _ELSEWHERE)
+_DISK_RULES = {
+    errno.ENOSPC: _DISK_FULL,
+    errno.EDQUOT: _DISK_FULL,
+    errno.EFBIG: ("the limit on file sizes must allow it", "raise the limit, then run the same command again"),
+    errno.EROFS: ("the file system must be writable", _ELSEWHERE),
+    errno.EACCES: ("you must be allowed to write there", _ELSEWHERE),
+    errno.EPERM: ("you must be allowed to write there", _ELSEWHERE),
+    errno.ENOENT: _PARENT,
+    errno.ENOTDIR: _PARENT,
+    errno.EEXIST: _PARENT,
+    errno.EISDIR: ("a file is written there, and a folder is in its place", "choose another path"),
+    errno.ENAMETOOLONG: ("the file system must take the name", "choose a shorter path"),
+    errno.ENOLCK: ("the file system must support file locks", "choose a folder on another file system"),
+    errno.ENOSYS: ("the file system must support file locks", "choose a folder on another file system"),
+}
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all: after any failure, kill or power cut the old one is still there.
+
+    Text is written as UTF-8. A device or pipe (/dev/stdout) is written to directly. Raises UserError when the place
+    cannot be written: disk full, read-only, not permitted, no such folder.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    with disk_errors(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            path.write_bytes(content)  # replacing /dev/null by a file would break the machine
+        else:
+            _replace(path.resolve(), content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.parent / TEMPORARY.replace("*", uuid.uuid4().hex)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; file systems that cannot sync a folder say EINVAL."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the ways in which a disk refuses into a UserError; anything else is not the user's and passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_RULES:
+            raise
+        rule, do = _DISK_RULES[error.errno]
+        raise UserError("output", got=f"{path} ({error.strerror})", rule=rule, do=do) from None
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line and hand it to the operating system; NaN and infinities become null.
+
+    A line that does not fit on the disk is taken back. Raises UserError when the file cannot be written.
+    """
+    line = json.dumps(finite(record), allow_nan=False) + "\n"
+    with disk_errors(path):
+        size = path.stat().st_size if path.is_file() else None
+        try:
+            with path.open("ab") as file:
+                file.write(line.encode())
+        except OSError:
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(path, size)
+            raise
+
+
+def read_lines(path: Path, *, repair: bool = False) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file, none when there is no file; a half-written last line is dropped.
+
+    `repair` also cuts the file back to its whole lines, so that it can be appended to. Raises UserError with the
+    number of the line when another line is broken.
+    """
+    if not path.exists():
+        return []
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        rule = "it is a readable file"
+        raise UserError("lines", got=f"{path} ({error.strerror})", rule=rule, do="check the path") from None
+    lines = data.splitlines(keepends=True)
+    records = [_record(line) for line in lines]
+    if records and records[-1] is None:
+        records.pop()
+    if None in records:
+        broken = records.index(None) + 1
+        rule = "every line but the last is a JSON object"
+        raise UserError("lines", got=f"{path}, line {broken} broken", rule=rule, do="restore the file or start anew")
+    whole = b"".join(lines[: len(records)])
+    if whole and not whole.endswith(b"\n"):
+        whole += b"\n"
+    if repair and whole != data:
+        write_atomically(path, whole)
+    return [record for record in records if record is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def finite(value: object) -> object:
+    """The same with plain numbers and containers, where NaN and infinities are None."""
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: object) -> object:
+    """numpy's numbers and arrays as Python's, paths as text."""
+    if isinstance(value, np.generic | np.ndarray):
+        return cast(object, value.tolist())
+    return str(value) if isinstance(value, Path) else value
+
+
+def json_default(value: object) -> object:
+    """For json.dumps: numpy and paths as plain values, TypeError for the rest."""
+    plain = _plain(value)
+    if plain is value:
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    return plain
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError when it is missing or not one."""
+    data = read_json(path, what)
+    if not isinstance(data, dict):
+        got = f"{path} ({type(data).__name__})"
+        raise UserError(what, got=got, rule="it is a JSON object", do="restore it or start anew")
+    return data
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a UTF-8 file. Raises UserError when it is missing or unreadable."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(what, got=f"{path}, which does not exist", rule="it is a file", do="check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        rule = "it is a readable text file"
+        raise UserError(what, got=f"{path} ({error})", rule=rule, do="check the path") from None
+
+
+def read_json(path: Path, what: str) -> object:
+    """Parsed JSON of a file. Raises UserError when it is missing, unreadable or not JSON."""
+    text = read_text(path, what)
+    try:
+        return cast(object, json.loads(text))
+    except (ValueError, RecursionError) as error:
+        got = f"{path} ({error})" if text.strip() else f"{path}, which is empty"
+        raise UserError(what, got=got, rule="it is JSON", do="restore the file or make it again") from None
