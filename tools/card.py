@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def perplexity_by_context(loaded: LoadedModel) -> list[dict[str, Any]]:
         figure = summarize(part.sum(1), np.full(len(part), part.shape[1]), names)
         rows.append({"context": [low, high - 1], "perplexity": figure.value, "ci": figure.ci, "tokens": figure.tokens})
     return rows
+
+
+def summed_seconds(log: list[dict[str, Any]]) -> float:
+    """Seconds of all sessions of a training; the clock of each starts at 0."""
+    ends = [line for line, after in pairwise(log) if after["seconds"] < line["seconds"]]
+    return float(sum(line["seconds"] for line in [*ends, log[-1]]))
 
 
 def card(settings: dict[str, Any], training: dict[str, Any], figures: dict[str, Any]) -> str:
@@ -117,10 +124,11 @@ def main(argv: list[str]) -> int:
             "ci": list(found.ci),
         },
     }
-    record = {"training": settings | {"log": log[-1]}, "figures": figures}
+    end = log[-1] | {"seconds": summed_seconds(log)}
+    record = {"training": settings | {"end": end}, "figures": figures}
     (given.model / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
-    (given.model / "README.md").write_text(card(settings, log[-1], figures))
-    print(card(settings, log[-1], figures))
+    (given.model / "README.md").write_text(card(settings, end, figures))
+    print(card(settings, end, figures))
     return 0
 
 
