@@ -40,12 +40,12 @@ from common import (
 )
 from longrope.baselines import baseline
 from longrope.checkpoint import TINY, LoadOptions
-from longrope.evaluate.perplexity import BATCH_TOKENS
+from longrope.documents import read_sources
 from longrope.factors import RopeFactors, unscaled
 from longrope.model import LoadedModel, load_model
 from longrope.search.objective import PerplexityObjective
 from longrope.search.space import Space, mutate
-from longrope.windows import Window, windows_for
+from longrope.windows import Window, windows_of
 
 VOCABULARY = 32_000
 RATIO = 8  # of the candidates, an extension as in the demonstration
@@ -97,7 +97,7 @@ def bare_evaluation(loaded: LoadedModel, windows: Sequence[Window]) -> float:
     ids = torch.from_numpy(np.stack([window.ids for window in windows])).to(loaded.device)
     total: Tensor = torch.zeros((), dtype=torch.float64, device=loaded.device)
     with torch.inference_mode(), loaded.autocast():
-        for batch in torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])):
+        for batch in torch.split(ids, max(1, loaded.batch_tokens // ids.shape[1])):
             logits = loaded.model(input_ids=batch, use_cache=False).logits
             targets = torch.nn.functional.pad(batch[:, 1:], (0, 1), value=-100)  # the last token has no target
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
@@ -220,7 +220,7 @@ def measure_all(sizes: Sizes, *, seed: int, threads: int, device: str) -> list[F
     shape = {"vocabulary": VOCABULARY, "hidden": sizes.hidden, "layers": sizes.layers}
     tiny = load_model(TINY, LoadOptions(device=device))
     large = random_llama(**shape, seed=seed, device=device)
-    text = windows_for(tiny, ["stdlib"], sizes.length, sizes.windows, seed, share="search")
+    text = windows_of(tiny, read_sources(["stdlib"], share="search"), sizes.length, sizes.windows, seed)
     random = random_windows(VOCABULARY, length=sizes.length, count=sizes.random_windows, seed=seed)
     return [
         evaluation_cost(tiny, text, sizes.blocks, seed),

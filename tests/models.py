@@ -122,6 +122,12 @@ SCALED = tuple(_SCALED)
 """Kinds of scaling; the model of each is `llama-KIND`."""
 _CONFIGS |= {f"llama-{kind}": ("LlamaConfig", {**_GROUPED, **changes}) for kind, changes in _SCALED.items()}
 
+# Can be extended, apart from the list above: PhiMoE's class knows no other scaling than longrope.
+_CONFIGS |= {
+    "falcon": ("FalconConfig", {**_rope(), "alibi": False, "num_kv_heads": 1}),
+    "phimoe": ("PhimoeConfig", {**_GROUPED, **_rope(), "num_local_experts": 3, "num_experts_per_tok": 2}),
+}
+
 _MLA = {
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
@@ -139,6 +145,10 @@ _REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "gptj": ("GPTJConfig", {"rotary_dim": 8}),
     "falcon_alibi": ("FalconConfig", {**_rope(), "alibi": True}),  # has a rotary embedding and does not use it
+    # Their global layers do not rotate; the last is Llama 4 as it is published.
+    "cohere2": ("Cohere2Config", {**_GROUPED, **_rope(), **_LOCAL_AND_GLOBAL}),
+    "exaone4": ("Exaone4Config", {**_GROUPED, **_rope(), **_LOCAL_AND_GLOBAL}),
+    "llama4_nope": ("Llama4TextConfig", {**_CONFIGS["llama4"][1], "no_rope_layers": [1, 0]}),
     "bert": ("BertConfig", {}),
     "t5": ("T5Config", {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}),
     "deepseek_v2": ("DeepseekV2Config", {**_rope(), **_MLA}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -15,11 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from commands import SHAPE, TARGET, contents, longrope, longrope_process, refused, table, write_checkpoint
 from commands import write_documents as write_documents_to
 from longrope import __version__
 from longrope.baselines import RopeShape
+from longrope.console import describe_progress, format_seconds, measuring_progress, search_progress
+from longrope.evaluate.methods import Step
+from longrope.search.driver import Progress
 from models import ORIGINAL, build, save
 
 LENGTH_RULE = (
@@ -34,10 +39,11 @@ METHODS_RULE = (
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint `model`, documents `texts`, and factors.json of the checkpoint `good.json`."""
+    """A folder with a checkpoint `model`, documents `texts` and `others`, and its factors `good.json`."""
     folder = tmp_path_factory.mktemp("ground")
     write_checkpoint(folder / "model")
     write_documents_to(folder / "texts")
+    write_documents_to(folder / "others", count=3, characters=900)
     table().save(folder / "good.json")
     return folder
 
@@ -267,12 +273,12 @@ def test_a_list_with_something_else_than_lengths_is_refused(lengths: str, first:
         (compare("--methods", ""), f"method: got ''; {METHODS_RULE}"),
         (compare(lengths=1), "windows: got 2 of 1 tokens; there is at least one, of at least 2 tokens; ask for more"),
         (
-            perplexity("--stride", TARGET),
+            perplexity("--stride", TARGET, "--out", "run"),
             "--stride: got 192; a stride is between 1 and the window of 192 tokens less one; "
             "use 256 as in the papers, or a smaller one",
         ),
         (
-            passkey(lengths=20),
+            passkey("--out", "run", lengths="20,192"),
             "passkey: got a window of 20 tokens; the prompt without filler takes 104; measure at 104 tokens or more",
         ),
         (
@@ -497,7 +503,8 @@ def test_an_output_folder_that_is_not_ours_is_refused_and_left_alone(here: Path)
     rule = "an export is a new folder; choose another"
     for out in ("full", "good.json", "model"):
         message = refused("export", "model", "-f", "good.json", "--out", out)
-        assert message == f"--out: got {here / out}, which is not empty; {rule}"
+        why = "a file" if out == "good.json" else "not empty"
+        assert message == f"--out: got {here / out}, which is {why}; {rule}"
 
 
 @pytest.mark.usefixtures("here")
@@ -569,7 +576,7 @@ def is_standard(document: Any, command: str, model: str | None) -> bool:
 @pytest.mark.usefixtures("here")
 def test_json_is_one_document_of_one_shape_on_stdout() -> None:
     commands: list[tuple[list[object], str, str | None]] = [
-        (search("--evaluations", 5, "--unseen", "texts"), "search", "model"),
+        (search("--evaluations", 5, "--unseen", "others"), "search", "model"),
         (compare("--methods", "none,pi", "-f", "good.json"), "compare", "model"),
         (perplexity("-f", "good.json"), "evaluate perplexity", "model"),
         (passkey("-f", "good.json"), "evaluate passkey", "model"),
@@ -586,7 +593,7 @@ def test_json_is_one_document_of_one_shape_on_stdout() -> None:
 
 @pytest.mark.usefixtures("here")
 def test_json_of_a_search_measures_it_beside_the_baselines_on_both_kinds_of_windows() -> None:
-    document = longrope(*search("--evaluations", 5, "--unseen", "texts", "--json")).document
+    document = longrope(*search("--evaluations", 5, "--unseen", "others", "--json")).document
     methods = ["pi", "ntk", "yarn", "yarn+su", "longrope"]
     measured = [(result["windows"], result["method"], result["length"]) for result in document["results"]]
     assert measured == [(kind, method, TARGET) for kind in ("search", "unseen") for method in methods]
@@ -613,10 +620,77 @@ def test_without_json_results_go_to_stderr_and_stdout_stays_empty() -> None:
 def test_quiet_shows_no_progress_and_the_default_does() -> None:
     loud = longrope(*search("--evaluations", 5, "--out", "loud"))
     quiet = longrope(*search("--evaluations", 5, "--out", "quiet", "-q"))
-    assert "candidates/s" in loud.err
-    assert "5/5" in loud.err
+    line = r"^iteration 0: best \d+\.\d{4}, \d+\.\d\d candidates/s, 0:00:00 left, 5/5$"
+    assert len(re.findall(line, loud.err, re.MULTILINE)) == 1
     assert "candidates/s" not in quiet.err
     assert "perplexity, search windows" in quiet.err
+
+
+@pytest.mark.usefixtures("here")
+def test_measurements_are_told_one_by_one_with_how_many_there_are() -> None:
+    def told(*command: object) -> list[str]:
+        return [line for line in longrope(*command).err.splitlines() if line.startswith("measuring ")]
+
+    command = compare("--methods", "none,pi", "-f", "good.json", lengths="96,192")
+    names = [f"{method} at {length}" for length in (96, 192) for method in ("none", "pi", "good")]
+    assert told(*command, "--out", "run") == [f"measuring {name}, {n}/6" for n, name in enumerate(names, start=1)]
+    assert told(*command, "--out", "quiet", "-q") == []
+    assert told(*passkey(lengths="128,192")) == ["measuring none at 128, 1/2", "measuring none at 192, 2/2"]
+    assert told(*perplexity("-q")) == []
+
+
+def progress(done: int, iteration: int, rate: float) -> Progress:
+    return Progress(done=done, total=1000, iteration=iteration, best=9.5, rate=rate)
+
+
+def test_time_left_is_what_is_to_do_by_the_rate() -> None:
+    shown = "iteration 3: best 9.5000, 0.05 candidates/s, 4:10:00 left"
+    assert describe_progress(progress(250, 3, 0.05)) == shown
+    assert describe_progress(progress(250, 3, 0.0)).endswith("0.00 candidates/s, - left")
+    assert format_seconds(100 * 3600 + 61.6) == "100:01:02"
+
+
+def test_where_there_is_no_terminal_each_iteration_that_is_evaluated_here_has_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO", logger="longrope"), search_progress(quiet=False) as on_progress:
+        assert on_progress is not None
+        on_progress(progress(64, 0, 0.0))
+        on_progress(progress(80, 1, 0.0))
+        on_progress(progress(95, 1, 1.0))
+        on_progress(progress(99, 2, 1.0))
+    assert caplog.messages == [
+        "iteration 1: best 9.5000, 1.00 candidates/s, 0:15:05 left, 95/1000",
+        "iteration 2: best 9.5000, 1.00 candidates/s, 0:15:01 left, 99/1000",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr("longrope.console.err", terminal)
+    with search_progress(quiet=False) as on_progress:
+        assert on_progress is not None
+        on_progress(progress(250, 3, 0.05))
+    with measuring_progress(quiet=False) as on_step:
+        assert on_step is not None
+        on_step(Step(3, 7, "yarn", 4096))
+    with search_progress(quiet=False):
+        pass  # a search refused before its first candidate
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.file.getvalue())  # type: ignore[attr-defined]
+    assert "0.05 candidates/s, 4:10:00 left" in shown
+    assert re.search(r"yarn at 4k .* 3/7", shown)
+    assert not terminal._live_stack
+
+
+@pytest.mark.usefixtures("here")
+def test_a_perplexity_that_is_no_number_is_null() -> None:
+    from dataclasses import replace
+
+    last = table().rows[-1].with_values(attention_factor=1e30)
+    replace(table(), rows=(table().rows[0], last)).save(Path("wild.json"))
+    for more in ((), ("--out", "run")):
+        (result,) = longrope(*perplexity("-f", "wild.json", "--json", *more)).document["results"]
+        assert (result["value"], result["ci"]) == (None, None)
 
 
 @pytest.mark.usefixtures("here")
@@ -632,7 +706,23 @@ def test_factors_are_converted_to_stdout_or_to_a_file() -> None:
 def test_documents_are_counted_as_the_models_tokenizer_cuts_them() -> None:
     document = longrope("documents", "texts", "--model", "model", "--lengths", "192,1500,1501", "--json").document
     assert (document["documents"], document["tokens"], document["longest"]) == (6, 9000, 1500)
-    assert [(result["length"], result["value"]) for result in document["results"]] == [(192, 42), (1500, 6), (1501, 0)]
+    counted = [(result["length"], result["value"]) for result in document["results"]]
+    assert counted == [(192, 42), (1500, 6), (1501, 6)], "BOS and 1,500 tokens"
+    found = longrope(*compare("--methods", "none", "--windows", 6, "--json", lengths=1501)).document
+    assert found["results"][0]["tokens"] == 6 * 1500
+
+
+@pytest.mark.usefixtures("here")
+def test_what_commands_use_of_stdlib_is_told_beside_what_it_holds() -> None:
+    from longrope.documents import read_sources
+
+    ran = longrope("documents", "stdlib", "--model", "model", "--json")
+    searched, unseen = (len(read_sources(["stdlib"], share=share)) for share in ("search", "unseen"))
+    assert ran.err == (
+        f"of stdlib, a search uses {searched} documents, and --unseen, compare and evaluate {unseen} others; "
+        "all are counted\n"
+    )
+    assert ran.document["documents"] > searched + unseen > 10
 
 
 def test_stdout_on_a_full_disk_is_told_in_one_line(here: Path) -> None:
@@ -714,6 +804,26 @@ def test_the_checkpoints_own_factors_are_used_replaced_or_ignored(here: Path) ->
     assert value("-f", "good.json") == own_values["yarn"]
 
 
+@pytest.mark.parametrize("text", ['{"format": ', changed(original_length=64), changed(rope_theta=1.0)])
+def test_a_table_beside_the_weights_that_is_ignored_is_not_even_read(here: Path, text: str) -> None:
+    commands = {
+        "compare": compare("--methods", "none,pi", "--json", "--out"),
+        "perplexity": perplexity("--json", "--out"),
+        "passkey": passkey("--json", "--out"),
+        "search": search("--evaluations", 4, "--json", "--out"),
+    }
+    without = {name: longrope(*command, f"{name}-without").document for name, command in commands.items()}
+    (here / "model" / "factors.json").write_text(text)
+    for name, command in commands.items():
+        assert longrope(*command, name, "--factors", "none").document["results"] == without[name]["results"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_search_takes_no_factors_but_none() -> None:
+    message = "--factors: got 'good.json'; a search takes only none here; give it as --init"
+    assert refused(*search("--factors", "good.json")) == message
+
+
 # The run folder of a search
 
 
@@ -728,7 +838,7 @@ def without_seconds(run: Path) -> list[dict[str, Any]]:
 def test_a_search_leaves_a_run_folder_of_just_these_files(here: Path) -> None:
     assert longrope(*search("--evaluations", 70)).code == 0
     run = here / "runs" / "search-model-192"
-    names = {"config.json", "evaluations.jsonl", "factors.json", "metrics.json", "DONE", ".lock"}
+    names = {"config.json", "evaluations.jsonl", "factors.json", "metrics.json", "results.jsonl", "DONE", ".lock"}
     assert {path.name for path in run.iterdir()} == names
     assert (run / "DONE").read_bytes() == b""
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from commands import TARGET, longrope, table, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
 from longrope.compare import compare
 from longrope.errors import UserError
+from longrope.evaluate.methods import Result, Step
 from longrope.evaluate.passkey import PAPER, SHORT, passkey, wilson_interval
-from longrope.evaluate.perplexity import bootstrap_interval, measure_sliding, sliding_spans, summarize
+from longrope.evaluate.perplexity import bootstrap_interval, measure, measure_sliding, sliding_spans, summarize
 from longrope.evaluate.run import evaluate
 from longrope.model import LoadedModel, load_model
 from longrope.windows import Window
@@ -163,6 +167,138 @@ def test_a_comparison_of_nothing_and_a_table_named_like_a_method_are_refused(
     ):
         evaluate("speed", small, lengths=[96])
     assert not (tmp_path / "run").exists()
+
+
+# Going on
+
+
+def unfinished(run: Path, keep: int) -> None:
+    """Make of a finished run one that was killed while it wrote its measurement number `keep`."""
+    (run / "DONE").unlink()
+    (run / "metrics.json").unlink()
+    lines = (run / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "results.jsonl").write_bytes(b"".join(lines[:keep]) + lines[keep][:-20])
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+def test_a_comparison_goes_on_after_its_last_whole_measurement(
+    ground: Path, small: LoadedModel, tmp_path: Path, keep: int
+) -> None:
+    run = tmp_path / "run"
+    steps: list[Step] = []
+    common: dict[str, Any] = {"documents": [str(ground / "texts")], "windows": 2, "out": run, "on_step": steps.append}
+    common |= {"lengths": [96, TARGET], "methods": ["none", "pi"], "factors": {"found": table()}}
+    whole = compare(small, **common)
+    files = {name: (run / name).read_bytes() for name in ("metrics.json", "results.jsonl")}
+    order = [(method, length) for length in (96, TARGET) for method in ("none", "pi", "found")]
+    assert steps == [Step(index, 6, *each) for index, each in enumerate(order)]
+    steps.clear()
+    unfinished(run, keep)
+    assert compare(small, **common) == whole
+    assert {name: (run / name).read_bytes() for name in files} == files
+    assert [(step.done, step.method, step.length) for step in steps] == [
+        (index, *order[index]) for index in range(keep, 6)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("perplexity", {}), ("perplexity", {"stride": 64}), ("passkey", {"tries": 2})]
+)
+def test_an_evaluation_goes_on_after_its_last_whole_measurement(
+    ground: Path, small: LoadedModel, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    steps: list[Step] = []
+    common: dict[str, Any] = {"lengths": [128, TARGET], "out": run, "on_step": steps.append, **options}
+    if kind == "perplexity":
+        common |= {"documents": [str(ground / "texts")], "windows": 2}
+    whole = evaluate(kind, small, **common)
+    metrics = (run / "metrics.json").read_bytes()
+    unfinished(run, 1)
+    assert evaluate(kind, small, **common) == whole
+    assert (run / "metrics.json").read_bytes() == metrics
+    assert [(step.done, step.total, step.length) for step in steps] == [(0, 2, 128), (1, 2, TARGET), (1, 2, TARGET)]
+
+
+def test_a_value_that_is_not_finite_comes_back_as_such() -> None:
+    result = Result("pi", 96, math.nan, 95, None)
+    again = Result.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert math.isnan(again.value)
+    assert replace(again, value=0.0) == replace(result, value=0.0)
+    other = Result("pi", 96, 2.5, 95, (2.0, 3.0), None)
+    assert Result.from_dict(other.to_dict()) == other
+
+
+def test_documents_are_read_once_whatever_the_number_of_lengths(
+    ground: Path, small: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    read_text = Path.read_text
+
+    def counted(path: Path, *args: Any, **options: Any) -> str:
+        opened.append(path.name)
+        return read_text(path, *args, **options)
+
+    common: dict[str, Any] = {"lengths": [96, 128, TARGET], "documents": [str(ground / "texts")], "windows": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", counted)
+        compare(small, methods=["none"], out=tmp_path / "run", **common)
+        evaluate("perplexity", small, **common)
+        evaluate("perplexity", small, stride=64, **common)
+    texts = [name for name in opened if name.endswith(".txt")]
+    assert sorted(texts) == sorted([f"{index}.txt" for index in range(6)] * 3)
+
+
+# Memory
+
+
+@contextmanager
+def memory_for(loaded: LoadedModel, tokens: int) -> Iterator[list[int]]:
+    """A device on which a forward pass of more tokens runs out of memory; the passes tried, by tokens."""
+    tried: list[int] = []
+
+    def refuse(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if "forward" in vars(module):  # the model's tail asks it again for outputs that are there
+            return
+        tried.append(kwargs["input_ids"].numel())
+        if tried[-1] > tokens:
+            raise torch.OutOfMemoryError("out of memory")
+
+    model: Any = loaded.model
+    hook = model.get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
+    before = loaded.batch_tokens
+    try:
+        yield tried
+    finally:
+        hook.remove()
+        loaded.batch_tokens = before
+
+
+def some_windows(count: int, length: int) -> list[Window]:
+    rng = np.random.default_rng(0)
+    return [Window(str(index), str(index), 0, rng.integers(0, 256, length)) for index in range(count)]
+
+
+def test_a_batch_that_fills_the_memory_is_halved_once_for_all_later_calls(small: LoadedModel) -> None:
+    windows = some_windows(12, 50)
+    expected = measure(small, windows).value
+    with memory_for(small, 200) as tried:
+        assert measure(small, windows).value == pytest.approx(expected, rel=1e-6)
+        assert tried == [600, 300, 150, 150, 150, 150]
+        assert small.batch_tokens == 150
+        tried.clear()
+        assert measure(small, windows).value == pytest.approx(expected, rel=1e-6)
+        assert tried == [150] * 4
+
+
+def test_a_window_that_never_fits_is_told_with_a_length_that_does(small: LoadedModel) -> None:
+    rule = "one window must fit into the device's memory; use at most 48 tokens here"
+    (document,) = some_windows(1, 500)
+    with memory_for(small, 60):
+        with pytest.raises(UserError, match=rf"^memory: got a window of 192 tokens; {rule}"):
+            measure_sliding(small, [document], length=192, stride=64)
+        with pytest.raises(UserError, match=rf"^memory: got a window of 192 tokens; {rule}"):
+            measure(small, some_windows(2, 192))
 
 
 # The sliding window

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from models import ORIGINAL, build, save, tokens
 LONG = 4 * ORIGINAL
 LENGTHS = [ORIGINAL - 8, ORIGINAL, ORIGINAL + 1, 100]
 COVERED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gemma2", "gemma3", "olmo2", "mixtral"]
-ALSO = ["cohere", "gpt_oss", "phi", "stablelm", "granite", "smollm3", "olmo3", "llama4"]
+ALSO = ["cohere", "gpt_oss", "phi", "stablelm", "granite", "smollm3", "olmo3", "llama4", "falcon"]
 FLOAT32 = LoadOptions(dtype="float32")
 
 
@@ -73,7 +74,7 @@ def assert_same_logits(exported: PreTrainedModel, loaded: LoadedModel, factors: 
             assert (ours - base).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [*COVERED, *ALSO])
+@pytest.mark.parametrize("name", [*COVERED, *ALSO, "phimoe"])
 def test_the_long_window_gives_our_logits_with_the_long_row_at_every_length(name: str, tmp_path: Path) -> None:
     loaded = saved(tmp_path, name)
     table = table_for(loaded, start_tokens=0)
@@ -122,12 +123,40 @@ def test_an_exported_folder_is_a_model_for_us_with_its_table_and_its_scaling(nam
         torch.testing.assert_close(logits(again.model, 100), logits(loaded.model, 100), rtol=0, atol=1e-5)
 
 
-def test_the_long_window_keeps_the_whole_table_beside_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("window", ["long", "short", "dynamic"])
+def test_the_table_beside_the_weights_is_what_stock_transformers_does(window: str, tmp_path: Path) -> None:
     loaded = saved(tmp_path)
     table = table_for(loaded)
-    again = load_model(str(export(loaded, table, tmp_path / "out", window="long")), FLOAT32)
-    assert again.table == table
-    assert [row.rescale for row in again.own.rows] == [table.rows[-1].rescale] * 2
+    out = export(loaded, table, tmp_path / "out", window=window)
+    again = load_model(str(out), FLOAT32)
+    assert again.table is not None
+    long = table.rows[-1]
+    rows = {"long": (long.with_values(up_to=ORIGINAL), long), "short": table.rows[:1], "dynamic": table.rows}[window]
+    assert again.table == replace(table, rows=rows)
+    assert again.table.rows == again.own.rows
+    with again.patch() as patch:
+        patch.install(again.table)
+        for length in (8, ORIGINAL, again.table.rows[-1].up_to):
+            torch.testing.assert_close(logits(again.model, length), logits(stock(out), length), rtol=0, atol=1e-5)
+
+
+def test_a_half_precision_checkpoint_is_exported_by_name_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(build("llama").to(torch.float16), tmp_path / "llama")  # type: ignore[arg-type]
+    table = table_for(load_model(str(folder), FLOAT32))
+    dtypes: list[torch.dtype] = []
+
+    def watched(name: str, options: LoadOptions) -> LoadedModel:
+        loaded = load_model(name, options)
+        dtypes.append(loaded.model.dtype)
+        return loaded
+
+    monkeypatch.setattr(sys.modules[export.__module__], "load_model", watched)
+    out = export(str(folder), table, tmp_path / "out", device="cpu")
+    assert dtypes == [torch.bfloat16]
+    assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -264,6 +293,26 @@ def test_the_tokenizer_passes_as_many_tokens_as_the_model(tmp_path: Path) -> Non
     assert len(tokenizer("a" * 100, truncation=True)["input_ids"]) == 101
 
 
+def test_a_tokenizer_without_a_maximum_is_left_as_it_is(tmp_path: Path) -> None:
+    loaded = saved(tmp_path)
+    path = tmp_path / "llama" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": None}))
+    out = export(loaded, table_for(loaded), tmp_path / "out")
+    assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "written"), [("mixtral", 16), ("falcon", None), ("gpt_neox", None), ("qwen3", 24), ("llama", 16)]
+)
+def test_a_head_dimension_is_written_only_where_the_class_has_none(
+    name: str, written: int | None, tmp_path: Path
+) -> None:
+    loaded = saved(tmp_path, name)
+    out = export(loaded, table_for(loaded), tmp_path / "out", window="dynamic")
+    assert json.loads((out / "config.json").read_text()).get("head_dim") == written
+    assert_same_logits(stock(out), loaded, table_for(loaded))
+
+
 def test_the_weights_are_copied_byte_for_byte_and_may_be_written_whatever_the_source_allows(tmp_path: Path) -> None:
     loaded = saved(tmp_path)
     source = tmp_path / "llama" / "model.safetensors"
@@ -277,10 +326,13 @@ def test_the_weights_are_copied_byte_for_byte_and_may_be_written_whatever_the_so
 def test_the_model_card_says_what_the_window_means(window: str, tmp_path: Path) -> None:
     loaded = saved(tmp_path)
     card = (export(loaded, table_for(loaded), tmp_path / "out", window=window) / "README.md").read_text()
-    assert card.startswith("# llama, extended to 192 tokens\n")
+    title = "with rescaled RoPE for 48 tokens" if window == "short" else "extended to 192 tokens"
+    assert card.startswith(f"# llama, {title}\n")
     assert f"Window: `{window}`." in card
     assert ("Stock `generate` keeps keys" in card) == (window == "dynamic")
-    assert "| 192 | 0 | 1.2000 | 1.5 to 6.4 |" in card
+    first = "| 48 | 0 | 1.2000 | 1.5 to 6.4 |" if window == "long" else "| 48 | 0 | 1.2000 | 1 to 1.7 |"
+    rows = [line for line in card.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert rows == [first, *(["| 192 | 0 | 1.2000 | 1.5 to 6.4 |"] if window != "short" else [])]
 
 
 def test_an_export_works_while_factors_are_on_the_model(tmp_path: Path) -> None:
@@ -397,7 +449,8 @@ def test_a_place_that_is_taken_is_refused(tmp_path: Path) -> None:
         else:
             out.write_text("keep me")
         message = refusal(loaded, table_for(loaded), out)
-        assert message == f"--out: got {out}, which is not empty; an export is a new folder; choose another"
+        state = "not empty" if name == "folder" else "a file"
+        assert message == f"--out: got {out}, which is {state}; an export is a new folder; choose another"
 
 
 def test_an_empty_folder_may_be_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,14 +461,57 @@ def test_an_empty_folder_may_be_the_place(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_an_empty_folder_is_filled_and_neither_removed_nor_replaced(tmp_path: Path) -> None:
+    """As a mount point can be neither; what a killed export left in it goes."""
+    loaded = saved(tmp_path)
+    out = tmp_path / "out"
+    (out / ".out.unfinished").mkdir(parents=True)
+    (out / ".out.unfinished" / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    inode = out.stat().st_ino
+    export(loaded, table_for(loaded), out)
+    assert out.stat().st_ino == inode
+    assert not [path for path in out.iterdir() if path.name.startswith(".") or "00001" in path.name]
+    assert_same_logits(stock(out), loaded, table_for(loaded).rows[-1])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EBUSY, os.strerror(errno.EBUSY))])
+def test_an_export_that_fails_while_it_fills_a_folder_leaves_it_empty(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = saved(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    rename, renamed = Path.rename, []
+
+    def interrupted(path: Path, target: Path) -> Path:
+        renamed.append(path.name)
+        if path.name == "config.json":
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
+        export(loaded, table_for(loaded), out)
+    assert (len(renamed), renamed[-1]) == (7, "config.json")  # last: a folder without it does not load
+    assert not list(out.iterdir())
+    if isinstance(error, OSError):
+        assert str(raised.value) == (
+            f"output: got {out} ([Errno {errno.EBUSY}] Device or resource busy); "
+            "the folder must take the files of a checkpoint; choose another folder"
+        )
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [(KeyboardInterrupt(), None), (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device")],
 )
+@pytest.mark.parametrize("there", [False, True])
 def test_an_interrupted_export_leaves_nothing(
-    error: BaseException, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, message: str | None, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = saved(tmp_path)
+    if there:
+        (tmp_path / "out").mkdir()
     copy = shutil.copyfile
 
     def interrupted(source: Path, target: Path) -> None:
@@ -439,6 +535,15 @@ def test_what_a_killed_export_left_is_replaced(tmp_path: Path) -> None:
     out = export(loaded, table_for(loaded), tmp_path / "out")
     assert not left.exists()
     assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_class_that_keeps_one_row_at_every_length_is_refused_in_the_dynamic_window(tmp_path: Path) -> None:
+    """PhiMoE's buffers follow the length, and its forward does not use them."""
+    loaded = saved(tmp_path, "phimoe")
+    assert refusal(loaded, table_for(loaded), tmp_path / "out", window="dynamic") == (
+        "export: got other factors from transformers at 49 tokens; PhimoeRotaryEmbedding must read back what was "
+        "written; use --window long: this class does not change its factors with the length"
+    )
 
 
 def test_a_class_that_reads_other_factors_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,44 @@ def test_an_interrupted_demonstration_names_the_folder_it_goes_on_in(here: Path)
     assert ran == Ran(130, "", message)
 
 
+def compare(out: str) -> list[object]:
+    return ["compare", "model", "--lengths", "96,192,384", "-d", "texts", "--dtype", "float32", "--out", out, "-q"]
+
+
+def measured(run: Path) -> int:
+    path = run / "results.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_comparison_killed_or_interrupted_goes_on_to_the_same_measurements(here: Path) -> None:
+    assert longrope_process(*compare("whole"), cwd=here).code == 0
+    for at, which in ((1, signal.SIGKILL), (9, signal.SIGINT)):
+        with start(*compare("run"), cwd=here) as process:
+            wait_for(lambda at=at: measured(here / "run") >= at, process)  # type: ignore[misc]
+            process.send_signal(which)
+            ran = ended(process)
+        assert measured(here / "run") >= at
+        assert not (here / "run" / "DONE").exists()
+    command = shlex.join(["longrope", *map(str, compare("run"))])
+    assert ran == Ran(130, "", f"longrope: interrupted; this goes on with it: {command}\n")
+    assert longrope_process(*compare("run"), cwd=here).code == 0
+    for name in ("metrics.json", "results.jsonl"):
+        assert (here / "run" / name).read_bytes() == (here / "whole" / name).read_bytes()
+
+
+def test_an_interrupted_command_that_writes_no_run_promises_nothing(here: Path) -> None:
+    command = ["evaluate", "perplexity", "model", "--lengths", LONG, "-d", "long", "--windows", 1]
+    for more, promised in (([], False), (["--out", "run"], True)):
+        with start(*command, *more, cwd=here) as process:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "measuring none at 24k, 1/1\n"
+            process.send_signal(signal.SIGINT)
+            ran = ended(process)
+        resume = shlex.join(["longrope", *map(str, [*command, *more])])
+        promise = f"; this goes on with it: {resume}" if promised else ""
+        assert ran == Ran(130, "", f"longrope: interrupted{promise}\n")
+
+
 def test_a_second_process_on_a_run_is_told_who_writes_it(here: Path) -> None:
     with start(*long_search("run"), cwd=here) as process:
         wait_for((here / "run" / "config.json").exists, process)
@@ -187,6 +225,15 @@ def test_a_broken_evaluation_in_the_middle_is_told_with_its_line(here: Path) -> 
     path.write_bytes(b"".join([*lines[:10], b"garbage\n", *lines[11:]]))
     rule = "every line but the last is a JSON object; restore the file or start anew"
     assert refused(*search("run")) == f"lines: got run/evaluations.jsonl, line 11 broken; {rule}"
+
+
+def test_an_evaluation_without_its_key_is_told_with_its_line(here: Path) -> None:
+    shutil.copytree("undisturbed", "run")
+    unfinish(here / "run")
+    path = here / "run" / "evaluations.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"key"', b'"kez"', 1))
+    rule = "every line is a record of this run; restore the file or start anew"
+    assert refused(*search("run")) == f"lines: got run/evaluations.jsonl, line 1 with no proper 'key'; {rule}"
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,8 @@ def test_the_window_of_local_layers_stays(name: str, tmp_path: Path) -> None:
     loaded, ids = loaded_from(tmp_path, name), tokens(60)
     before = loaded.model(ids).logits
     loaded.widen_window(100)
-    assert loaded.notes == ["local layers keep their sliding window of 16 tokens"]
+    shared = " and share the rescaled RoPE" if name in ("gemma2", "gpt_oss") else ""
+    assert loaded.notes == [f"local layers keep their sliding window of 16 tokens{shared}"]
     assert torch.equal(loaded.model(ids).logits, before)
 
 
@@ -342,6 +343,9 @@ def test_a_sharded_checkpoint_loads(tmp_path: Path) -> None:
         ("opt", "a opt model whose configuration has no RoPE; only a model with RoPE can be extended; choose a RoPE"),
         ("gptj", "a gptj model whose configuration has no RoPE; only a model with RoPE can be extended; choose a RoPE"),
         ("falcon_alibi", "FalconForCausalLM, which does not use its RoPE; only a model with RoPE can be extended; "),
+        ("cohere2", "Cohere2ForCausalLM, whose local layers alone use RoPE; factors extend layers that see the whole"),
+        ("exaone4", "Exaone4ForCausalLM, whose local layers alone use RoPE; factors extend layers that see the whole"),
+        ("llama4_nope", "Llama4ForCausalLM, whose local layers alone use RoPE; factors extend layers that see"),
         ("bert", "a BertModel; only causal language models of transformers can be extended; give a ...ForCausalLM"),
         ("t5", "a T5ForConditionalGeneration; only causal language models of transformers can be extended; "),
         ("deepseek_v2", "config: got kv_lora_rank 8; multi-head latent attention is not supported; "),
@@ -351,6 +355,16 @@ def test_a_sharded_checkpoint_loads(tmp_path: Path) -> None:
 )
 def test_a_model_that_cannot_be_extended_is_refused(name: str, message: str, tmp_path: Path) -> None:
     assert message in refusal(save(build(name), tmp_path / name))
+
+
+def test_weights_that_are_not_numbers_are_refused_as_such(tmp_path: Path) -> None:
+    model: Any = build("llama")
+    model.model.norm.weight[3] = torch.nan
+    folder = save(model, tmp_path / "llama")
+    assert refusal(folder) == (
+        f"model: got {folder}, whose weights give values that are not numbers; logits are finite; "
+        "try --dtype float32, or restore the weights"
+    )
 
 
 def test_a_decoder_without_its_head_is_refused(tmp_path: Path) -> None:

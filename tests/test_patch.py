@@ -13,7 +13,7 @@ from longrope.baselines import RopeShape
 from longrope.configs import rope_config, table_from_config
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
-from longrope.patch import Patch, ScaledRotary, rotary_modules
+from longrope.patch import Patch, ScaledRotary, global_layers_turn, rotary_modules
 from longrope.rope import RopeTensors
 from models import ARCHITECTURES, ORIGINAL, SCALED, build, tokens
 
@@ -116,6 +116,24 @@ def test_local_layers_keep_their_own_rotation(name: str) -> None:
         local, extended = (ours(x, positions, kind) for kind in ("sliding_attention", "full_attention"))
     assert all(torch.equal(a, b) for a, b in zip(local, own["sliding_attention"], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(extended, own["full_attention"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "turn"),
+    [("cohere2", False), ("exaone4", False), ("llama4_nope", False)]
+    + [(name, True) for name in ("llama4", "gemma2", "gemma3", "olmo3", "gpt_oss", "smollm3", "llama")],
+)
+def test_whether_global_layers_rotate_is_measured_and_leaves_the_model_as_it_is(name: str, turn: bool) -> None:
+    model, ids = build(name), tokens(8)
+    shape, before = shape_of(model), logits(model, ids)
+    with Patch(model, shape) as patch:
+
+        def run(row: RopeFactors | None) -> None:
+            patch.install(row)
+            logits(model, ids)
+
+        assert global_layers_turn(model, lambda: run(None), lambda: run(even(shape))) is turn
+    assert torch.equal(logits(model, ids), before)
 
 
 def test_each_sequence_of_a_batch_uses_the_row_of_its_own_length() -> None:

@@ -377,6 +377,18 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    shutil.copy(Path(__file__), tmp_path / "factors.json")
+    with pytest.raises(UserError) as caught:
+        write_report(tmp_path)
+    assert str(caught.value) == (
+        f"run: got {tmp_path}, whose config.json names no command; a run is a folder that a command wrote; "
+        "give the --out of a command"
+    )
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_page_that_cannot_be_written_is_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"output: got {tmp_path}/none/page\.html \(No such file or directory\)"):
         write_report(run, tmp_path / "none" / "page.html")
@@ -387,9 +399,9 @@ def test_a_page_that_cannot_be_written_is_told(run: Path, tmp_path: Path) -> Non
     [
         ("config.json", "{", "it is JSON"),
         ("config.json", "[]", "it is a JSON object"),
-        ("config.json", '{"model": 3}', "model is an object or a name"),
-        ("config.json", '{"settings": []}', "settings is an object"),
-        ("config.json", '{"documents": {"search": ["a"]}}', "documents are lists of objects"),
+        ("config.json", '{"command": "search", "model": 3}', "model is an object or a name"),
+        ("config.json", '{"command": "search", "settings": []}', "settings is an object"),
+        ("config.json", '{"command": "search", "documents": {"search": ["a"]}}', "documents are lists of objects"),
         ("metrics.json", "\x00", "it is JSON"),
         ("metrics.json", '{"results": {}}', "results is a list"),
         ("metrics.json", '{"results": [3]}', "results is a list"),

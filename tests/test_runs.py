@@ -223,13 +223,13 @@ def test_a_new_run_writes_its_config_and_done_comes_last(tmp_path: Path) -> None
     with RunFolder.open(path, CONFIG) as run:
         assert (run.path, run.config, run.finished, run.resumed) == (path, CONFIG, False, False)
         assert json.loads((path / "config.json").read_text()) == CONFIG
-        run.log_evaluation({"index": 0, "value": math.nan})
+        run.log_evaluation({"key": "a", "value": math.nan})
         run.save_factors(table)
         run.save_metrics({"results": [{"method": "yarn", "value": math.inf}]})
         assert not (path / "DONE").exists()
         run.finish()
         assert run.finished
-        assert run.evaluations() == [{"index": 0, "value": None}]
+        assert run.evaluations() == [{"key": "a", "value": None}]
     assert FactorTable.load(path / "factors.json") == table
     assert json.loads((path / "metrics.json").read_text()) == {"results": [{"method": "yarn", "value": None}]}
     assert (path / "DONE").exists()
@@ -237,14 +237,14 @@ def test_a_new_run_writes_its_config_and_done_comes_last(tmp_path: Path) -> None
 
 def test_the_same_command_resumes_an_unfinished_run_and_finds_a_finished_one(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, CONFIG) as run:
-        run.log_evaluation({"index": 0})
+        run.log_evaluation({"key": "a", "value": 0})
     with (tmp_path / "evaluations.jsonl").open("a") as file:
         file.write('{"index": 1, "val')
     (tmp_path / ".longrope-0123.tmp").write_text("left by a process that was killed")
     with RunFolder.open(tmp_path, {**CONFIG, "ignored": {"workers": 8, "verbosity": 2}}) as run:
         assert (run.resumed, run.finished) == (True, False)
-        run.log_evaluation({"index": 1})
-        assert run.evaluations() == [{"index": 0}, {"index": 1}]
+        run.log_evaluation({"key": "b", "value": 1})
+        assert run.evaluations() == [{"key": "a", "value": 0}, {"key": "b", "value": 1}]
         assert not list(tmp_path.glob(".longrope-*"))
         run.finish()
     with RunFolder.open(tmp_path, CONFIG) as run:
@@ -348,28 +348,46 @@ def test_a_run_in_the_place_of_a_file_or_where_nothing_can_be_made_is_told(tmp_p
             RunFolder.open(path, CONFIG)
 
 
-def test_state_comes_back_exactly(tmp_path: Path) -> None:
-    generator = np.random.default_rng(3)
-    state = {"random": generator.bit_generator.state, "best": math.inf, "value": 0.1 + 0.2, "vector": [1.0, 1.01]}
+def test_measurements_come_back_and_a_half_written_one_is_dropped(tmp_path: Path) -> None:
+    record = {"method": "pi", "length": 256, "value": 0.1 + 0.2, "tokens": 255, "ci": [0.25, 0.5], "windows": "unseen"}
     with RunFolder.open(tmp_path, CONFIG) as run:
-        assert run.load_state("search") is None
-        run.save_state("search", {"vector": np.array([0.5])})
-        run.save_state("search", state)
-        assert run.load_state("search") == state
-        with pytest.raises(TypeError, match="set cannot be written as JSON"):
-            run.save_state("search", {"vector": {1, 2}})
-        assert run.load_state("search") == state
+        assert run.results() == []
+        run.log_result(record)
+        run.log_result({**record, "length": 512, "value": math.nan})
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"method": "pi", "len')
+    with RunFolder.open(tmp_path, CONFIG) as run:
+        assert run.results() == [record, {**record, "length": 512, "value": None}]
+        run.log_result({**record, "length": 1024})
+        assert [each["length"] for each in run.results()] == [256, 512, 1024]
+
+
+def test_a_larger_budget_forgets_what_was_measured_of_the_smaller_ones_factors(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, CONFIG) as run:
+        run.log_evaluation({"key": "a", "value": 1.0})
+        run.log_result({"method": "longrope", "length": 256, "value": 1.0, "tokens": 255})
+    with RunFolder.open(tmp_path, changed(evaluations=200), budget_keys=["evaluations"]) as run:
+        assert (len(run.evaluations()), run.results()) == (1, [])
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [('{"a": ', "it is JSON"), ("[]", "it is a JSON object"), ("", "is empty")]
+    ("line", "name"),
+    [
+        ('{"value": 1.0}', "key"),
+        ('{"key": 7, "value": 1.0}', "key"),
+        ('{"key": "b"}', "value"),
+        ('{"key": "b", "value": "low"}', "value"),
+    ],
 )
-def test_a_corrupt_state_is_told(tmp_path: Path, text: str, reason: str) -> None:
+def test_an_evaluation_that_is_none_is_told_with_its_line(tmp_path: Path, line: str, name: str) -> None:
     with RunFolder.open(tmp_path, CONFIG) as run:
-        run.save_state("search", {})
-        (tmp_path / "state" / "search.json").write_text(text)
-        with pytest.raises(UserError, match=rf"state of the run: got .*search\.json.*{reason}"):
-            run.load_state("search")
+        run.log_evaluation({"key": "a", "value": None})
+        path = tmp_path / "evaluations.jsonl"
+        path.write_text(path.read_text() + line + "\n")
+        with pytest.raises(UserError) as caught:
+            run.evaluations()
+    rule = "every line is a record of this run; restore the file or start anew"
+    assert str(caught.value) == f"lines: got {path}, line 2 with no proper {name!r}; {rule}"
 
 
 HOLD = """

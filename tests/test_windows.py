@@ -142,6 +142,15 @@ def test_a_window_of_nothing_is_refused(length: int, count: int, tokenizer: PreT
         choose_windows([Document("a", "text")], tokenizer, length=length, count=count, seed=0)
 
 
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_window_of_one_token_has_nothing_to_predict_and_is_refused(bare: bool) -> None:
+    tokenizer = byte_tokenizer(256)
+    if bare:
+        tokenizer.bos_token = None
+    with pytest.raises(UserError, match=r"^windows: got 1 of 1 tokens; there is at least one, of at least 2 tokens"):
+        choose_windows([Document("a", "text")], tokenizer, length=1, count=1, seed=0)
+
+
 def test_only_as_many_documents_are_tokenized_as_it_takes(
     twelve: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,5 +221,9 @@ def test_a_summary_counts_documents_and_windows_by_length() -> None:
         {"length": 256, "documents": 2, "windows": 4},
         {"length": 512, "documents": 1, "windows": 1},
     ]
+    with_bos = summary([254, 255, 510], [256], bos=True)["lengths"]
+    assert with_bos == [{"length": 256, "documents": 2, "windows": 3}], "as choose_windows: BOS and 255 tokens"
+    with pytest.raises(UserError, match=r"^--lengths: got 1; a window is of at least 2 tokens; ask for longer ones$"):
+        summary([5], [1, 2])
     assert summary([5], [2])["lengths"] == [{"length": 2, "documents": 1, "windows": 2}]
     assert summary([])["lengths"] == [{"length": 256, "documents": 0, "windows": 0}]

@@ -23,7 +23,7 @@ TINY = "tiny"
 FACTORS_FILE = "factors.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+_PLACEMENTS = ("balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class LoadOptions:
     trust_remote_code: bool = False
     rope_precision: str = "float32"
     """dtype of angles: float32 as in every engine, or float64."""
+    own_factors: bool = True
+    """Whether the factors.json beside the weights is read; `--factors none` says no."""
     threads: int | None = None
     """CPU threads of an evaluation, torch's choice by default; results are equal for equal threads."""
 
@@ -83,7 +85,7 @@ def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_device(device: str) -> None:
-    if device in _PLACEMENTS:
+    if device == "auto" or device in _PLACEMENTS:
         return
     try:
         kind = torch.device(device).type

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -45,8 +45,7 @@ from longrope.cli_options import (
 from longrope.errors import UserError
 from longrope.lengths import format_length, parse_length, parse_lengths
 
-if TYPE_CHECKING:
-    pass
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     add_completion=False,
@@ -82,7 +81,7 @@ EvaluateOut = Annotated[
 @app.command()
 def demo(
     documents: Documents = ["stdlib"],  # noqa: B006  (typer reads the default; nobody changes it)
-    evaluations: Annotated[int, typer.Option(min=1, help="Candidates to evaluate.")] = 300,
+    evaluations: Annotated[int, typer.Option(min=1, help="Candidates to evaluate.")] = 256,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -138,7 +137,11 @@ def documents(
     wanted = None if lengths is None else parse_lengths(lengths)
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
     found = read_sources(sources, tokenizer=tokenizer)
-    described = summary(token_lengths(found, tokenizer), wanted)
+    described = summary(token_lengths(found, tokenizer), wanted, bos=tokenizer.bos_token_id is not None)
+    if "stdlib" in sources:
+        shares = [len(read_sources(["stdlib"], share=share)) for share in ("search", "unseen")]
+        note = "of stdlib, a search uses %d documents, and --unseen, compare and evaluate %d others; all are counted"
+        logger.info(note, *shares)
     if as_json:
         print_json({"command": "documents", "model": model, "settings": {"documents": sources}, **_counted(described)})
     else:
@@ -169,6 +172,9 @@ def search(
     ] = "search",
     attention_factor: Annotated[str, typer.Option(metavar="RULE", help="su, yarn, none or a number.")] = "su",
     init: Annotated[list[Path] | None, typer.Option(metavar="FACTORS", help="One more seed. Repeatable.")] = None,
+    factors: Annotated[
+        str | None, typer.Option(metavar="none", help="none: ignore the factors.json beside the weights.")
+    ] = None,
     evaluations: Annotated[int | None, typer.Option(min=1, help="At most so many candidates.")] = None,
     windows: Windows = None,
     seed: Seed = 0,
@@ -186,14 +192,19 @@ def search(
     """Search rescale factors for one target length. The same command resumes; a larger budget continues."""
     begin(verbose, quiet)
     target = parse_length(to)
+    if factors not in (None, "none"):
+        raise UserError("--factors", got=repr(factors), rule="a search takes only none here", do="give it as --init")
     seeds = [read_table(path) for path in init or []]
-    from longrope.console import err, factors_table, print_json, results_table, search_progress
+    from longrope.console import err, factors_table, print_json, results_table, resume_with, search_progress
     from longrope.files import read_object
     from longrope.runs import METRICS, default_run_path
     from longrope.search.driver import search as run_search
 
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    options = options_of(
+        device, dtype, attention, original_length, trust, rope_precision, threads, own_factors=factors is None
+    )
     path = out or default_run_path("search", model, target)
+    resume_with()
     with search_progress(quiet) as on_progress:
         table = run_search(
             model,
@@ -248,25 +259,27 @@ def compare(
     """The table of methods by length: perplexity on the same windows."""
     begin(verbose, quiet)
     from longrope.compare import compare as run_compare
-    from longrope.console import err, print_json, results_table
+    from longrope.console import err, measuring_progress, print_json, results_table, resume_with
     from longrope.evaluate.methods import DEFAULT_METHODS
 
     wanted = parse_lengths(lengths)
     chosen = DEFAULT_METHODS if methods is None else [part.strip() for part in methods.split(",")]
     tables = tables_of(factors, taken=[*chosen, "checkpoint"])
     options = options_of(device, dtype, attention, original_length, trust, rope_precision)
-    measured = run_compare(
-        model,
-        lengths=wanted,
-        documents=documents,
-        methods=chosen,
-        factors=tables,
-        windows=windows,
-        seed=seed,
-        out=out,
-        options=options,
-        on_result=lambda result: logging.getLogger("longrope").debug("%s", result.to_dict()),
-    )
+    resume_with()
+    with measuring_progress(quiet) as on_step:
+        measured = run_compare(
+            model,
+            lengths=wanted,
+            documents=documents,
+            methods=chosen,
+            factors=tables,
+            windows=windows,
+            seed=seed,
+            out=out,
+            options=options,
+            on_step=on_step,
+        )
     if as_json:
         print_json(measured)
     else:
@@ -377,12 +390,11 @@ def evaluate_perplexity(
 ) -> None:
     """Token-weighted perplexity by length, on whole windows or with a sliding window."""
     begin(verbose, quiet)
-    from longrope.evaluate.run import evaluate
-
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision)
-    measured = evaluate(
+    _evaluate(
         "perplexity",
         model,
+        as_json,
+        quiet,
         lengths=parse_lengths(lengths),
         factors=one_or_none(factors),
         documents=documents,
@@ -390,9 +402,8 @@ def evaluate_perplexity(
         stride=stride,
         seed=seed,
         out=out,
-        options=options,
+        options=options_of(device, dtype, attention, original_length, trust, rope_precision),
     )
-    _show(measured, as_json)
 
 
 @evaluate_app.command("passkey")
@@ -415,29 +426,32 @@ def evaluate_passkey(
 ) -> None:
     """Share of five-digit keys that the model finds in filler, by length."""
     begin(verbose, quiet)
-    from longrope.evaluate.run import evaluate
-
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision)
-    measured = evaluate(
+    _evaluate(
         "passkey",
         model,
+        as_json,
+        quiet,
         lengths=parse_lengths(lengths),
         factors=one_or_none(factors),
         tries=tries,
         seed=seed,
         out=out,
-        options=options,
+        options=options_of(device, dtype, attention, original_length, trust, rope_precision),
     )
-    _show(measured, as_json)
 
 
-def _show(measured: dict[str, Any], as_json: bool) -> None:
-    from longrope.console import err, print_json, results_table
+def _evaluate(measure: str, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    from longrope.console import err, measuring_progress, print_json, results_table, resume_with
+    from longrope.evaluate.run import evaluate
 
+    if given["out"] is not None:
+        resume_with()
+    with measuring_progress(quiet) as on_step:
+        measured = evaluate(measure, model, on_step=on_step, **given)
     if as_json:
         print_json(measured)
     else:
-        err.print(results_table(measured["results"], title=measured["measure"]))
+        err.print(results_table(measured["results"], title=measure))
 
 
 @app.command()

@@ -78,6 +78,7 @@ def options_of(
     trust: bool,
     precision: str,
     threads: int | None = None,
+    own_factors: bool = True,
 ) -> LoadOptions:
     """The options of a model as given on the command line; transformers is told to keep quiet."""
     from transformers.utils import logging as transformers_logging
@@ -95,6 +96,7 @@ def options_of(
         trust_remote_code=trust,
         rope_precision=precision,
         threads=threads,
+        own_factors=own_factors,
     )
 
 

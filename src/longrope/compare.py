@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from longrope import __version__
 from longrope.checkpoint import LoadOptions, load_options
-from longrope.describe import describe_model, describe_options, describe_windows
+from longrope.describe import describe_model, describe_options, describe_windows, metrics
+from longrope.documents import read_sources
 from longrope.errors import UserError
-from longrope.evaluate.methods import DEFAULT_METHODS, Result, measure_methods, method_factors
+from longrope.evaluate.methods import DEFAULT_METHODS, OnStep, Result, measure_methods, method_factors
 from longrope.factors import FactorTable
 from longrope.lengths import as_length
 from longrope.model import LoadedModel, load_model
 from longrope.runs import METRICS, RunFolder, command_line, default_run_path
-from longrope.search.driver import metrics
-from longrope.windows import Window, windows_for
+from longrope.windows import Window, windows_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +34,26 @@ def compare(
     seed: int = 0,
     out: str | Path | None = None,
     options: LoadOptions | None = None,
-    on_result: Callable[[Result], None] | None = None,
+    on_step: OnStep | None = None,
     **load: Any,
 ) -> dict[str, Any]:
     """Perplexity of methods and factor tables (by name) at lengths, on the same windows; returns metrics.json's dict.
 
-    Baselines are set up for the longest length. Without `factors` those beside the weights are compared. Writes a run
-    folder `out` (runs/compare-MODEL-LENGTH by default); a finished one is read, not measured again. Of `stdlib` the
-    unseen share is used. `load` are the fields of LoadOptions. Raises UserError for bad input.
+    Baselines are set up for the longest length. Without `factors` those beside the weights are compared; an empty
+    mapping ignores them. Writes a run folder `out` (runs/compare-MODEL-LENGTH by default) and resumes one that is
+    there; a finished one is read, not measured again. Of `stdlib` the unseen share is used. on_step is called before
+    each measurement. `load` are the fields of LoadOptions. Raises UserError for bad input.
     """
     options, wanted = load_options(options, load), [as_length(length) for length in lengths]
+    if factors is not None and not factors:
+        options = replace(options, own_factors=False)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     if factors is None:
         factors = {} if loaded.table is None else {"checkpoint": loaded.table}
     _check(loaded, wanted, methods, factors)
-    chosen = {
-        length: windows_for(loaded, documents, length, windows, seed, share="unseen") for length in sorted(set(wanted))
-    }
-    return compare_windows(loaded, chosen, methods, factors, seed=seed, out=out, on_result=on_result)
+    found = read_sources(documents, share="unseen", tokenizer=loaded.tokenizer)
+    chosen = {length: windows_of(loaded, found, length, windows, seed) for length in sorted(set(wanted))}
+    return compare_windows(loaded, chosen, methods, factors, seed=seed, out=out, on_step=on_step)
 
 
 def _check(
@@ -78,7 +81,7 @@ def compare_windows(
     *,
     seed: int,
     out: str | Path | None = None,
-    on_result: Callable[[Result], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """`compare` on windows already chosen."""
     target = max(windows)
@@ -105,7 +108,15 @@ def compare_windows(
         if run.finished:
             logger.info("%s is finished: its measurements are in %s", path, path / METRICS)
         else:
-            results = measure_methods(loaded, windows, methods, tables, on_result=on_result)
+            results = measure_methods(
+                loaded,
+                windows,
+                methods,
+                tables,
+                known=[Result.from_dict(record) for record in run.results()],
+                on_step=on_step,
+                on_result=lambda result: run.log_result(result.to_dict()),
+            )
             run.save_metrics(metrics("compare", loaded, settings, results))
             run.finish()
         return run.metrics()

@@ -10,28 +10,32 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
-from longrope.files import disk_errors
+from longrope.files import disk_errors, finite
 from longrope.lengths import format_length
 
 if TYPE_CHECKING:
+    from longrope.evaluate.methods import OnStep, Step
     from longrope.factors import FactorTable
-    from longrope.search.driver import OnProgress
+    from longrope.search.driver import OnProgress, Progress
+
+logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 
 err = Console(stderr=True, highlight=False)
 
-_resume_arguments: list[str] = []
+_resumed_with: list[tuple[str, ...]] = []  # one at most
 
 
 def set_up_logging(verbosity: int) -> None:
@@ -51,7 +55,7 @@ def set_up_logging(verbosity: int) -> None:
 
 
 def end_at_once_on_signals() -> None:
-    """SIGINT and SIGTERM end the process with exit code 130 and the command that resumes.
+    """SIGINT and SIGTERM end the process with exit code 130 and, where there is one, the command that resumes.
 
     State is always on disk, so nothing is left to do. A thread waits for the signals, because Python's own handlers
     would wait for a forward pass to end first, which can be many minutes.
@@ -61,23 +65,30 @@ def end_at_once_on_signals() -> None:
 
     def wait() -> None:
         signal.sigwait(signals)
-        command = shlex.join(["longrope", *sys.argv[1:], *_resume_arguments])
+        command = "".join(shlex.join(["longrope", *sys.argv[1:], *more]) for more in _resumed_with)
+        resume = f"; this goes on with it: {command}" if command else ""
         below_the_bar = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # with the cursor that the bar hides
         with suppress(OSError):
-            os.write(2, f"{below_the_bar}longrope: interrupted; this goes on with it: {command}\n".encode())
+            os.write(2, f"{below_the_bar}longrope: interrupted{resume}\n".encode())
         os._exit(INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def resume_with(*arguments: str) -> None:
-    """What the command line given has to be followed by to go on after an interruption, such as a run's new folder."""
-    _resume_arguments[:] = arguments
+    """Say that the command writes a run, which goes on after an interruption with the same command line.
+
+    arguments: what has to follow it, such as the run's new folder.
+    """
+    _resumed_with[:] = [arguments]
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """The one JSON document of --json, on stdout. Raises UserError when stdout is a full disk."""
-    print_out(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    """The one JSON document of --json, on stdout; NaN and infinities become null.
+
+    Raises UserError when stdout is a full disk.
+    """
+    print_out(json.dumps(finite(document), indent=1, allow_nan=False) + "\n")
 
 
 def print_out(text: str) -> None:
@@ -87,39 +98,81 @@ def print_out(text: str) -> None:
         sys.stdout.flush()
 
 
+Show = Callable[[int, int, str], None]
+
+
+@contextmanager
+def _bar(*, transient: bool = False) -> Iterator[Show]:
+    """A progress bar with a text, to be given how much is done of how much, and the text.
+
+    It appears when first given something: what fails before, fails in one line.
+    """
+    bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err, transient=transient)
+    task = bar.add_task("", total=None)
+
+    def show(done: int, total: int, text: str) -> None:
+        bar.update(task, completed=done, total=total, description=text)
+        bar.start()
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
 @contextmanager
 def search_progress(quiet: bool) -> Iterator[OnProgress | None]:
-    """A progress bar for a search: iteration, best value, candidates a second, time left.
-
-    It appears with the first candidate: what fails before, fails in one line.
-    """
+    """Progress of a search: a bar on a terminal, elsewhere a line at the end of each iteration."""
     if quiet:
         yield None
-        return
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("best {task.fields[best]}  {task.fields[rate]} candidates/s"),
-        TimeRemainingColumn(),
-    ]
-    with ExitStack() as stack:
-        bar = Progress(*columns, console=err)
-        task = bar.add_task("search", total=None, best="-", rate="-")
+    elif err.is_terminal:
+        with _bar() as show:
+            yield lambda progress: show(progress.done, progress.total, describe_progress(progress))
+    else:
+        last: list[Progress] = []  # one at most
 
-        def on_progress(progress: Any) -> None:
-            if not bar.live.is_started:
-                stack.enter_context(bar)
-            bar.update(
-                task,
-                description=f"iteration {progress.iteration}",
-                completed=progress.done,
-                total=progress.total,
-                best=f"{progress.best:.4f}" if math.isfinite(progress.best) else "-",
-                rate=f"{progress.rate:.2f}",
-            )
+        def log() -> None:
+            for progress in last:
+                if progress.rate:  # nothing to say of what an earlier process evaluated
+                    logger.info("%s, %d/%d", describe_progress(progress), progress.done, progress.total)
+
+        def on_progress(progress: Progress) -> None:
+            if last and progress.iteration != last[0].iteration:
+                log()
+            last[:] = [progress]
 
         yield on_progress
+        log()
+
+
+@contextmanager
+def measuring_progress(quiet: bool) -> Iterator[OnStep | None]:
+    """Progress of measurements, each told before it is made: a bar on a terminal, elsewhere a line each."""
+
+    def text(step: Step) -> str:
+        return f"{step.method} at {format_length(step.length)}"
+
+    if quiet:
+        yield None
+    elif err.is_terminal:
+        with _bar(transient=True) as show:
+            yield lambda step: show(step.done, step.total, text(step))
+    else:
+        yield lambda step: logger.info("measuring %s, %d/%d", text(step), step.done + 1, step.total)
+
+
+def describe_progress(progress: Progress) -> str:
+    """Where a search is, in words: iteration, best value, candidates a second, time left."""
+    best = f"{progress.best:.4f}" if math.isfinite(progress.best) else "-"
+    left = format_seconds((progress.total - progress.done) / progress.rate) if progress.rate else "-"
+    return f"iteration {progress.iteration}: best {best}, {progress.rate:.2f} candidates/s, {left} left"
+
+
+def format_seconds(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def results_table(results: Sequence[Mapping[str, Any]], *, title: str) -> Table:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longrope.model import LoadedModel
 from longrope.windows import Window
+
+if TYPE_CHECKING:
+    from longrope.evaluate.methods import Result
 
 
 def describe_options(loaded: LoadedModel) -> dict[str, Any]:
@@ -33,3 +36,20 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
 def describe_windows(windows: Sequence[Window]) -> list[dict[str, Any]]:
     """Windows by document and place; never their text."""
     return [{"name": window.document, "sha256": window.sha256, "start": window.start} for window in windows]
+
+
+def metrics(
+    command: str,
+    loaded: LoadedModel,
+    settings: Mapping[str, Any],
+    results: Sequence[Result],
+    measure: str = "perplexity",
+) -> dict[str, Any]:
+    """The JSON document of a command that measures: metrics.json, and stdout under --json."""
+    return {
+        "command": command,
+        "model": loaded.name,
+        "settings": dict(settings),
+        "measure": measure,
+        "results": [result.to_dict() for result in results],
+    }

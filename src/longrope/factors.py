@@ -214,6 +214,11 @@ class FactorTable:
         write_atomically(Path(path), self.to_json())
 
 
+def last_row(table: FactorTable, length: int) -> RopeFactors:
+    """The row for a length in tokens; beyond the table its last one, the best that is known."""
+    return table.row_for(min(length, table.rows[-1].up_to))
+
+
 def _row_from_dict(row: object) -> RopeFactors:
     if not isinstance(row, Mapping):
         raise _wrong("table row", type(row).__name__, "it is an object")

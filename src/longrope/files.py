@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import UnionType
 from typing import Any, cast
 
 import numpy as np
@@ -107,11 +108,13 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
             raise
 
 
-def read_lines(path: Path, *, repair: bool = False) -> list[dict[str, Any]]:
+def read_lines(
+    path: Path, *, repair: bool = False, required: Mapping[str, type | UnionType] | None = None
+) -> list[dict[str, Any]]:
     """The records of a JSON-lines file, none when there is no file; a half-written last line is dropped.
 
     `repair` also cuts the file back to its whole lines, so that it can be appended to. Raises UserError with the
-    number of the line when another line is broken.
+    number of the line when another line is broken, or when one lacks a key of `required` or has another type there.
     """
     if not path.exists():
         return []
@@ -133,7 +136,13 @@ def read_lines(path: Path, *, repair: bool = False) -> list[dict[str, Any]]:
         whole += b"\n"
     if repair and whole != data:
         write_atomically(path, whole)
-    return [record for record in records if record is not None]
+    found = [record for record in records if record is not None]
+    for number, record in enumerate(found, start=1):
+        for name, kind in (required or {}).items():
+            if name not in record or not isinstance(record[name], kind):
+                got, rule = f"{path}, line {number} with no proper {name!r}", "every line is a record of this run"
+                raise UserError("lines", got=got, rule=rule, do="restore the file or start anew")
+    return found
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -159,14 +168,6 @@ def _plain(value: object) -> object:
     if isinstance(value, np.generic | np.ndarray):
         return cast(object, value.tolist())
     return str(value) if isinstance(value, Path) else value
-
-
-def json_default(value: object) -> object:
-    """For json.dumps: numpy and paths as plain values, TypeError for the rest."""
-    plain = _plain(value)
-    if plain is value:
-        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-    return plain
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longrope.baselines import baseline
 from longrope.checkpoint import (
     PRECISIONS,
     LoadOptions,
@@ -25,15 +26,17 @@ from longrope.checkpoint import (
     load_weights,
     model_source,
 )
-from longrope.convert import RopeConfig, rope_config, table_from_config
+from longrope.configs import RopeConfig, rope_config, table_from_config
 from longrope.errors import UserError
-from longrope.factors import FactorTable, RopeFactors
-from longrope.patch import Patch, check_frequencies, widen_window
+from longrope.factors import FactorTable, RopeFactors, last_row
+from longrope.patch import Patch, check_frequencies, global_layers_turn, widen_window
 
 logger = logging.getLogger(__name__)
 
-# Logits of one chunk stay near this many numbers, whatever the vocabulary: 128 MiB in float32.
-_CHUNK_LOGITS = 2**25
+# What a configuration says of where and by what it was read; a run resumes after a move or an upgrade.
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_attn_implementation_internal")
+# Logits of one chunk stay near this many numbers, whatever the vocabulary: 256 MiB in float32. Half costs 4% of time.
+_CHUNK_LOGITS = 2**26
 
 
 @dataclass
@@ -54,6 +57,8 @@ class LoadedModel:
     fingerprint: str
     options: LoadOptions
     notes: list[str] = field(default_factory=list)
+    batch_tokens: int = 8192
+    """Tokens of short windows that are run together; evaluation halves it when memory runs out."""
 
     @property
     def device(self) -> torch.device:
@@ -63,6 +68,29 @@ class LoadedModel:
     def patch(self) -> Patch:
         """A handle that puts factors on this model; nothing changes until its `install`."""
         return Patch(self.model, self.rope.shape, precision=PRECISIONS[self.options.rope_precision])
+
+    @property
+    def meaning(self) -> FactorTable:
+        """What the checkpoint means by itself: the factors.json beside its weights, else its configuration."""
+        return self.table or self.own
+
+    @property
+    def trained_rescale(self) -> tuple[float, ...]:
+        """Rescale factors that the weights were trained with at the original length; all 1 for an unscaled RoPE.
+
+        They differ from 1 where a scaled configuration names no length before scaling (a linear one, mostly): then the
+        original length is the scaled one, and an extension multiplies what is there, as the second interpolation does.
+        """
+        named = self.table is not None or self.rope.original_length < self.rope.max_length
+        if named or self.rope.scaling == "default":
+            return (1.0,) * self.rope.shape.pairs
+        return last_row(self.own, self.rope.original_length).rescale
+
+    def baseline(self, method: str, target: int, length: int | None = None) -> RopeFactors:
+        """`baselines.baseline` for this model, on top of what its weights were trained with."""
+        row = baseline(method, self.rope.shape, target, length)
+        both = zip(row.rescale, self.trained_rescale, strict=True)
+        return row.with_values(rescale=tuple(factor * trained for factor, trained in both))
 
     def check(self, factors: FactorTable | RopeFactors) -> None:
         """Raise UserError unless the factors are for this model."""
@@ -123,7 +151,7 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
         torch.set_num_threads(options.threads)
     source = model_source(name)
     config = load_config(name, source, options)
-    table = beside_weights(source)
+    table = beside_weights(source) if options.own_factors else None
     original = options.original_length or (table.original_length if table else None)
     described = config.get_text_config().to_dict()
     check_has_rope(name, described)
@@ -138,7 +166,7 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
         rope=rope,
         own=own,
         table=table,
-        fingerprint=_fingerprint(model, options),
+        fingerprint=_fingerprint(model, options, table),
         options=options,
         notes=notes,
     )
@@ -148,10 +176,12 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
     return loaded
 
 
-def _fingerprint(model: PreTrainedModel, options: LoadOptions) -> str:
-    """Hash of the configuration, of a sample of every weight, and of what else changes results."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+def _fingerprint(model: PreTrainedModel, options: LoadOptions, table: FactorTable | None) -> str:
+    """Hash of the configuration, the table beside it, a sample of every weight, and of what else changes results."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(f"{options.dtype} {options.rope_precision} {transformers.__version__.split('.')[0]}".encode())
+    digest.update("".join(row.key for row in table.rows).encode() if table else b"")
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
@@ -164,6 +194,9 @@ def _check_answers(loaded: LoadedModel) -> None:
     """Raise UserError unless logits by chunk are the model's own, and factors change them, on a few tokens."""
     ids = torch.arange(1, 8, device=loaded.device)[None] % loaded.model.config.get_text_config().vocab_size
     whole = loaded.model(input_ids=ids, use_cache=False).logits
+    if not bool(torch.isfinite(whole).all()):
+        got, rule = f"{loaded.name}, whose weights give values that are not numbers", "logits are finite"
+        raise UserError("model", got=got, rule=rule, do="try --dtype float32, or restore the weights")
     try:
         [(_, chunk)] = loaded.logits(ids)
     except (AttributeError, TypeError, ValueError) as error:
@@ -171,10 +204,19 @@ def _check_answers(loaded: LoadedModel) -> None:
         logger.debug("logits by chunk: %s", error)
     if not torch.allclose(chunk, whole, rtol=1e-3, atol=1e-3):
         raise _unusable(loaded, "whose logits cannot be computed by chunk", "they follow from the last hidden state")
+    factors = RopeFactors(up_to=8, rescale=(2.0,) * loaded.rope.shape.pairs)
     with loaded.patch() as patch:
-        patch.install(RopeFactors(up_to=8, rescale=(2.0,) * loaded.rope.shape.pairs))
-        if torch.equal(loaded.model(input_ids=ids, use_cache=False).logits, whole):
+
+        def run(row: RopeFactors | None) -> Tensor:
+            patch.install(row)
+            return cast(Tensor, loaded.model(input_ids=ids, use_cache=False).logits)
+
+        if torch.equal(run(factors), whole):
             raise _unusable(loaded, "which does not use its RoPE", "only a model with RoPE can be extended")
+        if not global_layers_turn(loaded.model, lambda: run(None), lambda: run(factors)):
+            raise _unusable(
+                loaded, "whose local layers alone use RoPE", "factors extend layers that see the whole text"
+            )
 
 
 def _unusable(loaded: LoadedModel, why: str, rule: str) -> UserError:

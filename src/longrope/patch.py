@@ -7,7 +7,7 @@ a few positions, and ours must give the same numbers; a module for which no layo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -174,7 +174,9 @@ def widen_window(model: PreTrainedModel, target: int) -> tuple[str | None, Calla
     if window is None or window >= target:
         return None, lambda: None
     if has_local_layers(config):
-        return f"local layers keep their sliding window of {window} tokens", lambda: None
+        by_type = isinstance((config.rope_parameters or {}).get(EXTENDED_LAYERS), Mapping)
+        shared = "" if by_type else " and share the rescaled RoPE"
+        return f"local layers keep their sliding window of {window} tokens{shared}", lambda: None
     holders = [each for each in (config, *model.modules()) if getattr(each, "sliding_window", None) == window]
 
     def give(width: int) -> None:
@@ -183,6 +185,45 @@ def widen_window(model: PreTrainedModel, target: int) -> tuple[str | None, Calla
 
     give(target)
     return f"sliding window widened from {window} to {target} tokens", lambda: give(window)
+
+
+def global_layers_turn(model: PreTrainedModel, stock: Callable[[], object], scaled: Callable[[], object]) -> bool:
+    """Whether factors change a layer that sees the whole text, in a model that has local layers too.
+
+    `stock` and `scaled` run the model without and with factors. Measured: in the second run each such layer is given
+    the hidden states of the first again, so that what it returns differs only where it rotates itself (Cohere 2,
+    EXAONE 4 and most of Llama 4 do not: extending them would change their local layers alone).
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == len(kinds)]
+    if len(set(kinds)) < 2 or EXTENDED_LAYERS not in kinds or not lists:
+        return True
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    changed: list[bool] = []
+
+    def give(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        if layer not in seen:
+            return None
+        hidden = seen[layer][0]
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def take(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        hidden, returned = args[0] if args else kwargs["hidden_states"], output[0] if type(output) is tuple else output
+        if layer in seen:
+            changed.append(not torch.equal(returned, seen[layer][1]))
+        else:
+            seen[layer] = (hidden, returned)
+
+    layers = [layer for layer, kind in zip(lists[0], kinds, strict=True) if kind == EXTENDED_LAYERS]
+    hooks = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in layers]
+    hooks += [layer.register_forward_hook(take, with_kwargs=True) for layer in layers]
+    try:
+        stock()
+        scaled()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return any(changed)
 
 
 def rotary_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -1,7 +1,7 @@
 """The run folder: everything one command made, on disk at every moment, resumable, written by one process at a time.
 
-RUN/config.json (everything needed to repeat it), evaluations.jsonl (one line a candidate evaluation), state/ (to
-resume), factors.json, metrics.json, and DONE, written last.
+RUN/config.json (everything needed to repeat it), evaluations.jsonl (one line a candidate evaluation), results.jsonl
+(one line a measurement), factors.json, metrics.json, and DONE, written last.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import TracebackType, UnionType
 from typing import Any, cast
 
 from longrope.errors import UserError
@@ -24,7 +24,6 @@ from longrope.files import (
     append_line,
     disk_errors,
     finite,
-    json_default,
     read_json,
     read_lines,
     read_object,
@@ -32,7 +31,11 @@ from longrope.files import (
 )
 from longrope.lengths import format_length
 
-CONFIG, EVALUATIONS, FACTORS, METRICS, DONE = "config.json", "evaluations.jsonl", "factors.json", "metrics.json", "DONE"
+CONFIG, FACTORS, METRICS, DONE = "config.json", "factors.json", "metrics.json", "DONE"
+EVALUATIONS, RESULTS = "evaluations.jsonl", "results.jsonl"
+_NUMBER = int | float | None
+_EVALUATION_KEYS: dict[str, type | UnionType] = {"key": str, "value": _NUMBER}
+_RESULT_KEYS: dict[str, type | UnionType] = {"method": str, "length": int, "value": _NUMBER, "tokens": int}
 _LOCK = ".lock"
 
 
@@ -75,10 +78,12 @@ class RunFolder:
             write_atomically(path / CONFIG, _dump(wanted))
         elif _check_same(path, wanted, budget_keys):
             (path / DONE).unlink(missing_ok=True)
+            (path / RESULTS).unlink(missing_ok=True)  # of what the smaller budget found
             write_atomically(path / CONFIG, _dump(wanted))
         finished = (path / DONE).exists()
         if not finished:
-            read_lines(path / EVALUATIONS, repair=True)
+            for name in (EVALUATIONS, RESULTS):
+                read_lines(path / name, repair=True)
         return cls(path, wanted, finished=finished, resumed=resumed, lock=lock)
 
     def __enter__(self) -> RunFolder:
@@ -107,31 +112,21 @@ class RunFolder:
         """What metrics.json holds. Raises UserError when it is missing or corrupt."""
         return read_object(self.path / METRICS, "measurements of the run")
 
-    def save_state(self, name: str, data: Mapping[str, Any]) -> None:
-        """Write state/NAME.json, which `load_state` gives back; floats, NaN and infinities too, come back exactly."""
-        path = self._state(name)
-        with disk_errors(path):
-            path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(data, default=json_default) + "\n")
-
-    def load_state(self, name: str) -> dict[str, Any] | None:
-        """What `save_state` wrote, None when it never did. Raises UserError when the file is corrupt."""
-        path = self._state(name)
-        if not path.exists():
-            return None
-        return read_object(path, "state of the run")
-
-    def _state(self, name: str) -> Path:
-        assert re.fullmatch(r"[\w-]+", name), name
-        return self.path / "state" / f"{name}.json"
-
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Append a candidate evaluation to evaluations.jsonl."""
         append_line(self.path / EVALUATIONS, record)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All candidate evaluations so far, in order. Raises UserError when the file is corrupt."""
-        return read_lines(self.path / EVALUATIONS)
+        return read_lines(self.path / EVALUATIONS, required=_EVALUATION_KEYS)
+
+    def log_result(self, record: Mapping[str, Any]) -> None:
+        """Append a measurement to results.jsonl."""
+        append_line(self.path / RESULTS, record)
+
+    def results(self) -> list[dict[str, Any]]:
+        """All measurements so far, in order. Raises UserError when the file is corrupt."""
+        return read_lines(self.path / RESULTS, required=_RESULT_KEYS)
 
     def finish(self) -> None:
         """Write DONE: everything else is there."""

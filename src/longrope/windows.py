@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longrope.documents import Document, Share, distinct, read_sources
+from longrope.documents import Document, distinct
 from longrope.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def choose_windows(
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     span = length - len(bos)
-    if span < 1 or count < 1:
+    if length < 2 or count < 1:
         got = f"{count} of {length} tokens"
         raise UserError("windows", got=got, rule="there is at least one, of at least 2 tokens", do="ask for more")
     rng = np.random.default_rng(seed)
@@ -136,24 +136,20 @@ def fingerprint(windows: Sequence[Window]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def windows_for(
-    loaded: LoadedModel, sources: Sequence[str], length: int, count: int | None, seed: int, *, share: Share
+def windows_of(
+    loaded: LoadedModel, documents: Sequence[Document], length: int, count: int | None, seed: int
 ) -> list[Window]:
-    """Windows of a length from sources as `--documents` takes them; `count` by default as for a search."""
-    documents = read_sources(sources, share=share, tokenizer=loaded.tokenizer)
+    """Windows of a length from documents; `count` is by default that of a search."""
     wanted = count or default_window_count(length)
     return choose_windows(documents, loaded.tokenizer, length=length, count=wanted, seed=seed)
 
 
-def whole_documents(
-    loaded: LoadedModel, sources: Sequence[str], length: int, count: int | None, *, share: Share
-) -> list[Window]:
+def whole_documents(loaded: LoadedModel, documents: Sequence[Document], length: int, count: int | None) -> list[Window]:
     """Whole documents of at least `length` tokens as one window each, BOS first; the first `count` by hash, or all.
 
     Raises UserError when none is that long.
     """
     bos = [] if loaded.tokenizer.bos_token_id is None else [loaded.tokenizer.bos_token_id]
-    documents = read_sources(sources, share=share, tokenizer=loaded.tokenizer)
     found: list[Window] = []
     for document in sorted(documents, key=lambda each: each.sha256):
         if count is not None and len(found) == count:
@@ -169,13 +165,17 @@ def whole_documents(
     return found
 
 
-def summary(lengths: Sequence[int], wanted: Sequence[int] | None = None) -> Mapping[str, Any]:
+def summary(lengths: Sequence[int], wanted: Sequence[int] | None = None, *, bos: bool = False) -> Mapping[str, Any]:
     """What documents of these lengths in tokens hold: how many reach each wanted length, and how many windows that is.
 
-    The wanted lengths are by default the powers of two from 256 to the longest document.
+    The wanted lengths are by default the powers of two from 256 to the longest document. bos: a window begins with
+    BOS, which no document holds. Raises UserError for a wanted length below 2.
     """
     longest = max(lengths, default=0)
     wanted = wanted or [2**power for power in range(8, max(9, longest.bit_length()))]
+    if min(wanted) < 2:
+        rule = "a window is of at least 2 tokens"
+        raise UserError("--lengths", got=min(wanted), rule=rule, do="ask for longer ones")
     return {
         "documents": len(lengths),
         "tokens": sum(lengths),
@@ -183,8 +183,8 @@ def summary(lengths: Sequence[int], wanted: Sequence[int] | None = None) -> Mapp
         "lengths": [
             {
                 "length": length,
-                "documents": sum(each >= length for each in lengths),
-                "windows": sum(each // length for each in lengths),
+                "documents": sum(each >= length - bos for each in lengths),
+                "windows": sum(each // (length - bos) for each in lengths),
             }
             for length in wanted
         ],

@@ -72,6 +72,18 @@ def passkey(
     The key counts as found when every one of its tokens is the most likely one after the right ones before it, which
     is when greedy decoding writes it. Raises UserError when the prompt does not fit.
     """
+    prompts, answers, depths = make_prompts(loaded, length, tries=tries, seed=seed, template=template)
+    found = _found(loaded, prompts, answers)
+    return Retrieval(float(found.mean()), tries, wilson_interval(int(found.sum()), tries), depths, found)
+
+
+def make_prompts(
+    loaded: LoadedModel, length: int, *, tries: int, seed: int, template: PasskeyTemplate | None = None
+) -> tuple[NDArray[np.int64], list[list[int]], NDArray[np.float64]]:
+    """Token ids (tries, length) of prompts with their answers, the answers' own, and depths (tries,) within 0 to 1.
+
+    Raises UserError when the prompt does not fit.
+    """
     rng = np.random.default_rng(seed)
     chosen = template or (SHORT if length < 1024 else PAPER)
     prompts, depths, answers = [], [], []
@@ -82,8 +94,7 @@ def passkey(
         prompts.append(prompt)
         answers.append(answer)
         depths.append(depth)
-    found = _found(loaded, np.array(prompts), answers)
-    return Retrieval(float(found.mean()), tries, wilson_interval(int(found.sum()), tries), np.array(depths), found)
+    return np.array(prompts), answers, np.array(depths)
 
 
 def _prompt(
@@ -116,7 +127,7 @@ def _found(loaded: LoadedModel, prompts: NDArray[np.int64], answers: Sequence[li
             logits: torch.Tensor = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1).logits
             return (logits[:, :-1].argmax(-1) == ids[:, -longest:]).cpu()
 
-    right = in_batches(run, torch.from_numpy(prompts))
+    right = in_batches(loaded, run, torch.from_numpy(prompts))
     return np.array([bool(row[-len(answer) :].all()) for row, answer in zip(right, answers, strict=True)])
 
 

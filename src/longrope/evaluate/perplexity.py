@@ -19,8 +19,6 @@ from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
 
-# Short windows are run together up to this many tokens: enough to fill a CPU or a GPU, little memory.
-BATCH_TOKENS = 8192
 _RESAMPLES = 2000
 _NO_TARGET = -100  # of a window's last token
 
@@ -62,31 +60,40 @@ def window_losses(loaded: LoadedModel, windows: Sequence[NDArray[np.int64]]) -> 
     def run(batch: Tensor) -> Tensor:
         return token_losses(loaded, batch.to(loaded.device)).double().sum(1).cpu()
 
-    return in_batches(run, ids).numpy()
+    return in_batches(loaded, run, ids).numpy()
 
 
-def in_batches(run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    """run over batches of rows of ids (N, T); a batch too large for memory halves, for good.
+def in_batches(loaded: LoadedModel, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """run over batches of rows of ids (N, T), of loaded.batch_tokens at most; a batch too large for memory halves that.
 
     Raises UserError, with a length that would fit, when a single window does not fit.
     """
-    size = max(1, BATCH_TOKENS // ids.shape[1])
-    results: list[Tensor] = []
-    done = 0
+    length, results, done = ids.shape[1], [], 0
     while done < len(ids):
-        try:
-            results.append(run(ids[done : done + size]))
+        size = min(max(1, loaded.batch_tokens // length), len(ids) - done)
+        part = _run_if_it_fits(run, ids[done : done + size])
+        if part is not None:
+            results.append(part)
             done += size
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            if size == 1:
-                raise _window_too_long(run, ids[done : done + 1]) from None
-            size = max(1, size // 2)
-            logger.info("out of memory: going on with %d windows at a time", size)
-        if torch.cuda.is_available() and not results:
-            torch.cuda.empty_cache()
+        elif size == 1:
+            raise _window_too_long(run, ids[done : done + 1])
+        else:
+            loaded.batch_tokens = size // 2 * length
+            logger.info("out of memory: going on with %d tokens at a time", loaded.batch_tokens)
     return torch.cat(results)
+
+
+def _run_if_it_fits(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor | None:
+    """run(batch), None when memory runs out."""
+    try:
+        return run(batch)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    # Not in the block above, where the exception's frames still hold the tensors that filled the memory.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -96,14 +103,8 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 def _window_too_long(run: Callable[[Tensor], Tensor], window: Tensor) -> UserError:
     length = window.shape[1] // 2
-    while length > 1:
-        try:
-            run(window[:, :length])
-            break
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            length //= 2
+    while length > 1 and _run_if_it_fits(run, window[:, :length]) is None:
+        length //= 2
     return UserError(
         "memory",
         got=f"a window of {window.shape[1]} tokens",
@@ -129,9 +130,13 @@ def measure_sliding(loaded: LoadedModel, documents: Sequence[Window], *, length:
     for document in documents:
         total, count = 0.0, 0
         for start, end, first_scored in sliding_spans(len(document.ids), length, stride):
-            ids = torch.from_numpy(document.ids[None, start:end]).to(loaded.device)
-            scored = token_losses(loaded, ids)[:, first_scored - start - 1 :]
-            total, count = total + float(scored.double().sum()), count + scored.shape[1]
+            unscored = first_scored - start - 1
+
+            def run(batch: Tensor, unscored: int = unscored) -> Tensor:
+                return token_losses(loaded, batch.to(loaded.device))[:, unscored:].double().sum(1).cpu()
+
+            total += float(in_batches(loaded, run, torch.from_numpy(document.ids[None, start:end])))
+            count += end - first_scored
         losses.append(total)
         counts.append(count)
         names.append(document.sha256)
@@ -143,13 +148,18 @@ def sliding_spans(tokens: int, length: int, stride: int) -> Iterator[tuple[int, 
 
     Raises UserError when the stride is not between 1 and length - 1.
     """
-    if not 1 <= stride < length:
-        rule = f"a stride is between 1 and the window of {length} tokens less one"
-        raise UserError("--stride", got=stride, rule=rule, do="use 256 as in the papers, or a smaller one")
+    check_stride(length, stride)
     scored = 1
     for end in [*range(min(length, tokens), tokens, stride), tokens]:
         yield max(0, end - length), end, scored
         scored = end
+
+
+def check_stride(length: int, stride: int) -> None:
+    """Raise UserError when the stride is not between 1 and length - 1."""
+    if not 1 <= stride < length:
+        rule = f"a stride is between 1 and the window of {length} tokens less one"
+        raise UserError("--stride", got=stride, rule=rule, do="use 256 as in the papers, or a smaller one")
 
 
 def summarize(losses: NDArray[np.float64], counts: NDArray[np.int64], documents: Sequence[str]) -> Perplexity:

@@ -16,17 +16,21 @@ _USE = {
 
 
 def model_card(name: str, table: FactorTable, window: str) -> str:
-    """Markdown that says what the checkpoint is, how it was made and what it costs."""
+    """Markdown that says what the checkpoint is, how it was made and what it costs. table: the one that is served."""
     last = table.rows[-1]
     made = table.provenance
+    extended = last.up_to > table.original_length
+    what = "extended to" if extended else "with rescaled RoPE for"
     lines = [
-        f"# {name.rsplit('/', 1)[-1]}, extended to {format_length(last.up_to)} tokens",
+        f"# {name.rsplit('/', 1)[-1]}, {what} {format_length(last.up_to)} tokens",
         "",
-        f"Original length {format_length(table.original_length)}, target {format_length(last.up_to)}"
-        f" ({last.up_to / table.original_length:g}x), LongRoPE factors (arXiv 2402.13753), made with longrope.",
+        f"Original length {format_length(table.original_length)}, "
+        + (f"target {format_length(last.up_to)} ({last.up_to / table.original_length:g}x)" if extended else "kept")
+        + ", LongRoPE factors (arXiv 2402.13753), made with longrope.",
         "The weights are those of the original checkpoint, unchanged.",
         "",
         f"Window: `{window}`. {_USE[window]}",
+        "The rows below and in factors.json are those in use here; rows that this window leaves out are in neither.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",

@@ -1,6 +1,7 @@
 """A checkpoint that stock transformers loads: the weights as they are, the factors in config.json.
 
-The weights are copied, never loaded: an export costs a copy. What transformers cannot express is refused.
+The weights are copied as they are. A model given by name is loaded once before, at two bytes a weight where the
+checkpoint has that, to refuse a class that cannot be extended. What transformers cannot express is refused.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_options, model_source
+from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_config, load_options, model_source
 from longrope.convert import factors_file, read_factors, to_transformers_config
 from longrope.errors import UserError
 from longrope.export.card import model_card
 from longrope.factors import FactorTable, RopeFactors
 from longrope.files import disk_errors, read_json, write_atomically
 from longrope.model import LoadedModel, load_model
-from longrope.patch import EXTENDED_LAYERS, ScaledRotary, has_local_layers, rotary_modules, stock_frequencies
-from longrope.rope import inverse_frequencies
+from longrope.patch import EXTENDED_LAYERS, Layout, ScaledRotary, has_local_layers, rotary_modules, stock_frequencies
+from longrope.rope import RopeTensors, cos_sin, inverse_frequencies
 
 WINDOWS = ("dynamic", "long", "short")
 _LEFT_BEHIND = ("config.json", "README.md", FACTORS_FILE)
@@ -44,14 +45,16 @@ def export(
 
     window: `long` uses the last row at every length, safe everywhere; `short` the first; `dynamic` both, by length,
     for which transformers needs no start tokens and one attention factor. A sliding window that every layer has is
-    widened to the target. Raises UserError for factors of another model, for what transformers cannot express, and for
-    an `out` that is not empty. factors: a table or its file, by default the factors.json beside the weights.
+    widened to the target. The folder's factors.json is the table that is served: what our commands measure on the
+    folder is what stock transformers does. Raises UserError for factors of another model, for what transformers cannot
+    express, and for an `out` that is not empty or cannot be written. factors: a table or its file, by default the
+    factors.json beside the weights.
     `load` are the fields of LoadOptions.
     """
     if engine != "transformers":
         raise UserError("--engine", got=repr(engine), rule="it is transformers", do="leave it out")
     options = load_options(options, load)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, _small(model, options))
     table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table
     if table is None:
         rule = "an export needs factors"
@@ -60,12 +63,10 @@ def export(
     loaded.check(table)
     served = table_for_window(table, window)
     keys = to_transformers_config(served)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            "--out", got=f"{out}, which is not empty", rule="an export is a new folder", do="choose another"
-        )
+    # In a folder that is there, which may be a mount point: it can be neither removed nor renamed over.
+    unfinished = (out if out.is_dir() else out.parent) / f".{out.name}.unfinished"
+    _check_place(out, unfinished)
     folder = checkpoint_folder(loaded)
-    unfinished = out.with_name(f".{out.name}.unfinished")
     try:
         with disk_errors(out):
             shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
@@ -74,16 +75,54 @@ def export(
             config = extended_config(_config(folder), keys, loaded)
             write_atomically(unfinished / "config.json", json.dumps(config, indent=2) + "\n")
             _lengthen_tokenizer(unfinished / "tokenizer_config.json", keys["max_position_embeddings"])
-            table.save(unfinished / FACTORS_FILE)
-            write_atomically(unfinished / "README.md", model_card(loaded.name, table, window))
+            served.save(unfinished / FACTORS_FILE)
+            write_atomically(unfinished / "README.md", model_card(loaded.name, served, window))
             verify(unfinished, loaded, served)
-            if out.exists():
-                out.rmdir()
-            unfinished.rename(out)
-    except BaseException:
+            _put_in_place(unfinished, out)
+    except OSError as error:  # of no kind that disk_errors has a rule for
+        rule, do = "the folder must take the files of a checkpoint", "choose another folder"
+        raise UserError("output", got=f"{out} ({error})", rule=rule, do=do) from None
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return out
+
+
+def _small(name: str, options: LoadOptions) -> LoadOptions:
+    """Options that load a checkpoint of two bytes a weight as such: only its class is looked at, not its values."""
+    if options.dtype != "auto":
+        return options
+    config = load_config(name, model_source(name), options)
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    halves = (torch.bfloat16, torch.float16)  # float16 overflows in some models where bfloat16 does not
+    return replace(options, dtype="bfloat16") if dtype in halves else options
+
+
+def _check_place(out: Path, unfinished: Path) -> None:
+    """Raise UserError unless `out` is not there, or an empty folder but for what a killed export left."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError("--out", got=f"{out}, which is a file", rule="an export is a new folder", do="choose another")
+    with disk_errors(out):
+        empty = all(path == unfinished for path in out.iterdir())
+    if not empty:
+        got = f"{out}, which is not empty"
+        raise UserError("--out", got=got, rule="an export is a new folder", do="choose another")
+
+
+def _put_in_place(unfinished: Path, out: Path) -> None:
+    """Make a whole checkpoint appear at `out`; file by file in a folder, config.json last, or nothing at all."""
+    if not out.exists():
+        unfinished.rename(out)
+        return
+    moved: list[Path] = []
+    try:
+        for path in sorted(unfinished.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            moved.append(path.rename(out / path.name))
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def table_for_window(table: FactorTable, window: str) -> FactorTable:
@@ -147,8 +186,8 @@ def extended_config(config: Mapping[str, Any], keys: Mapping[str, Any], loaded: 
     window, target = getattr(known, "sliding_window", None), keys["max_position_embeddings"]
     if window is not None and not has_local_layers(known) and target > loaded.rope.original_length:
         text["sliding_window"] = max(window, target)  # also where config.json names none: the class may have its own
-    head_dim = getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads
-    text["head_dim"] = head_dim
+    if getattr(known, "head_dim", 0) is None:  # Mixtral's class computes no scaling without one
+        text["head_dim"] = known.hidden_size // known.num_attention_heads
     if extended.get("text_config"):
         return extended | {"text_config": text}
     return text
@@ -157,35 +196,48 @@ def extended_config(config: Mapping[str, Any], keys: Mapping[str, Any], loaded: 
 def _lengthen_tokenizer(path: Path, target: int) -> None:
     """Let the tokenizer of a checkpoint pass `target` tokens: with its old maximum a pipeline would cut them off."""
     settings = read_json(path, "tokenizer") if path.is_file() else None
-    if isinstance(settings, dict) and settings.get("model_max_length", target) < target:
+    longest = settings.get("model_max_length") if isinstance(settings, dict) else None
+    if isinstance(settings, dict) and isinstance(longest, int | float) and longest < target:
         write_atomically(path, json.dumps(settings | {"model_max_length": target}, indent=2, ensure_ascii=False) + "\n")
 
 
 def verify(folder: Path, loaded: LoadedModel, served: FactorTable) -> None:
     """Raise UserError unless stock transformers, reading the folder, rotates by the factors at every length.
 
-    The class's own rotary embedding is built from the written config.json; its frequencies and attention factor must
-    be those of our rows, on both sides of the boundary. No weights are read.
+    The class's own rotary embedding is built from the written config.json. Its frequencies, its attention factor and
+    the cos and sin that its forward returns must be those of our rows, on both sides of the boundary. No weights are
+    read.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=loaded.options.trust_remote_code).get_text_config()
     original, longest = served.original_length, served.rows[-1].up_to
     for _, _, module in rotary_modules(loaded.model):
-        stock = type(module.stock if isinstance(module, ScaledRotary) else module)(config)
-        _, _, layer_type = stock_frequencies(stock)
+        ours = module if isinstance(module, ScaledRotary) else ScaledRotary(module, loaded.rope.shape)
+        stock = type(ours.stock)(config)
         for length in sorted({1, original, min(original + 1, longest), longest}):
-            position = torch.tensor([[length - 1]])
-            stock(torch.zeros(1, 1, 1), position, *([layer_type] if layer_type else []))
-            _compare(stock, served.row_for(length), served.rope_theta, length)
+            if _rotates_by(stock, served.row_for(length), served.rope_theta, length, ours.layout):
+                continue
+            one_row = served.rows[0].rescale == served.rows[-1].rescale
+            raise UserError(
+                "export",
+                got=f"other factors from transformers at {length} tokens",
+                rule=f"{type(stock).__name__} must read back what was written",
+                do="this class cannot be exported for transformers; please report it"
+                if one_row
+                else "use --window long: this class does not change its factors with the length",
+            )
 
 
-def _compare(stock: torch.nn.Module, row: RopeFactors, rope_theta: float, length: int) -> None:
-    frequencies, scaling, _ = stock_frequencies(stock)
+@torch.no_grad()
+def _rotates_by(stock: torch.nn.Module, row: RopeFactors, rope_theta: float, length: int, layout: Layout) -> bool:
+    """Whether a sequence of `length` is rotated by `row`, at a few of its positions."""
+    positions = torch.tensor([[*sorted({min(2**power, length) - 1 for power in range(13)}), length - 1]])
+    *_, layer_type = stock_frequencies(stock)
+    returned = stock(torch.zeros(1, 1, 1), positions, *([layer_type] if layer_type else []))
+    frequencies, scaling, _ = stock_frequencies(stock)  # after forward: a class may change them with the length
     expected = inverse_frequencies(rope_theta, torch.tensor(row.rescale, dtype=torch.float32))
-    if torch.allclose(frequencies, expected, rtol=1e-6, atol=0) and abs(scaling - row.attention_factor) < 1e-6:
-        return
-    raise UserError(
-        "export",
-        got=f"other factors from transformers at {length} tokens",
-        rule=f"{type(stock).__name__} must read back what was written",
-        do="this class cannot be exported for transformers; please report it",
-    )
+    if not torch.allclose(frequencies, expected, rtol=1e-6, atol=0) or abs(scaling - row.attention_factor) > 1e-6:
+        return False
+    laid_out = layout(*cos_sin(positions, RopeTensors.of((row,), rope_theta)))
+    pairs = zip(*(each if isinstance(each, tuple) else (each,) for each in (returned, laid_out)), strict=True)
+    allowed = 1e-6 * (1 + positions[..., None])  # an angle is as exact as its frequency, times the position
+    return all(bool(((theirs - mine).abs() <= allowed).all()) for theirs, mine in pairs)

@@ -103,6 +103,9 @@ def read_run(run: Path) -> RunData:
         got = f"{run}, which has none of {', '.join(files)}" if run.is_dir() else f"{run}, which is no folder"
         raise UserError("run", got=got, rule="a run is a folder that a command wrote", do="give the --out of a command")
     config, metrics = _object(run / CONFIG), _object(run / METRICS)
+    if "command" not in config and (run / CONFIG).exists():  # a checkpoint has a config.json too
+        got = f"{run}, whose {CONFIG} names no command"
+        raise UserError("run", got=got, rule="a run is a folder that a command wrote", do="give the --out of a command")
     model = config.get("model", metrics.get("model", {}))
     if isinstance(model, str):
         model = {"name": model}

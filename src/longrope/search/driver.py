@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,26 @@ from typing import Any
 import numpy as np
 
 from longrope import __version__
-from longrope.baselines import attention_factor, baseline
+from longrope.baselines import attention_factor
 from longrope.checkpoint import LoadOptions, load_options
-from longrope.describe import describe_model, describe_options, describe_windows
+from longrope.describe import describe_model, describe_options, describe_windows, metrics
+from longrope.documents import Document, read_sources
 from longrope.errors import UserError
 from longrope.evaluate.methods import Result, measure_methods
-from longrope.factors import FactorTable, RopeFactors
+from longrope.factors import FactorTable, RopeFactors, last_row
 from longrope.lengths import as_length, format_length
 from longrope.model import LoadedModel, load_model
 from longrope.runs import FACTORS, RunFolder, command_line, default_run_path
 from longrope.search.evolution import Candidate, Evolution, EvolutionSettings
 from longrope.search.objective import Objective, PerplexityObjective
 from longrope.search.space import START_TOKENS, Space
-from longrope.windows import Window, fingerprint, windows_for
+from longrope.windows import Window, fingerprint, windows_of
 
 logger = logging.getLogger(__name__)
 
 METHODS = ("evolution",)
 SEEDS = ("pi", "ntk", "yarn")
+METHODS_BESIDE = ("pi", "ntk", "yarn", "yarn+su")
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,24 @@ def search(
     options = load_options(options, keywords)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     chosen.check(loaded.rope.original_length)
-    windows = windows_for(loaded, documents, chosen.to, chosen.windows, chosen.seed, share="search")
-    held = windows_for(loaded, unseen, chosen.to, chosen.windows, chosen.seed, share="unseen") if unseen else []
-    return search_windows(loaded, chosen, windows, held, out=out, init=init, on_progress=on_progress)
+    searched = read_sources(documents, share="search", tokenizer=loaded.tokenizer)
+    held = read_sources(unseen, share="unseen", tokenizer=loaded.tokenizer) if unseen else []
+    windows = windows_of(loaded, searched, chosen.to, chosen.windows, chosen.seed)
+    left = without(held, searched) if held else []
+    judged = windows_of(loaded, left, chosen.to, chosen.windows, chosen.seed) if left else []
+    return search_windows(loaded, chosen, windows, judged, out=out, init=init, on_progress=on_progress)
+
+
+def without(held: Sequence[Document], searched: Sequence[Document]) -> list[Document]:
+    """The held-out documents that are none of those searched on. Raises UserError when none is left."""
+    seen = {document.sha256 for document in searched}
+    left = [document for document in held if document.sha256 not in seen]
+    if not left:
+        got = f"{len(held)} documents, all of them also in --documents"
+        raise UserError("--unseen", got=got, rule="the search does not see them", do="give other documents")
+    if len(left) < len(held):
+        logger.info("%d of the unseen documents are searched on too, and left out", len(held) - len(left))
+    return left
 
 
 def search_windows(
@@ -146,7 +163,7 @@ def search_windows(
             logger.info("%s is finished: its factors are in %s", path, path / FACTORS)
             return FactorTable.load(path / FACTORS)
         table = run_search(run, loaded, settings, windows, init=init, on_progress=on_progress)
-        results = measure_result(loaded, table, settings.to, windows, unseen)
+        results = measure_result(run, loaded, table, settings.to, windows, unseen)
         run.save_metrics(metrics("search", loaded, config["settings"], results))
         run.finish()
     return table
@@ -168,6 +185,12 @@ def run_search(
     if known := len(run.evaluations()):
         logger.info("resuming %s after %d evaluations", run.path, known)
     strategy = make_strategy(loaded, settings, init)
+    own = last_row(loaded.meaning, settings.to)
+    if set(own.rescale) != {1.0} and "own" not in strategy.seeds:
+        logger.info("the checkpoint's own scaling, up to %g, is outside this search: it is no seed", max(own.rescale))
+    for row in (last_row(table, settings.to) for table in init):
+        if list(row.rescale) != sorted(row.rescale):
+            logger.info("a vector given by --init is not ascending: it is sorted, since the search keeps that order")
     total = min(settings.evaluations or strategy.settings.evaluations, strategy.settings.evaluations)
     with PerplexityObjective(loaded, windows) as objective:
         best = evaluate_all(strategy, objective, run, total, on_progress)
@@ -187,12 +210,14 @@ def run_search(
 def make_strategy(loaded: LoadedModel, settings: SearchSettings, init: Sequence[FactorTable] = ()) -> Evolution:
     """Algorithm 1 on this model, seeded by PI, NTK, YaRN, the checkpoint's own scaling and the vectors given."""
     shape = loaded.rope.shape
-    space = Space(shape.pairs, settings.to / shape.original_length, settings.start_choices)
+    ratio, trained = settings.to / shape.original_length, max(loaded.trained_rescale)
+    space = Space(shape.pairs, ratio, settings.start_choices, trained)
     chosen = attention_factor(settings.attention_factor, space.ratio, shape.original_length)
     start = 0 if 0 in settings.start_choices else settings.start_choices[0]
-    seeds = [(name, baseline(name, shape, settings.to)) for name in SEEDS]
-    if loaded.rope.scaling != "default":
-        seeds.append(("own", last_row(loaded.own, settings.to)))
+    seeds = [(name, loaded.baseline(name, settings.to)) for name in SEEDS]
+    own = last_row(loaded.meaning, settings.to)
+    if set(own.rescale) != {1.0} and space.holds(own):
+        seeds.append(("own", own))
     for table in init:
         row = last_row(table, settings.to)
         space.check(row, table.model or "a vector")
@@ -201,11 +226,6 @@ def make_strategy(loaded: LoadedModel, settings: SearchSettings, init: Sequence[
     placed = [(name, row.with_values(start_tokens=_start(row, settings, start), **fixed)) for name, row in seeds]
     rng = np.random.default_rng(settings.seed)
     return Evolution(space, placed, EvolutionSettings.for_length(settings.to), rng)
-
-
-def last_row(table: FactorTable, length: int) -> RopeFactors:
-    """The row for a length; beyond the table its last one, the best that is known."""
-    return table.row_for(min(length, table.rows[-1].up_to))
 
 
 def _start(row: RopeFactors, settings: SearchSettings, default: int) -> int:
@@ -265,7 +285,7 @@ def make_table(
 ) -> FactorTable:
     """Two rows: the checkpoint as it is up to its original length (all 1 where it is not scaled), and the found one."""
     rope = loaded.rope
-    short = last_row(loaded.own, rope.original_length).with_values(up_to=rope.original_length)
+    short = last_row(loaded.meaning, rope.original_length).with_values(up_to=rope.original_length)
     return FactorTable(
         rope_theta=rope.rope_theta,
         rotary_dim=rope.rotary_dim,
@@ -284,13 +304,27 @@ def make_table(
 
 
 def measure_result(
-    loaded: LoadedModel, table: FactorTable, target: int, windows: Sequence[Window], unseen: Sequence[Window]
+    run: RunFolder,
+    loaded: LoadedModel,
+    table: FactorTable,
+    target: int,
+    windows: Sequence[Window],
+    unseen: Sequence[Window],
 ) -> list[Result]:
     """The table and the baselines at the target length, on the search windows and on unseen ones."""
-    methods = ["pi", "ntk", "yarn", "yarn+su"]
-    results = measure_methods(loaded, {target: windows}, methods, {"longrope": table}, windows_name="search")
-    if unseen:
-        results += measure_methods(loaded, {target: unseen}, methods, {"longrope": table}, windows_name="unseen")
+    known = [Result.from_dict(line) for line in run.results()]
+    results = []
+    for name, chosen in (("search", windows), ("unseen", unseen)):
+        if chosen:
+            results += measure_methods(
+                loaded,
+                {target: chosen},
+                METHODS_BESIDE,
+                {"longrope": table},
+                windows_name=name,
+                known=known,
+                on_result=lambda result: run.log_result(result.to_dict()),
+            )
     return results
 
 
@@ -311,17 +345,4 @@ def run_config(
         "settings": chosen | describe_options(loaded) | {"init": [row.key for table in init for row in table.rows]},
         "documents": {"search": describe_windows(windows), "unseen": describe_windows(unseen)},
         "ignored": {"command_line": command_line()},
-    }
-
-
-def metrics(
-    command: str, loaded: LoadedModel, settings: Mapping[str, Any], results: Sequence[Result]
-) -> dict[str, Any]:
-    """The JSON document of a command that measures: metrics.json, and stdout under --json."""
-    return {
-        "command": command,
-        "model": loaded.name,
-        "settings": dict(settings),
-        "measure": "perplexity",
-        "results": [result.to_dict() for result in results],
     }

@@ -70,6 +70,11 @@ class Evolution:
         ]
 
     @property
+    def seeds(self) -> list[str]:
+        """Names of the vectors that the first population starts from."""
+        return [name for name, _ in self._seeds]
+
+    @property
     def finished(self) -> bool:
         """Whether all iterations were asked for and told."""
         return self.iteration > self.settings.iterations

@@ -21,27 +21,34 @@ START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 class Space:
     """Vectors of `pairs` rescale factors in [1, high], non-decreasing, on a grid of 0.01; and start tokens.
 
-    high = max(1.25 s, 1 + s), so that the paper's bound and that of its authors' code both fit.
+    high = max(1.25 s, 1 + s), so that the paper's bound and that of its authors' code both fit; times `trained`, the
+    largest factor that the weights were trained with, 1 for an unscaled checkpoint.
     """
 
     pairs: int
     ratio: float
     start_tokens: tuple[int, ...] = START_TOKENS
+    trained: float = 1.0
 
     @property
     def high(self) -> float:
         """Upper bound of a rescale factor, on the grid."""
-        return float(np.floor(max(1.25 * self.ratio, 1 + self.ratio) / STEP + 1e-9) * STEP)
+        return float(np.floor(max(1.25 * self.ratio, 1 + self.ratio) * self.trained / STEP + 1e-9) * STEP)
 
     def repair(self, vector: Vector) -> Vector:
         """The vector sorted, rounded to the grid and clipped: always a member, and a member is unchanged."""
         rounded = np.round(np.sort(vector) / STEP) * STEP
         return np.asarray(np.round(np.clip(rounded, 1.0, self.high), 2), dtype=np.float64)
 
+    def holds(self, factors: RopeFactors) -> bool:
+        """Whether a vector has the right length and lies within the bounds, up to rounding."""
+        fits = len(factors.rescale) == self.pairs
+        return fits and min(factors.rescale) >= 1 and max(factors.rescale) <= self.high + STEP / 2
+
     def check(self, factors: RopeFactors, name: str) -> None:
         """Raise UserError when a vector given as a seed lies outside the bounds."""
-        low, high = min(factors.rescale), max(factors.rescale)
-        if len(factors.rescale) != self.pairs or low < 1 or high > self.high + STEP / 2:
+        if not self.holds(factors):
+            low, high = min(factors.rescale), max(factors.rescale)
             raise UserError(
                 "--init",
                 got=f"{name} with {len(factors.rescale)} rescale factors from {low:g} to {high:g}",
