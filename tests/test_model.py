@@ -78,7 +78,7 @@ def test_logits_by_chunk_are_the_whole_logits(
     loaded = loaded_from(tmp_path, name)
     ids = tokens(50, batch)
     whole = loaded.model(ids).logits
-    monkeypatch.setattr("longrope.model._CHUNK_LOGITS", 259 * batch * 7)
+    monkeypatch.setattr("longrope.model.chunk_rows", lambda *_: batch * 7)
     chunks = list(loaded.logits(ids))
     assert [start for start, _ in chunks] == list(range(0, 50, 7))
     assert [chunk.shape[1] for _, chunk in chunks] == [7] * 7 + [1]
@@ -86,12 +86,28 @@ def test_logits_by_chunk_are_the_whole_logits(
     assert torch.equal(loaded.model(ids).logits, whole)
 
 
+def test_logits_by_chunk_under_autocast_are_those_of_the_model_and_its_weights_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(str(save(build("llama", tie_word_embeddings=True), tmp_path / "llama")))
+    monkeypatch.setattr("longrope.model.chunk_rows", lambda *_: 7)
+    head: Any = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    weight, ids = head.weight, tokens(50)
+    with loaded.autocast():
+        whole = loaded.model(ids).logits
+        chunks = torch.cat([chunk for _, chunk in loaded.logits(ids)], 1)
+    assert whole.dtype == torch.bfloat16
+    torch.testing.assert_close(chunks, whole, rtol=1e-2, atol=1e-2)  # two roundings of bfloat16
+    assert head.weight is weight is loaded.model.get_input_embeddings().weight
+    assert weight.dtype == torch.float32
+
+
 def test_a_reader_who_stops_after_one_chunk_leaves_the_model_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, ids = loaded_from(tmp_path, "llama"), tokens(20)
     whole = loaded.model(ids).logits
-    monkeypatch.setattr("longrope.model._CHUNK_LOGITS", 259)
+    monkeypatch.setattr("longrope.model.chunk_rows", lambda *_: 1)
     chunks = loaded.logits(ids)
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
@@ -117,7 +133,7 @@ def test_logits_by_chunk_keep_a_forward_that_a_library_put_on_the_decoder(tmp_pa
 def test_factors_work_on_logits_by_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, ids = loaded_from(tmp_path, "llama"), tokens(100)
     before = loaded.model(ids).logits
-    monkeypatch.setattr("longrope.model._CHUNK_LOGITS", 259 * 9)
+    monkeypatch.setattr("longrope.model.chunk_rows", lambda *_: 9)
     with loaded.patch() as patch:
         patch.install(RopeFactors(LONG, tuple(1.0 + i for i in range(8))))
         whole = loaded.model(ids).logits

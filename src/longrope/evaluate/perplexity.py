@@ -41,16 +41,17 @@ class Perplexity:
 def token_losses(loaded: LoadedModel, ids: Tensor) -> Tensor:
     """Negative log-likelihood (B, T - 1), float32 nats, of every token of ids (B, T) but the first."""
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NO_TARGET)
-    parts = []
+    # Made before the first chunk: a result kept between two chunks would keep the allocator from using a place again.
+    losses = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     with torch.inference_mode(), loaded.autocast():
         for start, logits in loaded.logits(ids):
             # Flattened whole, without the last token cut off, logits are not copied.
             wanted = targets[:, start : start + logits.shape[1]].to(logits.device)
-            losses = torch.nn.functional.cross_entropy(
+            chunk = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=_NO_TARGET, reduction="none"
             )
-            parts.append(losses.view_as(wanted).to(ids.device))
-    return torch.cat(parts, 1)[:, :-1]
+            losses[:, start : start + logits.shape[1]] = chunk.view_as(wanted)
+    return losses[:, :-1]
 
 
 def window_losses(loaded: LoadedModel, windows: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
