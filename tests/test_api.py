@@ -128,7 +128,13 @@ def test_a_row_of_another_model_is_refused_and_leaves_the_model_alone(model: Pre
 
 
 def test_an_original_length_given_is_the_one_that_counts(model: PreTrainedModel) -> None:
-    longrope.apply(model, table(shape=RopeShape(500.0, 16, 64)), original_length=64)
+    for_64 = table(shape=RopeShape(500.0, 16, 64))
+    before = logits(model, TARGET)
+    with pytest.raises(UserError, match=r"^factors: got original_length 64; the model has original_length"):
+        longrope.apply(model, for_64)
+    assert torch.equal(logits(model, TARGET), before)
+    longrope.apply(model, for_64, original_length=64)
+    assert not torch.allclose(logits(model, TARGET), before, atol=1e-3)
 
 
 def test_load_gives_a_transformers_model_with_the_factors_installed(ground: Path, tmp_path: Path) -> None:
