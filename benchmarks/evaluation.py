@@ -43,8 +43,9 @@ from longrope.checkpoint import TINY, LoadOptions
 from longrope.documents import read_sources
 from longrope.factors import RopeFactors, unscaled
 from longrope.model import LoadedModel, load_model
-from longrope.search.objective import PerplexityObjective
-from longrope.search.space import Space, mutate
+from longrope.search.objective import Evaluator
+from longrope.search.space import LongRope
+from longrope.search.tasks import Task
 from longrope.windows import Window, windows_of
 
 VOCABULARY = 32_000
@@ -86,10 +87,15 @@ def candidates(loaded: LoadedModel, seed: int) -> Iterator[RopeFactors]:
     """Ever new mutants of YaRN, as a search draws them; all have start tokens, which cost a little more."""
     rng = np.random.default_rng(seed)
     shape = loaded.rope.shape
-    space = Space(pairs=shape.pairs, ratio=RATIO)
+    space = LongRope(pairs=shape.pairs, ratio=RATIO)
     start = baseline("yarn", shape, RATIO * shape.original_length)
     while True:
-        yield start.with_values(rescale=tuple(mutate(rng, start.vector, 0.3, space)), start_tokens=16)
+        yield start.with_values(rescale=tuple(space.mutate(rng, start.vector, 0.3)), start_tokens=16)
+
+
+def whole(factors: RopeFactors, windows: Sequence[Window]) -> Task:
+    """A candidate evaluation: factors on all windows."""
+    return Task(factors, windows=tuple(range(len(windows))))
 
 
 def bare_evaluation(loaded: LoadedModel, windows: Sequence[Window]) -> float:
@@ -106,11 +112,10 @@ def bare_evaluation(loaded: LoadedModel, windows: Sequence[Window]) -> float:
 
 def check_same_work(loaded: LoadedModel, windows: Sequence[Window]) -> None:
     """The two sides must give the same loss, else their times compare nothing."""
-    shape = loaded.rope.shape
-    with PerplexityObjective(loaded, windows) as objective:
-        ours = np.log(objective(unscaled(shape.rotary_dim // 2, len(windows[0].ids))).value)
-    bare = bare_evaluation(loaded, windows) / sum(len(window.ids) - 1 for window in windows)
-    assert abs(ours - bare) < 1e-3 * bare, f"ours {ours}, bare {bare}: not the same work"
+    with Evaluator(loaded, windows) as evaluate:
+        ours = sum(evaluate(whole(unscaled(loaded.rope.shape.pairs, len(windows[0].ids)), windows)).losses)
+    bare = bare_evaluation(loaded, windows)
+    assert abs(ours - bare) < 1e-3 * bare, f"ours {ours}, bare {bare} nats: not the same work"
 
 
 def evaluation_cost(loaded: LoadedModel, windows: Sequence[Window], blocks: int, seed: int) -> Figure:
@@ -119,9 +124,9 @@ def evaluation_cost(loaded: LoadedModel, windows: Sequence[Window], blocks: int,
     drawn = candidates(loaded, seed)
 
     def ours() -> float:
-        factors = next(drawn)
-        with PerplexityObjective(loaded, windows) as objective:  # the bare side has the model without a patch
-            return timed(lambda: objective(factors))
+        task = whole(next(drawn), windows)
+        with Evaluator(loaded, windows) as evaluate:  # the bare side has the model without a patch
+            return timed(lambda: evaluate(task))
 
     measured = paired(ours, lambda: timed(lambda: bare_evaluation(loaded, windows)), blocks)
     return Figure(

@@ -21,17 +21,18 @@ from torch import Tensor
 from common import random_llama, random_windows
 from longrope.baselines import baseline
 from longrope.model import LoadedModel
-from longrope.search.objective import PerplexityObjective
+from longrope.search.objective import Evaluator
+from longrope.search.tasks import Task
 from longrope.windows import Window
 
 WARM_UP = 64
 
 
 def ours(loaded: LoadedModel, window: Window) -> float:
-    """One candidate evaluation of the window, in perplexity."""
+    """The loss of the window in one candidate evaluation, in nats a scored token."""
     factors = baseline("yarn", loaded.rope.shape, len(window.ids))
-    with PerplexityObjective(loaded, [window]) as objective:
-        return objective(factors).value
+    with Evaluator(loaded, [window]) as evaluate:
+        return evaluate(Task(factors, windows=(0,))).losses[0] / window.scored
 
 
 @torch.no_grad()

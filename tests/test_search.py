@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +18,27 @@ from longrope.baselines import RopeShape, baseline
 from longrope.errors import UserError
 from longrope.factors import RopeFactors
 from longrope.runs import RunFolder
-from longrope.search.driver import SearchSettings, evaluate_all
+from longrope.search.archive import Archive
 from longrope.search.evolution import Evolution, EvolutionSettings
-from longrope.search.objective import Evaluation
-from longrope.search.space import START_TOKENS, Space, crossover, mutate, mutate_start
+from longrope.search.loop import Budget, Loop
+from longrope.search.racing import evolve
+from longrope.search.settings import SearchSettings
+from longrope.search.space import START_TOKENS, LongRope, check_seed, mutate_start
+from longrope.search.tasks import Outcome, Task
 
 SHAPE = RopeShape(10000.0, 32, 64)
-SPACE = Space(16, 8.0)
+SPACE = LongRope(16, 8.0)
 
 
-def is_member(vector: np.ndarray, space: Space) -> bool:
+def is_member(vector: np.ndarray, space: LongRope) -> bool:
     on_grid = np.allclose(vector, np.round(vector, 2), atol=1e-12)
     return bool(on_grid and (np.diff(vector) >= 0).all() and vector[0] >= 1 and vector[-1] <= space.high)
 
 
 def test_the_upper_bound_admits_the_papers_and_its_codes() -> None:
-    assert Space(16, 8.0).high == 10.0  # 1.25 s
-    assert Space(16, 4.0).high == 5.0  # 1.25 s = 1 + s
-    assert Space(16, 2.0).high == 3.0  # 1 + s
+    assert LongRope(16, 8.0).high == 10.0  # 1.25 s
+    assert LongRope(16, 4.0).high == 5.0  # 1.25 s = 1 + s
+    assert LongRope(16, 2.0).high == 3.0  # 1 + s
 
 
 vectors = arrays(np.float64, 16, elements=st.floats(-5, 50, allow_nan=False))
@@ -52,21 +56,21 @@ def test_repair_gives_a_member_and_leaves_a_member_alone(vector: np.ndarray) -> 
 def test_operators_end_in_members(mother: np.ndarray, father: np.ndarray, seed: int) -> None:
     rng = np.random.default_rng(seed)
     mother, father = SPACE.repair(mother), SPACE.repair(father)
-    assert is_member(mutate(rng, mother, 0.3, SPACE), SPACE)
-    assert is_member(crossover(rng, mother, father, SPACE), SPACE)
+    assert is_member(SPACE.mutate(rng, mother, 0.3), SPACE)
+    assert is_member(SPACE.crossover(rng, mother, father), SPACE)
 
 
 def test_a_mutation_changes_about_the_share_of_factors_it_is_told_to() -> None:
     rng = np.random.default_rng(0)
     parent = SPACE.repair(np.linspace(1, 8, 16))
-    changed = np.mean([(mutate(rng, parent, 0.3, SPACE) != parent).mean() for _ in range(500)])
+    changed = np.mean([(SPACE.mutate(rng, parent, 0.3) != parent).mean() for _ in range(500)])
     assert 0.25 < changed < 0.32  # a draw may round to the old value
-    assert (mutate(rng, parent, 0.0, SPACE) == parent).all()
+    assert (SPACE.mutate(rng, parent, 0.0) == parent).all()
 
 
 def test_a_crossover_of_ordered_parents_takes_every_factor_from_one_of_them() -> None:
     low, high = np.full(16, 2.0), np.full(16, 3.0)
-    child = crossover(np.random.default_rng(0), low, high, SPACE)
+    child = SPACE.crossover(np.random.default_rng(0), low, high)
     assert set(child) == {2.0, 3.0}
 
 
@@ -80,11 +84,10 @@ def seeds() -> list[tuple[str, RopeFactors]]:
     return [(name, baseline(name, SHAPE, 512)) for name in ("pi", "ntk", "yarn")]
 
 
-def bowl(factors: RopeFactors) -> Evaluation:
+def bowl(factors: RopeFactors) -> float:
     """A closed-form objective whose minimum is lambda_i = 1 + i/3, n-hat 8."""
     wanted = 1 + np.arange(16) / 3
-    value = float(((factors.vector - wanted) ** 2).sum() + abs(factors.start_tokens - 8) / 8 + 1)
-    return Evaluation(value=value, tokens=512, seconds=0.0)
+    return float(((factors.vector - wanted) ** 2).sum() + abs(factors.start_tokens - 8) / 8 + 1)
 
 
 def evolution(settings: EvolutionSettings | None = None, seed: int = 0) -> Evolution:
@@ -96,7 +99,7 @@ def run_through(strategy: Evolution) -> list[str]:
     while not strategy.finished:
         generation = strategy.ask()
         asked += [candidate.factors.key for candidate in generation]
-        strategy.tell([(candidate, bowl(candidate.factors).value) for candidate in generation])
+        strategy.tell([(candidate, bowl(candidate.factors)) for candidate in generation])
     return asked
 
 
@@ -121,7 +124,7 @@ def test_a_whole_search_never_asks_twice_and_descends() -> None:
     asked = run_through(strategy)
     assert len(asked) == len(set(asked)) == 1344
     assert strategy.best is not None
-    start = min(bowl(factors).value for _, factors in seeds())
+    start = min(bowl(factors) for _, factors in seeds())
     assert strategy.best[0] < 0.3 * start
     assert strategy.best[1].factors.start_tokens == 8
 
@@ -148,7 +151,7 @@ def test_a_search_of_nothing_but_nan_ends_without_a_winner() -> None:
 
 
 def test_a_space_of_few_vectors_is_used_up_without_a_hang() -> None:
-    space = Space(1, 1.01, start_tokens=(0,))
+    space = LongRope(1, 1.01, start_tokens=(0,))
     seed = RopeFactors(up_to=512, rescale=(1.0,))
     strategy = Evolution(space, [("pi", seed)], EvolutionSettings(), np.random.default_rng(0))
     asked = []
@@ -160,24 +163,47 @@ def test_a_space_of_few_vectors_is_used_up_without_a_hang() -> None:
 
 
 CONFIG = {"command": "search", "settings": {"evaluations": None}}
+TOKENS = 512
+
+
+class ClosedForm:
+    """Does tasks by a formula of the factors, on one window of a single scored token; stops after some."""
+
+    count = 1
+
+    def __init__(self, formula: Callable[[RopeFactors], float] = bowl, stop_after: int | None = None) -> None:
+        self.formula, self.stop_after, self.done = formula, stop_after, 0
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Outcome]]:
+        for index, task in enumerate(tasks):
+            if self.done == self.stop_after:
+                raise KeyboardInterrupt
+            self.done += 1
+            value = self.formula(task.factors)
+            yield index, Outcome((math.log(value) if value > 0 else value,), TOKENS, 0.0)
+
+    def __enter__(self) -> ClosedForm:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
 
 
 def search(path: Path, total: int, stop_after: int | None = None) -> tuple[list[dict[str, object]], int]:
     """A search in a run folder; how many candidates were really evaluated. May be cut after some evaluations."""
-    evaluated = 0
-
-    def objective(factors: RopeFactors) -> Evaluation:
-        nonlocal evaluated
-        if evaluated == stop_after:
-            raise KeyboardInterrupt
-        evaluated += 1
-        return bowl(factors)
-
+    workers = ClosedForm(stop_after=stop_after)
     with RunFolder.open(path, CONFIG) as run:
         with contextlib.suppress(KeyboardInterrupt):
-            evaluate_all(evolution(), objective, run, total)
+            follow(run, workers, total)
         lines = [{key: value for key, value in line.items() if key != "seconds"} for line in run.evaluations()]
-    return lines, evaluated
+    return lines, workers.done
+
+
+def follow(run: RunFolder, workers: ClosedForm, total: int) -> Archive:
+    archive = Archive([1])
+    budget = Budget(evaluation=TOKENS, expected=1344, evaluations=total)
+    Loop(run, archive, workers, [TOKENS], budget).go(evolve(evolution(), archive))
+    return archive
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 63, 64, 65, 150])
@@ -206,11 +232,11 @@ def test_a_larger_budget_continues_the_same_search(tmp_path: Path) -> None:
 
 
 def test_a_failed_evaluation_is_recorded_as_null_and_not_repeated(tmp_path: Path) -> None:
-    def broken(factors: RopeFactors) -> Evaluation:
-        return Evaluation(value=math.inf if factors.rescale[0] > 1 else math.nan, tokens=1, seconds=0.0)
+    def broken(factors: RopeFactors) -> float:
+        return -math.inf if factors.rescale[0] > 1 else math.nan
 
     with RunFolder.open(tmp_path / "run", CONFIG) as run:
-        assert evaluate_all(evolution(), broken, run, 64) is None
+        assert follow(run, ClosedForm(broken), 64).best is None
         assert [line["value"] for line in run.evaluations()] == [None] * 64
     json.loads((tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()[0])
     _, evaluated = search(tmp_path / "run", 64)
@@ -221,12 +247,19 @@ def test_a_failed_evaluation_is_recorded_as_null_and_not_repeated(tmp_path: Path
     ("changes", "message"),
     [
         ({"to": 64}, "--to: got 64 tokens; the target is longer than the model's original length of 64"),
-        ({"method": "magic"}, "--method: got 'magic'; it is one of evolution"),
+        ({"method": "magic"}, "--method: got 'magic'; it is one of evolution, gradient, hybrid"),
+        ({"objective": "joy"}, "--objective: got 'joy'; it is one of perplexity, needle"),
+        ({"space": "deep"}, "--space: got 'deep'; it is one of longrope, longrope2"),
+        ({"needle_depth": "end"}, "--needle-depth: got 'end'; it is one of start, spread"),
+        ({"race": True}, "--race: got --method hybrid; it is a choice of evolution; hybrid always races"),
+        ({"hours": 0.0}, "--hours: got 0.0; it is a number above 0"),
+        ({"token_passes": 0}, "--token-passes: got 0; it is at least 1"),
+        ({"gradient_windows": -1}, "--gradient-windows: got -1; it is at least 0"),
         ({"evaluations": 0}, "--evaluations: got 0; it is at least 1"),
         ({"windows": -1}, "--windows: got -1; it is at least 1"),
         ({"start_tokens": "some"}, "--start-tokens: got 'some'; it is a number of tokens below the target, or search"),
         ({"start_tokens": "512"}, "--start-tokens: got '512'"),
-        ({"attention_factor": "-1"}, "--attention-factor: got '-1'; it is su, yarn, none or a positive number"),
+        ({"attention_factor": "-1"}, "--attention-factor: got '-1'; it is su, yarn, none, search or a positive number"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:
@@ -237,4 +270,4 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], mes
 
 def test_a_seed_outside_the_bounds_is_refused() -> None:
     with pytest.raises(UserError, match=r"--init: got mine with 16 rescale factors from 1 to 99; a seed has"):
-        SPACE.check(RopeFactors(up_to=512, rescale=(1.0,) * 15 + (99.0,)), "mine")
+        check_seed(SPACE, RopeFactors(up_to=512, rescale=(1.0,) * 15 + (99.0,)), "mine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -12,7 +13,14 @@ from typing import Any, cast
 import torch
 from huggingface_hub import constants, get_session
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longrope.errors import UserError
@@ -23,6 +31,7 @@ TINY = "tiny"
 FACTORS_FILE = "factors.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+QUANTIZATIONS = ("8bit", "4bit")
 _PLACEMENTS = ("balanced", "balanced_low_0", "sequential")
 
 
@@ -45,11 +54,15 @@ class LoadOptions:
     """Whether the factors.json beside the weights is read; `--factors none` says no."""
     threads: int | None = None
     """CPU threads of an evaluation, torch's choice by default; results are equal for equal threads."""
+    quantize: str | None = None
+    """8bit or 4bit: weights of linear layers by bitsandbytes, on CUDA, for bases that do not fit otherwise."""
 
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, ("auto", *DTYPES))
         _check_device(self.device)
         _one_of("--rope-precision", self.rope_precision, tuple(PRECISIONS))
+        if self.quantize is not None:
+            _check_quantize(self.quantize, on_cuda=self.placement != "cpu" and torch.cuda.is_available())
         if self.threads is not None and self.threads < 1:
             raise UserError("--threads", got=self.threads, rule="it is at least 1", do="leave it out, or give a number")
 
@@ -98,6 +111,25 @@ def _check_device(device: str) -> None:
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         rule = f"there are {torch.cuda.device_count()} of them, counted from 0"
         raise UserError("--device", got=repr(device), rule=rule, do="choose one of them")
+
+
+def _check_quantize(quantize: str, *, on_cuda: bool) -> None:
+    _one_of("--quantize", quantize, QUANTIZATIONS)
+    if not on_cuda:
+        rule = "bitsandbytes quantizes on CUDA"
+        raise UserError("--quantize", got=f"{quantize} without CUDA", rule=rule, do="leave it out, or use a GPU")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        do = 'install it with: pip install "longrope[quantize]"'
+        raise UserError("--quantize", got=f"{quantize} without bitsandbytes", rule="bitsandbytes does it", do=do)
+
+
+def _quantization(options: LoadOptions, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How transformers is to quantize the weights: 4 bits as in QLoRA (NF4), computing in `dtype`."""
+    if options.quantize is None:
+        return None
+    if options.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def load_config(name: str, source: str, options: LoadOptions) -> Any:
@@ -190,19 +222,21 @@ def load_weights(name: str, source: str, config: Any, options: LoadOptions) -> t
         _check_files(name, folder)
     placement = options.placement
     on_cuda = placement != "cpu" and torch.cuda.is_available()
-    auto = torch.bfloat16 if on_cuda else torch.float32
+    dtype = DTYPES.get(options.dtype, torch.bfloat16 if on_cuda else torch.float32)
+    quantization = _quantization(options, dtype)
     try:
         model, info = _from_pretrained(
             AutoModelForCausalLM,
             source,
             options.trust_remote_code,
             config=config,
-            dtype=DTYPES.get(options.dtype, auto),
+            dtype=dtype,
             attn_implementation=None if options.attention == "auto" else options.attention,
             device_map=placement if placement in _PLACEMENTS else {"": placement},
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
+            **({"quantization_config": quantization} if quantization else {}),
         )
     except torch.OutOfMemoryError:
         raise

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from longrope import __version__
+from longrope.cli_evaluate import evaluate_app
 from longrope.cli_options import (
     VERBOSITY,
     Attention,
@@ -30,20 +31,18 @@ from longrope.cli_options import (
     Precision,
     Quiet,
     Seed,
-    Threads,
     Trust,
     Verbose,
     Windows,
     begin,
     length_of,
-    one_or_none,
     one_table,
     options_of,
-    read_table,
     tables_of,
 )
+from longrope.cli_search import search
 from longrope.errors import UserError
-from longrope.lengths import format_length, parse_length, parse_lengths
+from longrope.lengths import format_length, parse_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A longer context window for a RoPE language model: LongRoPE, searched, measured and exported.",
 )
-evaluate_app = typer.Typer(rich_markup_mode=None, help="Measure a model with factors.")
 app.add_typer(evaluate_app, name="evaluate")
 
 
@@ -73,15 +71,10 @@ def _options(
     pass
 
 
-EvaluateOut = Annotated[
-    Path | None, typer.Option("--out", "-o", metavar="DIR", help="A run folder to write; none by default.")
-]
-
-
 @app.command()
 def demo(
     documents: Documents = ["stdlib"],  # noqa: B006  (typer reads the default; nobody changes it)
-    evaluations: Annotated[int, typer.Option(min=1, help="Candidates to evaluate.")] = 256,
+    evaluations: Annotated[int | None, typer.Option(min=1, help="At most so many evaluations.")] = None,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -159,78 +152,7 @@ def _counted(described: Mapping[str, Any]) -> dict[str, Any]:
     return {"results": results, **described}
 
 
-@app.command()
-def search(
-    model: Model,
-    to: Annotated[str, typer.Option("--to", metavar="N", help="Target length, such as 32k.")],
-    documents: Documents,
-    unseen: Annotated[list[str] | None, typer.Option(metavar="D", help="Documents that are only measured.")] = None,
-    out: Out = None,
-    method: Annotated[str, typer.Option(help="evolution: Algorithm 1 of the paper.")] = "evolution",
-    start_tokens: Annotated[
-        str, typer.Option(metavar="N|search", help="Start tokens: a number, or search.")
-    ] = "search",
-    attention_factor: Annotated[str, typer.Option(metavar="RULE", help="su, yarn, none or a number.")] = "su",
-    init: Annotated[list[Path] | None, typer.Option(metavar="FACTORS", help="One more seed. Repeatable.")] = None,
-    factors: Annotated[
-        str | None, typer.Option(metavar="none", help="none: ignore the factors.json beside the weights.")
-    ] = None,
-    evaluations: Annotated[int | None, typer.Option(min=1, help="At most so many candidates.")] = None,
-    windows: Windows = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    threads: Threads = None,
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> None:
-    """Search rescale factors for one target length. The same command resumes; a larger budget continues."""
-    begin(verbose, quiet)
-    target = parse_length(to)
-    if factors not in (None, "none"):
-        raise UserError("--factors", got=repr(factors), rule="a search takes only none here", do="give it as --init")
-    seeds = [read_table(path) for path in init or []]
-    from longrope.console import err, factors_table, print_json, results_table, resume_with, search_progress
-    from longrope.files import read_object
-    from longrope.runs import METRICS, default_run_path
-    from longrope.search.driver import search as run_search
-
-    options = options_of(
-        device, dtype, attention, original_length, trust, rope_precision, threads, own_factors=factors is None
-    )
-    path = out or default_run_path("search", model, target)
-    resume_with()
-    with search_progress(quiet) as on_progress:
-        table = run_search(
-            model,
-            to=target,
-            documents=documents,
-            unseen=unseen or [],
-            out=path,
-            init=seeds,
-            options=options,
-            on_progress=on_progress,
-            method=method,
-            start_tokens=start_tokens,
-            attention_factor=attention_factor,
-            evaluations=evaluations,
-            windows=windows,
-            seed=seed,
-        )
-    measured = read_object(path / METRICS, "measurements of the run")
-    if as_json:
-        print_json(measured)
-        return
-    err.print(factors_table(table))
-    for name in ("search", "unseen"):
-        if chosen := [result for result in measured["results"] if result["windows"] == name]:
-            err.print(results_table(chosen, title=f"perplexity, {name} windows"))
-    err.print(f"factors: {path / 'factors.json'}", soft_wrap=True)
+app.command()(search)
 
 
 @app.command()
@@ -363,95 +285,6 @@ def export(
         print_json({"command": "export", "model": model, "settings": settings, "results": []})
     else:
         err.print(f"checkpoint: {written}", soft_wrap=True)
-
-
-@evaluate_app.command("perplexity")
-def evaluate_perplexity(
-    model: Model,
-    lengths: Lengths,
-    documents: Documents,
-    factors: Factors = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(min=1, help="Slide a window over whole documents by so many tokens (256 in the papers)."),
-    ] = None,
-    windows: Windows = None,
-    out: EvaluateOut = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> None:
-    """Token-weighted perplexity by length, on whole windows or with a sliding window."""
-    begin(verbose, quiet)
-    _evaluate(
-        "perplexity",
-        model,
-        as_json,
-        quiet,
-        lengths=parse_lengths(lengths),
-        factors=one_or_none(factors),
-        documents=documents,
-        windows=windows,
-        stride=stride,
-        seed=seed,
-        out=out,
-        options=options_of(device, dtype, attention, original_length, trust, rope_precision),
-    )
-
-
-@evaluate_app.command("passkey")
-def evaluate_passkey(
-    model: Model,
-    lengths: Lengths,
-    factors: Factors = None,
-    tries: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 10,
-    out: EvaluateOut = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> None:
-    """Share of five-digit keys that the model finds in filler, by length."""
-    begin(verbose, quiet)
-    _evaluate(
-        "passkey",
-        model,
-        as_json,
-        quiet,
-        lengths=parse_lengths(lengths),
-        factors=one_or_none(factors),
-        tries=tries,
-        seed=seed,
-        out=out,
-        options=options_of(device, dtype, attention, original_length, trust, rope_precision),
-    )
-
-
-def _evaluate(measure: str, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    from longrope.console import err, measuring_progress, print_json, results_table, resume_with
-    from longrope.evaluate.run import evaluate
-
-    if given["out"] is not None:
-        resume_with()
-    with measuring_progress(quiet) as on_step:
-        measured = evaluate(measure, model, on_step=on_step, **given)
-    if as_json:
-        print_json(measured)
-    else:
-        err.print(results_table(measured["results"], title=measure))
 
 
 @app.command()

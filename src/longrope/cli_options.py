@@ -48,6 +48,16 @@ Precision = Annotated[str, typer.Option("--rope-precision", help="dtype of angle
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads; a search resumes with as many as it had.")
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="8bit|4bit", help="Load a base that does not fit in so many bits, on CUDA."),
+]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--workers", metavar="N|ray[:HOST:PORT]", help="Search with N local Ray workers, or with those of a cluster."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say everything, and show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and results.")]
 Windows = Annotated[
@@ -79,6 +89,7 @@ def options_of(
     precision: str,
     threads: int | None = None,
     own_factors: bool = True,
+    quantize: str | None = None,
 ) -> LoadOptions:
     """The options of a model as given on the command line; transformers is told to keep quiet."""
     from transformers.utils import logging as transformers_logging
@@ -97,6 +108,7 @@ def options_of(
         rope_precision=precision,
         threads=threads,
         own_factors=own_factors,
+        quantize=quantize,
     )
 
 

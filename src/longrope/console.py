@@ -27,7 +27,7 @@ from longrope.lengths import format_length
 if TYPE_CHECKING:
     from longrope.evaluate.methods import OnStep, Step
     from longrope.factors import FactorTable
-    from longrope.search.driver import OnProgress, Progress
+    from longrope.search.loop import OnProgress, Progress
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,10 @@ from longrope.factors import FactorTable
 from longrope.model import LoadedModel, load_model
 from longrope.report import write_report
 from longrope.runs import FACTORS, RunFolder, fresh_run_path
-from longrope.search.driver import OnProgress, SearchSettings, run_config, run_search
-from longrope.windows import choose_windows
+from longrope.search.driver import SearchWindows, run_config, run_search
+from longrope.search.loop import OnProgress
+from longrope.search.settings import BUDGET, GRADIENT_WINDOWS, SearchSettings
+from longrope.windows import choose_windows, spare_windows
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class Demo:
 def demo(
     *,
     documents: Sequence[str] = ("stdlib",),
-    evaluations: int = 256,
+    evaluations: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     options: LoadOptions | None = None,
@@ -69,19 +71,20 @@ def demo(
         length: choose_windows(held, loaded.tokenizer, length=length, count=UNSEEN_WINDOWS, seed=seed)
         for length in [original * 2**power for power in range(4)]
     }
-    # n-hat stays 0: no engine can express start tokens, and the checkpoint below is for stock transformers.
-    settings = SearchSettings(to=target, evaluations=evaluations, start_tokens="0", seed=seed)
-    config = run_config("demo", loaded, settings, windows, unseen[target])
+    further = spare_windows(searched, loaded.tokenizer, length=target, count=GRADIENT_WINDOWS, seed=seed, taken=windows)
+    chosen = SearchWindows(windows, further, unseen[target])
+    settings = SearchSettings(to=target, evaluations=evaluations, seed=seed)
+    config = run_config("demo", loaded, settings, chosen)
     checkpoint = path / "checkpoint"
-    with RunFolder.open(path, config, budget_keys=("evaluations",)) as run:
+    with RunFolder.open(path, config, budget_keys=BUDGET) as run:
         if run.finished:
             on_stage(f"{path} is finished")
             measured = run.metrics()
             page, gap = path / REPORT, float(measured["logit_gap"])
             return Demo(path, FactorTable.load(path / FACTORS), measured, page, checkpoint, gap)
         on_stage(f"{TINY}: trained on {original} tokens, to be extended to {target}")
-        on_stage(f"searching: {evaluations} candidates on {len(windows)} windows of {target} tokens")
-        table = run_search(run, loaded, settings, windows, on_progress=on_progress)
+        on_stage(f"searching on {len(windows)} windows of {target} tokens")
+        table = run_search(run, loaded, settings, chosen, on_progress=on_progress)
 
         on_stage(f"measuring {len(METHODS) + 1} methods at {len(unseen)} lengths on documents the search has not seen")
         results = measure_methods(

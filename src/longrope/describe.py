@@ -19,6 +19,7 @@ def describe_options(loaded: LoadedModel) -> dict[str, Any]:
     options = loaded.options
     described: dict[str, Any] = {"dtype": options.dtype, "attention": options.attention}
     described |= {"device": loaded.device.type, "rope_precision": options.rope_precision}
+    described |= {"quantize": options.quantize} if options.quantize else {}
     return described | ({"threads": torch.get_num_threads()} if loaded.device.type == "cpu" else {})
 
 

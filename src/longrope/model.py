@@ -63,6 +63,8 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     batch_tokens: int = 8192
     """Tokens of short windows that are run together; evaluation halves it when memory runs out."""
+    checkpoint_from: int | None = None
+    """Windows from so many tokens on are differentiated with activation checkpointing; measured at the first one."""
 
     @property
     def device(self) -> torch.device:
@@ -122,17 +124,34 @@ class LoadedModel:
         The decoder runs once over all T tokens and keeps no cache; only the model's own tail, from the last hidden
         state to logits, runs by chunk, so that the logits of a whole window are never in memory.
         """
+        outputs = self.decoder(input_ids=ids, use_cache=False)
+        for start, _, logits in self.tail(outputs, ids):
+            yield start, logits
+
+    @property
+    def decoder(self) -> Any:
+        """The model from token ids to the last hidden state."""
         whole: Any = self.model
         decoder = whole.get_decoder()
-        if decoder is whole:  # Llama 4 names a place that its decoder has in the multimodal model only
-            decoder = whole.model
-        outputs = decoder(input_ids=ids, use_cache=False)
-        hidden: Tensor = outputs.last_hidden_state
+        # Llama 4 names a place that its decoder has in the multimodal model only
+        return whole.model if decoder is whole else decoder
+
+    def tail(self, outputs: Any, ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(position of the first token, hidden states (B, t, D), their logits (B, t, V)) chunk by chunk.
+
+        outputs: what the decoder gave for ids (B, T); it is changed. With gradients enabled, each chunk's hidden states
+        are a leaf that asks for its own, so that a loss can be differentiated before the next chunk's logits are made.
+        """
+        whole: Any = self.model
+        hidden: Tensor = outputs.last_hidden_state.detach()
         size = chunk_rows(self.model.config.get_text_config().vocab_size, hidden.device.type) // ids.shape[0] or 1
-        with _answering(decoder, outputs), _cast_once(whole.get_output_embeddings()):
+        with _answering(self.decoder, outputs), _cast_once(whole.get_output_embeddings()):
             for start in range(0, ids.shape[1], size):
-                outputs.last_hidden_state = hidden[:, start : start + size]
-                yield start, whole(input_ids=ids[:, start : start + size], use_cache=False).logits
+                piece = hidden[:, start : start + size]
+                if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+                    piece = piece.detach().requires_grad_()
+                outputs.last_hidden_state = piece
+                yield start, piece, whole(input_ids=ids[:, start : start + size], use_cache=False).logits
 
 
 @contextmanager
@@ -205,6 +224,7 @@ def _fingerprint(model: PreTrainedModel, options: LoadOptions, table: FactorTabl
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(f"{options.dtype} {options.rope_precision} {transformers.__version__.split('.')[0]}".encode())
+    digest.update((options.quantize or "").encode())
     digest.update("".join(row.key for row in table.rows).encode() if table else b"")
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()

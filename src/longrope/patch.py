@@ -8,6 +8,7 @@ a few positions, and ours must give the same numbers; a module for which no layo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -137,6 +138,18 @@ class Patch:
         rope = RopeTensors.of(rows, self.shape.rope_theta, device=device, precision=self.precision)
         for *_, scaled in self._places:
             scaled.set(rope, by_length=isinstance(factors, FactorTable))
+
+    def install_tensors(self, factors: RopeFactors, rescale: Tensor, attention_factor: Tensor) -> None:
+        """Rotate by rescale factors (P,) and an attention factor () that may ask for gradients.
+
+        All else is that of `factors`; the tensors are in the patch's precision.
+        """
+        assert self._places, "the patch has been undone"
+        of_factors = RopeTensors.of((factors,), self.shape.rope_theta, device=rescale.device, precision=self.precision)
+        rotations = inverse_frequencies(self.shape.rope_theta, rescale)[None]
+        rope = replace(of_factors, rotations=rotations, attention_factor=attention_factor[None])
+        for *_, scaled in self._places:
+            scaled.set(rope)
 
     def widen_window(self, target: int) -> str | None:
         """`widen_window` of the model, until `undo`."""

@@ -27,13 +27,20 @@ _TOKENIZED_AT_ONCE = 32  # documents a call, so that the tokens of a large colle
 class Window:
     """A span of one document: `ids` (length,), BOS first when the tokenizer has one, then the tokens from `start` on.
 
-    `document` and `sha256` are the document's name and hash; `start` counts its tokens, BOS not among them.
+    `document` and `sha256` are the document's name and hash; `start` counts its tokens, BOS not among them. Tokens from
+    `scored_from` on are scored: all but the first, or only an answer at the window's end.
     """
 
     document: str
     sha256: str
     start: int
     ids: Ids
+    scored_from: int = 1
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return len(self.ids) - self.scored_from
 
 
 def default_window_count(length: int) -> int:
@@ -133,6 +140,8 @@ def fingerprint(windows: Sequence[Window]) -> str:
     for window in windows:
         digest.update(f"{len(window.ids)}:".encode())
         digest.update(window.ids.astype("<i8").tobytes())
+        if window.scored_from != 1:
+            digest.update(f"{window.scored_from}".encode())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -142,6 +151,48 @@ def windows_of(
     """Windows of a length from documents; `count` is by default that of a search."""
     wanted = count or default_window_count(length)
     return choose_windows(documents, loaded.tokenizer, length=length, count=wanted, seed=seed)
+
+
+def spare_windows(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    taken: Sequence[Window],
+) -> list[Window]:
+    """Up to `count` further windows that share no token with those `taken`, as many as the documents hold.
+
+    Fixed by the seed and the texts. Documents of which nothing is taken come first, in random order.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    span = length - len(bos)
+    rng = np.random.default_rng((seed, 1))
+    ordered = sorted(distinct(documents), key=lambda document: document.sha256)
+    used: dict[str, list[int]] = {}
+    for window in taken:
+        used.setdefault(window.sha256, []).append(window.start)
+    shuffled = [ordered[index] for index in rng.permutation(len(ordered))]
+    roomy: list[tuple[Document, list[int], list[tuple[int, int]]]] = []
+    for document in sorted(shuffled, key=lambda document: document.sha256 in used):
+        if len(roomy) < count and _most_tokens(document.text) >= span:
+            (ids,) = _tokenize(tokenizer, [document.text])
+            if gaps := _gaps(len(ids), span, used.get(document.sha256, [])):
+                roomy.append((document, ids, gaps))
+    shares = _deal([sum((high - low) // span for low, high in gaps) for _, _, gaps in roomy], count)
+    return [
+        Window(document.name, document.sha256, start, np.array(bos + ids[start : start + span], dtype=np.int64))
+        for (document, ids, gaps), share in zip(roomy, shares, strict=True)
+        for (low, high), part in zip(gaps, _deal([(high - low) // span for low, high in gaps], share), strict=True)
+        for start in (low + each for each in _starts(rng, high - low, span, part))
+    ]
+
+
+def _gaps(tokens: int, span: int, starts: Sequence[int]) -> list[tuple[int, int]]:
+    """What spans at `starts` leave free of a document of so many tokens, as far as a span fits in."""
+    edges = [0, *(edge for start in sorted(starts) for edge in (start, start + span)), tokens]
+    return [(low, high) for low, high in zip(edges[::2], edges[1::2], strict=True) if high - low >= span]
 
 
 def whole_documents(loaded: LoadedModel, documents: Sequence[Document], length: int, count: int | None) -> list[Window]:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from longrope.model import LoadedModel
 from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _RESAMPLES = 2000
 _NO_TARGET = -100  # of a window's last token
@@ -54,14 +57,16 @@ def token_losses(loaded: LoadedModel, ids: Tensor) -> Tensor:
     return losses[:, :-1]
 
 
-def window_losses(loaded: LoadedModel, windows: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+def window_losses(loaded: LoadedModel, windows: Sequence[Window]) -> NDArray[np.float64]:
     """Summed loss in nats of each of some windows of one length, by batches that halve when memory runs out."""
-    ids = torch.from_numpy(np.stack(windows))
+    ids = torch.from_numpy(np.stack([window.ids for window in windows]))
 
     def run(batch: Tensor) -> Tensor:
-        return token_losses(loaded, batch.to(loaded.device)).double().sum(1).cpu()
+        return token_losses(loaded, batch.to(loaded.device)).cpu()
 
-    return in_batches(loaded, run, ids).numpy()
+    losses = in_batches(loaded, run, ids).double()
+    scored = [row[window.scored_from - 1 :].sum() for row, window in zip(losses, windows, strict=True)]
+    return torch.stack(scored).numpy()
 
 
 def in_batches(loaded: LoadedModel, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
@@ -72,19 +77,19 @@ def in_batches(loaded: LoadedModel, run: Callable[[Tensor], Tensor], ids: Tensor
     length, results, done = ids.shape[1], [], 0
     while done < len(ids):
         size = min(max(1, loaded.batch_tokens // length), len(ids) - done)
-        part = _run_if_it_fits(run, ids[done : done + size])
+        part = run_if_it_fits(run, ids[done : done + size])
         if part is not None:
             results.append(part)
             done += size
         elif size == 1:
-            raise _window_too_long(run, ids[done : done + 1])
+            raise window_too_long(run, ids[done : done + 1])
         else:
             loaded.batch_tokens = size // 2 * length
             logger.info("out of memory: going on with %d tokens at a time", loaded.batch_tokens)
     return torch.cat(results)
 
 
-def _run_if_it_fits(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor | None:
+def run_if_it_fits(run: Callable[[Tensor], Result], batch: Tensor) -> Result | None:
     """run(batch), None when memory runs out."""
     try:
         return run(batch)
@@ -102,9 +107,10 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _window_too_long(run: Callable[[Tensor], Tensor], window: Tensor) -> UserError:
+def window_too_long(run: Callable[[Tensor], object], window: Tensor) -> UserError:
+    """The error of a window (1, T) that `run` has no memory for, with a length that it has."""
     length = window.shape[1] // 2
-    while length > 1 and _run_if_it_fits(run, window[:, :length]) is None:
+    while length > 1 and run_if_it_fits(run, window[:, :length]) is None:
         length //= 2
     return UserError(
         "memory",
@@ -116,8 +122,8 @@ def _window_too_long(run: Callable[[Tensor], Tensor], window: Tensor) -> UserErr
 
 def measure(loaded: LoadedModel, windows: Sequence[Window]) -> Perplexity:
     """Perplexity on whole windows of one length, under the factors the model carries now."""
-    losses = window_losses(loaded, [window.ids for window in windows])
-    counts = np.array([len(window.ids) - 1 for window in windows])
+    losses = window_losses(loaded, windows)
+    counts = np.array([window.scored for window in windows])
     return summarize(losses, counts, [window.sha256 for window in windows])
 
 

@@ -1,86 +1,29 @@
-"""The plots, as plotly figures without colours of their own for text and grid: the page's script sets those.
-
-plotly reads some HTML in its texts, so every name that comes from a file is escaped here.
-"""
+"""The plots of results and factors; that of the search is in `convergence`."""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from longrope.baselines import baseline, critical_dimension
 from longrope.factors import FactorTable
+from longrope.report.convergence import convergence_plot
 from longrope.report.facts import measured_on, methods_of, verdict
-from longrope.report.read import Evaluation, RunData, shape_of
+from longrope.report.figures import Plot, axis, figure, text, trace
+from longrope.report.read import RunData, shape_of
 from longrope.report.style import GREY, OURS_COLOUR, Look, length_text, look, lower_is_better, value_text
 
-_MOST_DOTS = 2000  # a page stays readable and below 6 MB
 _WIDEST_GAP = 25.0  # percent: beyond it a method is simply far off
 _BESIDE = ("pi", "ntk", "yarn")
-
-Figure = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure with its place on the page and what to read in it."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
 
 
 def plots(run: RunData) -> list[Plot]:
     """All plots that the run has the data for."""
-    made = [_results_plot(run), _gap_plot(run), _factors_plot(run.table), *_convergence_plots(run.evaluations)]
+    made = [_results_plot(run), _gap_plot(run), _factors_plot(run.table), convergence_plot(run)]
     return [plot for plot in made if plot]
-
-
-def _text(name: str) -> str:
-    """A name as plotly shows it letter for letter; it decodes &lt; but not &quot;."""
-    return html.escape(name, quote=False)
-
-
-def _figure(traces: Sequence[Mapping[str, Any]], **layout: Any) -> Figure:
-    """A checked figure as plain data."""
-    import plotly.graph_objects as go
-
-    common = {
-        "template": "none",
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 56, "r": 12, "t": 12, "b": 48},
-        "height": 400,
-        "dragmode": False,  # a finger on a plot scrolls the page
-        "hovermode": "closest",
-        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
-    }
-    figure: Figure = go.Figure(data=list(traces), layout=common | layout).to_plotly_json()
-    del figure["layout"]["template"]
-    return figure
-
-
-def _axis(title: str, **more: Any) -> dict[str, Any]:
-    return {"title": {"text": title, "standoff": 8}, "automargin": True, "zeroline": False, "fixedrange": True, **more}
-
-
-def _trace(x: Sequence[float], y: Sequence[float | None], style: Look, **more: Any) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": _text(style.label),
-        "x": list(x),
-        "y": list(y),
-        "line": {"color": style.colour, "width": style.width, "dash": style.dash},
-        "marker": {"color": style.colour, "symbol": style.symbol, "size": 9 if style.ours else 7},
-        **more,
-    }
 
 
 def _mark(x: float, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -220,82 +163,3 @@ def _ratio_ticks(largest: float) -> dict[str, Any]:
     step = max(1, math.ceil(math.log2(max(largest, 2.0)) / 8))
     ticks = [2**power for power in range(0, math.ceil(math.log2(max(largest, 2.0))) + 1, step)]
     return {"tickmode": "array", "tickvals": ticks, "ticktext": [str(tick) for tick in ticks]}
-
-
-def _convergence_plots(evaluations: Sequence[Evaluation]) -> list[Plot]:
-    """The best value so far against evaluations and against token-passes."""
-    values = [math.inf if evaluation.value is None else evaluation.value for evaluation in evaluations]
-    if not values or min(values) == math.inf:
-        return []
-    best = np.minimum.accumulate(values)
-    counts = np.arange(1, len(values) + 1, dtype=float)
-    tokens = np.cumsum([evaluation.tokens for evaluation in evaluations])
-    where = int(np.argmin(values))
-    frame = _frame(values, best)
-    above = sum(value > frame[1] for value in values)
-    caption = (
-        f"Best {value_text(values[where])} at evaluation {where + 1:,} of {len(values):,}. Dots are candidates; "
-        f"{above:,} lie above the frame or are not finite."
-    )
-    made = [Plot("convergence", "Best value by evaluations", caption, _convergence(evaluations, counts, best, frame))]
-    made[0].figure["layout"]["xaxis"]["title"]["text"] = "candidate evaluations"
-    if tokens[-1] > 0:
-        by_tokens = _convergence(evaluations, tokens, best, frame)
-        by_tokens["layout"]["xaxis"]["title"]["text"] = "token-passes"
-        caption = "The same against the cost: tokens through a forward pass, a backward pass counting as two more."
-        made.append(Plot("cost", "Best value by token-passes", caption, by_tokens))
-    return made
-
-
-def _frame(values: Sequence[float], best: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
-    """What part of the values to show: from the best to as far above the best seed as that is above the best."""
-    low, start = float(best[-1]), float(best[min(2, len(best) - 1)])
-    gain = start - low if math.isfinite(start) else 0.0
-    spread = float(np.median([value for value in values if math.isfinite(value)])) - low
-    span = gain or spread or 0.01 * abs(low) or 1.0
-    return low - 0.15 * span, low + 2.2 * span
-
-
-def _convergence(
-    evaluations: Sequence[Evaluation],
-    cost: np.ndarray[Any, np.dtype[np.float64]],
-    best: np.ndarray[Any, np.dtype[np.float64]],
-    frame: tuple[float, float],
-) -> Figure:
-    every = math.ceil(len(evaluations) / _MOST_DOTS)
-    dots = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": "candidates",
-        "x": cost[::every].tolist(),
-        "y": [evaluation.value for evaluation in evaluations[::every]],
-        "text": [_text(evaluation.origin) for evaluation in evaluations[::every]],
-        "hovertemplate": "%{text}: %{y:.4f}",
-        "marker": {"color": GREY, "size": 4, "opacity": 0.5},
-    }
-    better = [i for i in range(len(best)) if math.isfinite(best[i]) and (i == 0 or best[i] < best[i - 1])]
-    steps = {
-        "type": "scatter",
-        "mode": "lines",
-        "name": "best so far",
-        "x": [*cost[better].tolist(), float(cost[-1])],
-        "y": [*best[better].tolist(), float(best[-1])],
-        "hovertemplate": "%{y:.4f}",
-        "line": {"color": OURS_COLOUR, "width": 3, "shape": "hv"},
-    }
-    horizontal = _axis("", rangemode="tozero", nticks=6)
-    seeds = _seed_lines(evaluations, (float(cost[0]), float(cost[-1])), frame)
-    return _figure([dots, *seeds, steps], xaxis=horizontal, yaxis=_axis("value", range=list(frame)))
-
-
-def _seed_lines(
-    evaluations: Sequence[Evaluation], ends: tuple[float, float], frame: tuple[float, float]
-) -> list[dict[str, Any]]:
-    """A level line for each of PI, NTK and YaRN that the search started from, where it is inside the frame."""
-    lines = []
-    for name in _BESIDE:
-        value = next((e.value for e in evaluations if e.origin == name and e.value is not None), math.inf)
-        if frame[0] <= value <= frame[1]:
-            line = _trace(ends, [value, value], look(name), hovertemplate="%{y:.4f}")
-            lines.append(line | {"mode": "lines", "line": line["line"] | {"dash": "dash"}})
-    return lines

@@ -1,101 +1,52 @@
-"""The search as a run: windows, seeds, ask -> evaluate -> tell, the archive on disk, the factor table at the end."""
+"""The search as a run: windows, seeds, the loop of tasks, the factor table at the end, and what it is worth."""
 
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from longrope import __version__
-from longrope.baselines import attention_factor
 from longrope.checkpoint import LoadOptions, load_options
 from longrope.describe import describe_model, describe_options, describe_windows, metrics
 from longrope.documents import Document, read_sources
 from longrope.errors import UserError
 from longrope.evaluate.methods import Result, measure_methods
 from longrope.factors import FactorTable, RopeFactors, last_row
-from longrope.lengths import as_length, format_length
+from longrope.lengths import as_length
 from longrope.model import LoadedModel, load_model
 from longrope.runs import FACTORS, RunFolder, command_line, default_run_path
-from longrope.search.evolution import Candidate, Evolution, EvolutionSettings
-from longrope.search.objective import Objective, PerplexityObjective
-from longrope.search.space import START_TOKENS, Space
-from longrope.windows import Window, fingerprint, windows_of
+from longrope.search import methods, seeds
+from longrope.search.archive import Archive
+from longrope.search.critical import LongRope2
+from longrope.search.descent import DescentSettings
+from longrope.search.evolution import EvolutionSettings
+from longrope.search.loop import Budget, Loop, OnProgress
+from longrope.search.needle import needle_windows
+from longrope.search.settings import BUDGET, SETTINGS, SearchSettings
+from longrope.search.space import LongRope, Space
+from longrope.search.tasks import Steps
+from longrope.windows import Window, default_window_count, fingerprint, spare_windows, windows_of
+from longrope.workers import open_workers, options_for
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("evolution",)
-SEEDS = ("pi", "ntk", "yarn")
-METHODS_BESIDE = ("pi", "ntk", "yarn", "yarn+su")
+METHODS_BESIDE = ("pi", "ntk", "yarn", "yarn+su", "llama3+su")
 
 
 @dataclass(frozen=True)
-class SearchSettings:
-    """What is searched and how; `check` them against a model before use."""
+class SearchWindows:
+    """Windows of a search: those that candidates are compared on, further ones for gradients, and unseen ones."""
 
-    to: int
-    """Target length in tokens."""
-    method: str = "evolution"
-    """evolution: Algorithm 1 of the paper."""
-    start_tokens: str = "search"
-    """n-hat: a number, or `search` over the paper's list."""
-    attention_factor: str = "su"
-    """m: su, yarn, none or a number."""
-    windows: int | None = None
-    """Search windows; by default 8 up to 32k, 5 below 512k, 3 from there."""
-    evaluations: int | None = None
-    """Limit of candidate evaluations; by default the method's own, 1,344 up to 256k."""
-    seed: int = 0
-
-    def check(self, original_length: int) -> None:
-        """Raise UserError when they make no sense for a model of this original length."""
-        if self.to <= original_length:
-            raise UserError(
-                "--to",
-                got=f"{self.to} tokens",
-                rule=f"the target is longer than the model's original length of {original_length}",
-                do=f"give a longer target, such as {format_length(8 * original_length)}, or --original-length",
-            )
-        if self.method not in METHODS:
-            rule = f"it is one of {', '.join(METHODS)}"
-            raise UserError("--method", got=repr(self.method), rule=rule, do="choose one of them")
-        for flag, value in (("--windows", self.windows), ("--evaluations", self.evaluations)):
-            if value is not None and value < 1:
-                raise UserError(flag, got=value, rule="it is at least 1", do="give a larger number")
-        if self.start_tokens != "search" and not (self.start_tokens.isdecimal() and int(self.start_tokens) < self.to):
-            rule = "it is a number of tokens below the target, or search"
-            raise UserError("--start-tokens", got=repr(self.start_tokens), rule=rule, do="give 0, a number or search")
-        attention_factor(self.attention_factor, self.to / original_length, original_length)
-
-    @property
-    def start_choices(self) -> tuple[int, ...]:
-        """The values of n-hat that are tried."""
-        if self.start_tokens != "search":
-            return (int(self.start_tokens),)
-        return tuple(start for start in START_TOKENS if start < self.to)
-
-
-SETTINGS = tuple(each.name for each in fields(SearchSettings) if each.name != "to")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a search is: evaluations done of how many, the iteration, the best value, candidates a second."""
-
-    done: int
-    total: int
-    iteration: int
-    best: float
-    rate: float
-
-
-OnProgress = Callable[[Progress], None]
+    search: Sequence[Window]
+    gradient: Sequence[Window] = ()
+    unseen: Sequence[Window] = ()
+    measured: Sequence[Window] = ()
+    """Whole windows of the searched documents that the result is measured on, where the objective is another one."""
 
 
 def search(
@@ -106,6 +57,7 @@ def search(
     unseen: Sequence[str] = (),
     out: str | Path | None = None,
     init: Sequence[FactorTable] = (),
+    workers: str | int | None = None,
     options: LoadOptions | None = None,
     on_progress: OnProgress | None = None,
     **keywords: Any,
@@ -113,20 +65,20 @@ def search(
     """Search rescale factors that give `model` a window of `to` tokens, on windows of `documents`.
 
     Writes a run folder `out` (by default runs/search-MODEL-LENGTH) and resumes one that is there; on a finished one it
-    returns its table. `unseen` documents are only measured, at the end. `keywords` are the fields of
-    SearchSettings and of LoadOptions, which are the command's words. Returns the table of two rows that factors.json
-    holds. Raises UserError for bad input.
+    returns its table. `unseen` documents are only measured, at the end. `init` are further seeds. `workers`: a number
+    of Ray workers on this machine, `ray` or `ray:ADDRESS` for a cluster; by default all is done in this process.
+    `keywords` are the fields of SearchSettings and of LoadOptions, which are the command's words. Returns the table of
+    two rows that factors.json holds. Raises UserError for bad input.
     """
     chosen = SearchSettings(to=as_length(to), **{name: keywords.pop(name) for name in SETTINGS if name in keywords})
-    options = load_options(options, keywords)
+    workers = None if workers is None else str(workers)
+    options = options_for(workers, load_options(options, keywords))
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     chosen.check(loaded.rope.original_length)
     searched = read_sources(documents, share="search", tokenizer=loaded.tokenizer)
     held = read_sources(unseen, share="unseen", tokenizer=loaded.tokenizer) if unseen else []
-    windows = windows_of(loaded, searched, chosen.to, chosen.windows, chosen.seed)
-    left = without(held, searched) if held else []
-    judged = windows_of(loaded, left, chosen.to, chosen.windows, chosen.seed) if left else []
-    return search_windows(loaded, chosen, windows, judged, out=out, init=init, on_progress=on_progress)
+    windows = choose_search_windows(loaded, chosen, searched, without(held, searched) if held else [])
+    return search_windows(loaded, chosen, windows, out=out, init=init, workers=workers, on_progress=on_progress)
 
 
 def without(held: Sequence[Document], searched: Sequence[Document]) -> list[Document]:
@@ -141,29 +93,62 @@ def without(held: Sequence[Document], searched: Sequence[Document]) -> list[Docu
     return left
 
 
+def choose_search_windows(
+    loaded: LoadedModel, settings: SearchSettings, searched: Sequence[Document], unseen: Sequence[Document] = ()
+) -> SearchWindows:
+    """The windows of a search, fixed by its seed. Raises UserError when the documents do not hold them."""
+    length, count, seed = settings.to, settings.windows, settings.seed
+    judged = windows_of(loaded, unseen, length, count, seed) if unseen else []
+    wanted = settings.gradient_windows if settings.method != "evolution" else 0
+    plain = windows_of(loaded, searched, length, count, seed)
+    if settings.objective == "perplexity":
+        further = spare_windows(searched, loaded.tokenizer, length=length, count=wanted, seed=seed, taken=plain)
+        return SearchWindows(plain, further, judged)
+
+    def needles(number: int, own_seed: int) -> list[Window]:
+        return needle_windows(
+            searched,
+            loaded.tokenizer,
+            length=length,
+            count=number,
+            seed=own_seed,
+            depth=settings.needle_depth,
+            digits=settings.needle_digits,
+        )
+
+    first = needles(count or default_window_count(length), seed)
+    while wanted:
+        try:
+            return SearchWindows(first, needles(wanted, seed + 1), judged, plain)
+        except UserError:  # the documents hold fewer
+            wanted //= 2
+    return SearchWindows(first, [], judged, plain)
+
+
 def search_windows(
     loaded: LoadedModel,
     settings: SearchSettings,
-    windows: Sequence[Window],
-    unseen: Sequence[Window] = (),
+    windows: SearchWindows,
     *,
     out: str | Path | None = None,
     init: Sequence[FactorTable] = (),
+    workers: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> FactorTable:
     """The search on windows already chosen; see `search`."""
     settings.check(loaded.rope.original_length)
     for table in init:
         loaded.check(table)
-    make_strategy(loaded, settings, init)  # refuses a seed that does not fit before anything is written
+    make_problem(loaded, settings, windows, init)  # refuses a seed that does not fit before anything is written
+    make_budget(settings, windows, 1).check()
     path = Path(out) if out is not None else default_run_path("search", loaded.name, settings.to)
-    config = run_config("search", loaded, settings, windows, unseen, init)
-    with RunFolder.open(path, config, budget_keys=("evaluations",)) as run:
+    config = run_config("search", loaded, settings, windows, init)
+    with RunFolder.open(path, config, budget_keys=BUDGET) as run:
         if run.finished:
             logger.info("%s is finished: its factors are in %s", path, path / FACTORS)
             return FactorTable.load(path / FACTORS)
-        table = run_search(run, loaded, settings, windows, init=init, on_progress=on_progress)
-        results = measure_result(run, loaded, table, settings.to, windows, unseen)
+        table = run_search(run, loaded, settings, windows, init=init, workers=workers, on_progress=on_progress)
+        results = measure_result(run, loaded, table, settings.to, windows)
         run.save_metrics(metrics("search", loaded, config["settings"], results))
         run.finish()
     return table
@@ -173,9 +158,10 @@ def run_search(
     run: RunFolder,
     loaded: LoadedModel,
     settings: SearchSettings,
-    windows: Sequence[Window],
+    windows: SearchWindows,
     *,
     init: Sequence[FactorTable] = (),
+    workers: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> FactorTable:
     """The search itself, in an open run folder: evaluations.jsonl while it goes on, factors.json at its end."""
@@ -184,104 +170,87 @@ def run_search(
         logger.info(note)
     if known := len(run.evaluations()):
         logger.info("resuming %s after %d evaluations", run.path, known)
-    strategy = make_strategy(loaded, settings, init)
-    own = last_row(loaded.meaning, settings.to)
-    if set(own.rescale) != {1.0} and "own" not in strategy.seeds:
-        logger.info("the checkpoint's own scaling, up to %g, is outside this search: it is no seed", max(own.rescale))
-    for row in (last_row(table, settings.to) for table in init):
-        if list(row.rescale) != sorted(row.rescale):
-            logger.info("a vector given by --init is not ascending: it is sorted, since the search keeps that order")
-    total = min(settings.evaluations or strategy.settings.evaluations, strategy.settings.evaluations)
-    with PerplexityObjective(loaded, windows) as objective:
-        best = evaluate_all(strategy, objective, run, total, on_progress)
-    if best is None:
+    problem = make_problem(loaded, settings, windows, init)
+    archive = Archive([window.scored for window in windows.search])
+    everything = [*windows.search, *windows.gradient]
+    budget = make_budget(settings, windows, len(problem.seeds))
+    with open_workers(workers, loaded, everything) as opened:
+        loop = Loop(run, archive, opened, [len(window.ids) for window in everything], budget)
+        loop.go(make_steps(problem, settings, archive), on_progress)
+    if archive.best is None:
         raise UserError(
             "search",
-            got=f"no finite perplexity from {total} candidates",
+            got=f"no finite {settings.objective} from {len(loop.known)} tasks",
             rule="at least one candidate has one",
             do="check the checkpoint with --dtype float32, or give other documents",
         )
-    value, candidate = best
-    table = make_table(loaded, settings, windows, candidate.factors, value)
+    value, found = archive.best
+    table = make_table(loaded, settings, windows, found, value)
     run.save_factors(table)
     return table
 
 
-def make_strategy(loaded: LoadedModel, settings: SearchSettings, init: Sequence[FactorTable] = ()) -> Evolution:
-    """Algorithm 1 on this model, seeded by PI, NTK, YaRN, the checkpoint's own scaling and the vectors given."""
+def make_space(loaded: LoadedModel, settings: SearchSettings) -> Space:
+    """The space of rescale vectors of a search on this model."""
     shape = loaded.rope.shape
     ratio, trained = settings.to / shape.original_length, max(loaded.trained_rescale)
-    space = Space(shape.pairs, ratio, settings.start_choices, trained)
-    chosen = attention_factor(settings.attention_factor, space.ratio, shape.original_length)
-    start = 0 if 0 in settings.start_choices else settings.start_choices[0]
-    seeds = [(name, loaded.baseline(name, settings.to)) for name in SEEDS]
-    own = last_row(loaded.meaning, settings.to)
-    if set(own.rescale) != {1.0} and space.holds(own):
-        seeds.append(("own", own))
-    for table in init:
-        row = last_row(table, settings.to)
-        space.check(row, table.model or "a vector")
-        seeds.append(("init", row))
-    fixed = {"attention_factor": chosen, "up_to": settings.to}
-    placed = [(name, row.with_values(start_tokens=_start(row, settings, start), **fixed)) for name, row in seeds]
-    rng = np.random.default_rng(settings.seed)
-    return Evolution(space, placed, EvolutionSettings.for_length(settings.to), rng)
+    if settings.space == "longrope2":
+        return LongRope2(shape, ratio, settings.start_choices, trained)
+    return LongRope(shape.pairs, ratio, settings.start_choices, trained)
 
 
-def _start(row: RopeFactors, settings: SearchSettings, default: int) -> int:
-    return row.start_tokens if row.start_tokens in settings.start_choices else default
+def make_problem(
+    loaded: LoadedModel, settings: SearchSettings, windows: SearchWindows, init: Sequence[FactorTable] = ()
+) -> methods.Problem:
+    """What is searched: the space and its seeds. Raises UserError for a seed outside the bounds."""
+    space, choices = make_space(loaded, settings), settings.start_choices
+    names = seeds.PAPER if settings.method == "evolution" else seeds.ALL
+    found = seeds.vectors(loaded, space, settings.to, names, init, np.random.default_rng((settings.seed, 2)))
+    length = loaded.rope.original_length
+    rule = settings.resolved().attention_factor or "su"
+    if settings.method == "evolution" and rule == "search":
+        rule = "su"  # where its mutations begin
+    factors = seeds.attention_factors(rule, settings.to / length, length)
+    start = 0 if 0 in choices else choices[0]
+    pool = range(len(windows.search), len(windows.search) + len(windows.gradient))
+    return methods.Problem(
+        space=space,
+        seeds=seeds.with_attention(found, factors, choices, start),
+        shape=loaded.rope.shape,
+        pool=tuple(pool) or tuple(range(len(windows.search))),
+        search_attention=settings.searches_attention,
+    )
 
 
-def evaluate_all(
-    strategy: Evolution,
-    objective: Objective,
-    run: RunFolder,
-    total: int,
-    on_progress: OnProgress | None = None,
-) -> tuple[float, Candidate] | None:
-    """Ask, evaluate, tell, until the search ends or `total` candidates are evaluated; the best of all.
+def make_steps(problem: methods.Problem, settings: SearchSettings, archive: Archive) -> Steps[None]:
+    """The search as a generator of tasks."""
+    if settings.method == "evolution":
+        sizes = EvolutionSettings.for_length(settings.to)
+        return methods.evolution(problem, sizes, archive, settings.race, settings.seed)
+    if settings.method == "gradient":
+        return methods.gradient(problem, DescentSettings(), archive, settings.seed)
+    return methods.hybrid(problem, DescentSettings(), methods.PolishSettings(), archive, settings.seed)
 
-    Resuming is replaying: the strategy is asked from the start, and candidates whose value is in evaluations.jsonl are
-    not evaluated again. So an interrupted search ends as one that never was.
-    """
-    known = {record["key"]: record["value"] for record in run.evaluations()}
-    done, fresh, best, begun = 0, 0, math.inf, time.perf_counter()
-    while not strategy.finished and done < total:
-        generation = strategy.ask()
-        results = []
-        for candidate in generation[: total - done]:
-            key = candidate.factors.key
-            if key not in known:
-                evaluation = objective(candidate.factors)
-                fresh += 1
-                run.log_evaluation(
-                    {
-                        "index": done,
-                        "iteration": candidate.iteration,
-                        "origin": candidate.origin,
-                        "key": key,
-                        "rescale": list(candidate.factors.rescale),
-                        "start_tokens": candidate.factors.start_tokens,
-                        "attention_factor": candidate.factors.attention_factor,
-                        "value": evaluation.value,
-                        "tokens": evaluation.tokens,
-                        "seconds": round(evaluation.seconds, 4),
-                    }
-                )
-                known[key] = evaluation.value if math.isfinite(evaluation.value) else None
-            value = math.nan if known[key] is None else float(known[key])
-            results.append((candidate, value))
-            done += 1
-            best = min(best, value) if math.isfinite(value) else best
-            if on_progress:
-                rate = fresh / (time.perf_counter() - begun)
-                on_progress(Progress(done, total, candidate.iteration, best, rate))
-        strategy.tell(results)
-    return strategy.best
+
+def make_budget(settings: SearchSettings, windows: SearchWindows, tried: int) -> Budget:
+    """What the search may cost and is going to cost; tried: seeds, each with each attention factor."""
+    if settings.method == "evolution":
+        expected = EvolutionSettings.for_length(settings.to).evaluations
+    else:
+        expected = methods.expected_evaluations(
+            settings.method, tried, len(settings.start_choices), len(windows.search), DescentSettings()
+        )
+    return Budget(
+        evaluation=sum(len(window.ids) for window in windows.search),
+        expected=expected,
+        evaluations=settings.evaluations,
+        token_passes=settings.token_passes,
+        hours=settings.hours,
+    )
 
 
 def make_table(
-    loaded: LoadedModel, settings: SearchSettings, windows: Sequence[Window], found: RopeFactors, value: float
+    loaded: LoadedModel, settings: SearchSettings, windows: SearchWindows, found: RopeFactors, value: float
 ) -> FactorTable:
     """Two rows: the checkpoint as it is up to its original length (all 1 where it is not scaled), and the found one."""
     rope = loaded.rope
@@ -294,27 +263,23 @@ def make_table(
         model=loaded.name,
         provenance={
             "method": settings.method,
-            "objective": "perplexity",
+            "objective": settings.objective,
+            "space": settings.space,
             "value": value,
             "seed": settings.seed,
-            "documents": fingerprint(windows),
+            "documents": fingerprint(windows.search),
             "longrope": __version__,
         },
     )
 
 
 def measure_result(
-    run: RunFolder,
-    loaded: LoadedModel,
-    table: FactorTable,
-    target: int,
-    windows: Sequence[Window],
-    unseen: Sequence[Window],
+    run: RunFolder, loaded: LoadedModel, table: FactorTable, target: int, windows: SearchWindows
 ) -> list[Result]:
-    """The table and the baselines at the target length, on the search windows and on unseen ones."""
+    """The table and the baselines at the target length in perplexity, on the searched documents and on unseen ones."""
     known = [Result.from_dict(line) for line in run.results()]
     results = []
-    for name, chosen in (("search", windows), ("unseen", unseen)):
+    for name, chosen in (("search", windows.measured or windows.search), ("unseen", windows.unseen)):
         if chosen:
             results += measure_methods(
                 loaded,
@@ -332,17 +297,21 @@ def run_config(
     command: str,
     loaded: LoadedModel,
     settings: SearchSettings,
-    windows: Sequence[Window],
-    unseen: Sequence[Window],
+    windows: SearchWindows,
     init: Sequence[FactorTable] = (),
 ) -> dict[str, Any]:
     """What config.json of a run that searches holds: everything its result depends on."""
-    chosen = {name: value for name, value in vars(settings).items() if name != "windows"}
+    chosen = settings.to_dict() | describe_options(loaded)
     return {
         "command": command,
         "longrope": __version__,
         "model": describe_model(loaded),
-        "settings": chosen | describe_options(loaded) | {"init": [row.key for table in init for row in table.rows]},
-        "documents": {"search": describe_windows(windows), "unseen": describe_windows(unseen)},
+        "settings": chosen | {"init": [row.key for table in init for row in table.rows]},
+        "documents": {
+            "search": describe_windows(windows.search),
+            "gradient": describe_windows(windows.gradient),
+            "unseen": describe_windows(windows.unseen),
+        },
+        "windows": fingerprint([*windows.search, *windows.gradient]),
         "ignored": {"command_line": command_line()},
     }

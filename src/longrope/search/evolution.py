@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longrope.factors import RopeFactors
-from longrope.search.space import Space, Vector, crossover, mutate, mutate_start
+from longrope.search.space import Space, Vector, mutate_start
 
 # A child that is already known is drawn again, this often at most; then its place stays empty.
 _DRAWS = 20
@@ -51,7 +51,8 @@ class Evolution:
     """Ask for the candidates of a generation, evaluate them in any order, tell all values, ask again.
 
     A pure function of its arguments, the generator's state and the values told: telling the same values again makes
-    the same search, which is how a run is resumed.
+    the same search, which is how a run is resumed. attention_spread: standard deviation of the logarithm of what a
+    mutation multiplies the attention factor by; 0, as in the paper, leaves it.
     """
 
     def __init__(
@@ -60,8 +61,11 @@ class Evolution:
         seeds: Sequence[tuple[str, RopeFactors]],
         settings: EvolutionSettings,
         rng: np.random.Generator,
+        *,
+        attention_spread: float = 0.0,
     ) -> None:
         self.space, self.settings, self.rng = space, settings, rng
+        self.attention_spread = attention_spread
         self.iteration = 0
         self.scored: list[tuple[float, Candidate]] = []
         self._known: set[str] = set()
@@ -129,13 +133,20 @@ class Evolution:
 
     def _mutant(self, parent: RopeFactors) -> RopeFactors:
         probability = self.settings.probability
-        rescale = mutate(self.rng, parent.vector, probability, self.space)
-        return self._child(parent, rescale, mutate_start(self.rng, parent.start_tokens, probability, self.space))
+        rescale = self.space.mutate(self.rng, parent.vector, probability)
+        child = self._child(parent, rescale, mutate_start(self.rng, parent.start_tokens, probability, self.space))
+        if self.attention_spread and self.rng.random() < probability:
+            spread = math.exp(self.attention_spread * self.rng.standard_normal())
+            child = child.with_values(attention_factor=round(parent.attention_factor * spread, 4))
+        return child
 
     def _cross(self, parents: Sequence[RopeFactors]) -> RopeFactors:
         mother, father = self._pick(parents), self._pick(parents)
-        rescale = crossover(self.rng, mother.vector, father.vector, self.space)
-        return self._child(mother, rescale, self._pick((mother, father)).start_tokens)
+        rescale = self.space.crossover(self.rng, mother.vector, father.vector)
+        child = self._child(mother, rescale, self._pick((mother, father)).start_tokens)
+        if self.attention_spread:
+            child = child.with_values(attention_factor=self._pick((mother, father)).attention_factor)
+        return child
 
     def _child(self, parent: RopeFactors, rescale: Vector, start_tokens: int) -> RopeFactors:
         return parent.with_values(rescale=tuple(rescale), start_tokens=start_tokens)

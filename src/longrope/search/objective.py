@@ -1,37 +1,22 @@
-"""What a search minimises: factors in, value out."""
+"""What a search minimises: the loss of the scored tokens of its windows, and how one worker computes it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-from longrope.evaluate.perplexity import measure
-from longrope.factors import RopeFactors
+from longrope.evaluate.perplexity import window_losses
 from longrope.model import LoadedModel
+from longrope.search.backward import loss_gradient, peak_memory
+from longrope.search.tasks import Gradient, Outcome, Task
 from longrope.windows import Window
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The value of a candidate (lower is better), the tokens its forward passes took and the seconds."""
-
-    value: float
-    tokens: int
-    seconds: float
+# A backward pass counts as two forward passes.
+_PASSES_WITH_GRADIENT = 3
 
 
-class Objective(Protocol):
-    """Anything that evaluates factors."""
-
-    def __call__(self, factors: RopeFactors) -> Evaluation:
-        """Evaluate factors."""
-        ...
-
-
-class PerplexityObjective:
-    """Token-weighted perplexity on the same windows for every candidate, so that differences are paired.
+class Evaluator:
+    """Does tasks in this process, on windows that are the same for every candidate, so that differences are paired.
 
     Carries a patch on the model for as long as it lives; `close` (or leaving it as a context) restores the model.
     """
@@ -40,19 +25,31 @@ class PerplexityObjective:
         self.loaded, self.windows = loaded, windows
         self.patch = loaded.patch()
 
-    def __call__(self, factors: RopeFactors) -> Evaluation:
-        """Perplexity under the factors; one evaluation is all windows once forward."""
+    def __call__(self, task: Task) -> Outcome:
+        """The losses of a task, and their gradient when it asks for it."""
         start = time.perf_counter()
-        self.patch.install(factors)
-        value = measure(self.loaded, self.windows).value
-        tokens = sum(len(window.ids) for window in self.windows)
-        return Evaluation(value=value, tokens=tokens, seconds=time.perf_counter() - start)
+        windows = [self.windows[index] for index in task.windows]
+        tokens = sum(len(window.ids) for window in windows)
+        if not task.gradient:
+            self.patch.install(task.factors)
+            losses = window_losses(self.loaded, windows)
+            seconds = time.perf_counter() - start
+            return Outcome(tuple(losses.tolist()), tokens, seconds, peak_bytes=peak_memory(self.loaded.device))
+        losses, rescale, attention_factor, recomputed = loss_gradient(self.loaded, self.patch, task.factors, windows)
+        return Outcome(
+            losses=tuple(losses.tolist()),
+            tokens=_PASSES_WITH_GRADIENT * tokens,
+            seconds=time.perf_counter() - start,
+            gradient=Gradient(tuple(rescale.tolist()), attention_factor),
+            recomputed=recomputed,
+            peak_bytes=peak_memory(self.loaded.device),
+        )
 
     def close(self) -> None:
         """Restore the model."""
         self.patch.undo()
 
-    def __enter__(self) -> PerplexityObjective:
+    def __enter__(self) -> Evaluator:
         return self
 
     def __exit__(self, *exception: object) -> None:

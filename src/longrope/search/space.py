@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,82 @@ START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class Space:
-    """Vectors of `pairs` rescale factors in [1, high], non-decreasing, on a grid of 0.01; and start tokens.
+class Chart:
+    """Free coordinates x (F,) of a part of a space: log lambda = matrix @ x, x non-decreasing within low and high.
+
+    Non-decreasing coordinates give non-decreasing rescale factors, so that bounds and monotony hold by construction.
+    """
+
+    matrix: Vector
+    first: int
+    low: float
+    high: float
+
+    def coordinates(self, vector: Vector) -> Vector:
+        """The nearest coordinates (F,) of rescale factors (P,)."""
+        return self.project(np.log(vector[self.first :]))
+
+    def vector(self, coordinates: Vector) -> Vector:
+        """Rescale factors (P,) of coordinates (F,)."""
+        return np.asarray(np.exp(self.matrix @ coordinates), dtype=np.float64)
+
+    def project(self, coordinates: Vector) -> Vector:
+        """The nearest (least squares) coordinates that are non-decreasing and within the bounds."""
+        return np.clip(isotonic(coordinates), np.log(self.low), np.log(self.high))
+
+
+def isotonic(values: Vector) -> Vector:
+    """The nearest non-decreasing sequence in least squares: neighbours that fall are pooled (Barlow et al. 1972)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((float(value), 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (left, many), (right, few) = pools[-2:]
+            pools[-2:] = [((left * many + right * few) / (many + few), many + few)]
+    return np.repeat([mean for mean, _ in pools], [size for _, size in pools])
+
+
+class Space(Protocol):
+    """Where rescale vectors are searched: LongRoPE's space, or LongRoPE2's.
+
+    pairs: P. start_tokens: values of n-hat that are tried. high: the largest rescale factor.
+    """
+
+    @property
+    def pairs(self) -> int: ...  # noqa: D102
+    @property
+    def start_tokens(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def high(self) -> float: ...  # noqa: D102
+
+    def repair(self, vector: Vector) -> Vector:
+        """The nearest member on the grid; a member is unchanged."""
+        ...
+
+    def holds(self, factors: RopeFactors) -> bool:
+        """Whether a vector has the right length and lies within the bounds, up to rounding."""
+        ...
+
+    def mutate(self, rng: np.random.Generator, vector: Vector, probability: float) -> Vector:
+        """A member in which each free factor was drawn anew with `probability`."""
+        ...
+
+    def crossover(self, rng: np.random.Generator, mother: Vector, father: Vector) -> Vector:
+        """A member that has each free factor from either parent."""
+        ...
+
+    def chart(self, vector: Vector) -> Chart:
+        """Coordinates in which a gradient moves on from a member."""
+        ...
+
+    def openings(self, rng: np.random.Generator) -> list[tuple[str, Vector]]:
+        """Vectors of the space's own to start from, beside the baselines, with their names."""
+        ...
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Vectors of `pairs` rescale factors in [1, high], non-decreasing, on a grid of `step`; and start tokens.
 
     high = max(1.25 s, 1 + s), so that the paper's bound and that of its authors' code both fit; times `trained`, the
     largest factor that the weights were trained with, 1 for an unscaled checkpoint.
@@ -29,6 +104,7 @@ class Space:
     ratio: float
     start_tokens: tuple[int, ...] = START_TOKENS
     trained: float = 1.0
+    step: float = STEP
 
     @property
     def high(self) -> float:
@@ -37,43 +113,64 @@ class Space:
 
     def repair(self, vector: Vector) -> Vector:
         """The vector sorted, rounded to the grid and clipped: always a member, and a member is unchanged."""
-        rounded = np.round(np.sort(vector) / STEP) * STEP
-        return np.asarray(np.round(np.clip(rounded, 1.0, self.high), 2), dtype=np.float64)
+        return on_grid(np.clip(np.sort(vector), 1.0, self.high), self.step)
 
     def holds(self, factors: RopeFactors) -> bool:
         """Whether a vector has the right length and lies within the bounds, up to rounding."""
         fits = len(factors.rescale) == self.pairs
         return fits and min(factors.rescale) >= 1 and max(factors.rescale) <= self.high + STEP / 2
 
-    def check(self, factors: RopeFactors, name: str) -> None:
-        """Raise UserError when a vector given as a seed lies outside the bounds."""
-        if not self.holds(factors):
-            low, high = min(factors.rescale), max(factors.rescale)
-            raise UserError(
-                "--init",
-                got=f"{name} with {len(factors.rescale)} rescale factors from {low:g} to {high:g}",
-                rule=f"a seed has {self.pairs} of them within 1 and {self.high:g}",
-                do="give factors of this model for a ratio of at most this search's",
-            )
+    def mutate(self, rng: np.random.Generator, vector: Vector, probability: float) -> Vector:
+        """Each factor, with `probability`, drawn anew between its (already mutated) left and its right neighbour.
+
+        Local, monotone by construction and over after one pass; the paper leaves the law open, this is its authors'
+        code without its repetitions.
+        """
+        return self.repair(mutate_between(rng, vector, probability, 0, 1.0, self.high))
+
+    def crossover(self, rng: np.random.Generator, mother: Vector, father: Vector) -> Vector:
+        """Each factor from either parent with equal chance, then repaired."""
+        return self.repair(np.where(rng.random(self.pairs) < 0.5, mother, father))
+
+    def chart(self, vector: Vector) -> Chart:
+        """Every log factor is a coordinate of its own."""
+        return Chart(np.eye(self.pairs), 0, 1.0, self.high)
+
+    def openings(self, rng: np.random.Generator) -> list[tuple[str, Vector]]:
+        """None: the paper starts from the baselines."""
+        return []
 
 
-def mutate(rng: np.random.Generator, vector: Vector, probability: float, space: Space) -> Vector:
-    """Each factor, with `probability`, drawn anew between its (already mutated) left and its right neighbour.
+def on_grid(vector: Vector, step: float) -> Vector:
+    """Rounded to multiples of step, to the last digit as JSON would have them."""
+    return np.asarray(np.round(np.round(vector / step) * step, 6), dtype=np.float64)
 
-    Local, monotone by construction and over after one pass; the paper leaves the law open, this is its authors' code
-    without its repetitions.
+
+def mutate_between(
+    rng: np.random.Generator, vector: Vector, probability: float, first: int, low: float, high: float
+) -> Vector:
+    """Each factor from `first` on, with `probability`, drawn anew between its mutated left and its right neighbour.
+
+    low and high bound the first and the last.
     """
     mutant = vector.copy()
-    for index in np.flatnonzero(rng.random(space.pairs) < probability):
-        low = mutant[index - 1] if index else 1.0
-        high = mutant[index + 1] if index + 1 < space.pairs else space.high
-        mutant[index] = rng.uniform(low, high)
-    return space.repair(mutant)
+    for index in first + np.flatnonzero(rng.random(len(vector) - first) < probability):
+        left = mutant[index - 1] if index > first else low
+        right = mutant[index + 1] if index + 1 < len(vector) else high
+        mutant[index] = rng.uniform(left, max(left, right))
+    return mutant
 
 
-def crossover(rng: np.random.Generator, mother: Vector, father: Vector, space: Space) -> Vector:
-    """Each factor from either parent with equal chance, then repaired."""
-    return space.repair(np.where(rng.random(space.pairs) < 0.5, mother, father))
+def check_seed(space: Space, factors: RopeFactors, name: str) -> None:
+    """Raise UserError when a vector given as a seed lies outside the bounds."""
+    if not space.holds(factors):
+        low, high = min(factors.rescale), max(factors.rescale)
+        raise UserError(
+            "--init",
+            got=f"{name} with {len(factors.rescale)} rescale factors from {low:g} to {high:g}",
+            rule=f"a seed has {space.pairs} of them within 1 and {space.high:g}",
+            do="give factors of this model for a ratio of at most this search's",
+        )
 
 
 def mutate_start(rng: np.random.Generator, start: int, probability: float, space: Space) -> int:

@@ -1,0 +1,142 @@
+"""`longrope search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longrope.cli_options import (
+    Attention,
+    Device,
+    Documents,
+    Dtype,
+    Json,
+    Model,
+    OriginalLength,
+    Out,
+    Precision,
+    Quiet,
+    Seed,
+    Threads,
+    Trust,
+    Verbose,
+    Windows,
+    begin,
+    options_of,
+    read_table,
+)
+from longrope.errors import UserError
+from longrope.lengths import parse_length
+
+
+def search(
+    model: Model,
+    to: Annotated[str, typer.Option("--to", metavar="N", help="Target length, such as 32k.")],
+    documents: Documents,
+    unseen: Annotated[list[str] | None, typer.Option(metavar="D", help="Documents that are only measured.")] = None,
+    out: Out = None,
+    method: Annotated[
+        str, typer.Option(help="hybrid (seeds, gradient, short evolution), gradient, or evolution: Algorithm 1.")
+    ] = "hybrid",
+    objective: Annotated[str, typer.Option(help="perplexity, or needle: the answer to a needle's question.")] = (
+        "perplexity"
+    ),
+    space: Annotated[
+        str, typer.Option(help="longrope, or longrope2: from the real critical dimension on, NTK below.")
+    ] = "longrope",
+    start_tokens: Annotated[
+        str | None, typer.Option(metavar="N|search", help="Start tokens; search in evolution, else 0.")
+    ] = None,
+    attention_factor: Annotated[
+        str | None, typer.Option(metavar="RULE", help="su, yarn, none, a number, search; su in evolution, else search.")
+    ] = None,
+    needle_depth: Annotated[
+        str, typer.Option(metavar="DEPTH", help="Of the needle: spread, or start as in LongRoPE2.")
+    ] = "spread",
+    needle_digits: Annotated[int, typer.Option(metavar="N", help="Of the needle's number.")] = 7,
+    race: Annotated[bool, typer.Option("--race", help="In evolution: drop children that cannot become parents.")] = (
+        False
+    ),
+    init: Annotated[list[Path] | None, typer.Option(metavar="FACTORS", help="One more seed. Repeatable.")] = None,
+    factors: Annotated[
+        str | None, typer.Option(metavar="none", help="none: ignore the factors.json beside the weights.")
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(min=1, help="At most so many evaluations of all search windows.")
+    ] = None,
+    token_passes: Annotated[
+        str | None, typer.Option(metavar="N", help="At most so many token-passes, such as 4m (k = 1024).")
+    ] = None,
+    hours: Annotated[float | None, typer.Option(metavar="H", help="At most so many hours.")] = None,
+    workers: Annotated[
+        str | None, typer.Option(metavar="N|ray[:ADDRESS]", help="Ray workers on this machine, or on a cluster.")
+    ] = None,
+    windows: Windows = None,
+    gradient_windows: Annotated[
+        int, typer.Option(min=0, help="Further windows that gradients are taken on; 0: the search windows.")
+    ] = 64,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    threads: Threads = None,
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search rescale factors for one target length. The same command resumes; a larger budget continues."""
+    begin(verbose, quiet)
+    target = parse_length(to)
+    if factors not in (None, "none"):
+        raise UserError("--factors", got=repr(factors), rule="a search takes only none here", do="give it as --init")
+    seeds = [read_table(path) for path in init or []]
+    from longrope.console import err, factors_table, print_json, results_table, resume_with, search_progress
+    from longrope.files import read_object
+    from longrope.runs import METRICS, default_run_path
+    from longrope.search.driver import search as run_search
+
+    options = options_of(
+        device, dtype, attention, original_length, trust, rope_precision, threads, own_factors=factors is None
+    )
+    path = out or default_run_path("search", model, target)
+    resume_with()
+    with search_progress(quiet) as on_progress:
+        table = run_search(
+            model,
+            to=target,
+            documents=documents,
+            unseen=unseen or [],
+            out=path,
+            init=seeds,
+            workers=workers,
+            options=options,
+            on_progress=on_progress,
+            method=method,
+            objective=objective,
+            space=space,
+            start_tokens=start_tokens,
+            attention_factor=attention_factor,
+            needle_depth=needle_depth,
+            needle_digits=needle_digits,
+            race=race,
+            evaluations=evaluations,
+            token_passes=None if token_passes is None else parse_length(token_passes),
+            hours=hours,
+            windows=windows,
+            gradient_windows=gradient_windows,
+            seed=seed,
+        )
+    measured = read_object(path / METRICS, "measurements of the run")
+    if as_json:
+        print_json(measured)
+        return
+    err.print(factors_table(table))
+    for name in ("search", "unseen"):
+        if chosen := [result for result in measured["results"] if result["windows"] == name]:
+            err.print(results_table(chosen, title=f"perplexity, {name} windows"))
+    err.print(f"factors: {path / 'factors.json'}", soft_wrap=True)

@@ -1,0 +1,91 @@
+"""What is known of candidates so far: the loss of each on each search window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longrope.factors import RopeFactors
+from longrope.search.tasks import Outcome, Task
+
+Losses = NDArray[np.float64]
+
+
+class Archive:
+    """Losses of candidates on the search windows, of which there are len(counts); further windows are not kept.
+
+    counts: scored tokens of each search window. A candidate's value is its token-weighted perplexity on all of them.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self._losses: dict[str, Losses] = {}
+        self._factors: dict[str, RopeFactors] = {}
+        self._best: tuple[float, RopeFactors] | None = None
+
+    @property
+    def everything(self) -> tuple[int, ...]:
+        """Indices of all search windows."""
+        return tuple(range(len(self.counts)))
+
+    @property
+    def best(self) -> tuple[float, RopeFactors] | None:
+        """The lowest value and its candidate; of equals the first to be complete."""
+        return self._best
+
+    def add(self, task: Task, outcome: Outcome, *, may_win: bool = True) -> float | None:
+        """Take in an outcome; the candidate's value when that completes it. Gradients say nothing of candidates.
+
+        may_win: whether the candidate may become the best, and is among the complete ones.
+        """
+        if task.gradient:
+            return None
+        key, value = task.factors.key, self.with_outcome(task, outcome)
+        if self.value(task.factors) is not None:
+            return None
+        known = self._losses.setdefault(key, np.full(len(self.counts), np.nan))
+        for window, loss in zip(task.windows, outcome.losses, strict=True):
+            if window < len(known):
+                known[window] = loss if math.isfinite(loss) else math.inf
+        if value is None:
+            return None
+        if not may_win:
+            return value
+        self._factors[key] = task.factors
+        if math.isfinite(value) and (self._best is None or value < self._best[0]):
+            self._best = value, task.factors
+        return value
+
+    def with_outcome(self, task: Task, outcome: Outcome) -> float | None:
+        """The candidate's value if the outcome were added and completed it, else None; nothing is kept."""
+        if task.gradient or self.value(task.factors) is not None:
+            return None
+        losses = self.losses(task.factors).copy()
+        for window, loss in zip(task.windows, outcome.losses, strict=True):
+            if window < len(losses):
+                losses[window] = loss if math.isfinite(loss) else math.inf
+        return self._perplexity(losses)
+
+    def losses(self, factors: RopeFactors) -> Losses:
+        """Loss (N,) of a candidate on each window in nats, NaN where it was not tried, infinite where it failed."""
+        return self._losses.get(factors.key, np.full(len(self.counts), np.nan))
+
+    def value(self, factors: RopeFactors) -> float | None:
+        """Perplexity of a candidate on all search windows, infinite when it failed; None while it is incomplete."""
+        return self._perplexity(self.losses(factors))
+
+    def _perplexity(self, losses: Losses) -> float | None:
+        if np.isnan(losses).any():
+            return None
+        mean = float(losses.sum() / self.counts.sum())
+        return math.exp(mean) if mean < 700 else math.inf
+
+    def complete(self) -> Iterator[tuple[float, RopeFactors]]:
+        """All candidates with a finite value, in the order in which they came."""
+        for factors in self._factors.values():
+            value = self.value(factors)
+            if value is not None and math.isfinite(value):
+                yield value, factors

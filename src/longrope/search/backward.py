@@ -1,0 +1,165 @@
+"""The loss of windows and its gradient by rescale and attention factors, in memory near that of a forward pass."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longrope.evaluate.perplexity import run_if_it_fits, window_too_long
+from longrope.factors import RopeFactors
+from longrope.model import LoadedModel
+from longrope.patch import Patch
+from longrope.windows import Window
+
+logger = logging.getLogger(__name__)
+
+_NO_TARGET = -100
+# Of the memory that is free, what the activations of a window may take before they are computed twice instead.
+_SHARE_OF_MEMORY = 0.4
+_PROBE = 64  # tokens
+
+
+def loss_gradient(
+    loaded: LoadedModel, patch: Patch, factors: RopeFactors, windows: Sequence[Window]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float, int]:
+    """Loss in nats of each window (N,), the gradient of their sum by rescale (P,) and by attention factor, and tokens.
+
+    The tokens are those of forward passes made twice, because their activations did not fit into memory. Windows run
+    one by one. Raises UserError, with a length that would fit, when one does not fit even so.
+    """
+    losses = []
+    rescale, attention_factor, recomputed = np.zeros(len(factors.rescale)), 0.0, 0
+    for window in windows:
+        again = _needs_checkpoints(loaded, patch, factors, window)
+        found = None
+        if not again:
+            found = run_if_it_fits(lambda ids, w=window: _one(loaded, patch, factors, ids, w, False), _ids(window))  # type: ignore[misc]
+            again = found is None
+        if found is None:
+            loaded.checkpoint_from = min(loaded.checkpoint_from or len(window.ids), len(window.ids))
+            found = run_if_it_fits(lambda ids, w=window: _one(loaded, patch, factors, ids, w, True), _ids(window))  # type: ignore[misc]
+        if found is None:
+            raise window_too_long(lambda ids: _one(loaded, patch, factors, ids, None, True), _ids(window))
+        losses.append(found[0])
+        rescale += found[1]
+        attention_factor += found[2]
+        recomputed += len(window.ids) if again else 0
+    return np.array(losses), rescale, attention_factor, recomputed
+
+
+def _ids(window: Window) -> Tensor:
+    return torch.from_numpy(window.ids)[None]
+
+
+def _one(
+    loaded: LoadedModel, patch: Patch, factors: RopeFactors, ids: Tensor, window: Window | None, again: bool
+) -> tuple[float, NDArray[np.float64], float]:
+    """Loss and gradient of one window; `again` computes activations of each layer a second time."""
+    scored_from = window.scored_from if window else 1
+    ids = ids.to(loaded.device)
+    rescale = torch.tensor(factors.rescale, dtype=patch.precision, device=ids.device, requires_grad=True)
+    scale = torch.tensor(factors.attention_factor, dtype=patch.precision, device=ids.device, requires_grad=True)
+    patch.install_tensors(factors, rescale, scale)
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NO_TARGET)
+    targets[:, : scored_from - 1] = _NO_TARGET
+    total = 0.0
+    try:
+        with torch.enable_grad(), loaded.autocast(), _checkpointed(loaded) if again else nullcontext():
+            outputs = loaded.decoder(input_ids=ids, use_cache=False)
+            hidden: Tensor = outputs.last_hidden_state
+            by_hidden = torch.empty_like(hidden)
+            for start, piece, logits in loaded.tail(outputs, ids):
+                end = start + piece.shape[1]
+                wanted = targets[:, start:end].flatten().to(logits.device)
+                loss = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1).float(), wanted, ignore_index=_NO_TARGET, reduction="sum"
+                )
+                total += float(loss.detach().double())
+                # The chunk's logits are done with here, so that those of two chunks are never in memory.
+                by_hidden[:, start:end] = torch.autograd.grad(loss, piece)[0]
+                del loss, logits
+            by_rescale, by_scale = torch.autograd.grad(hidden, (rescale, scale), by_hidden)
+    finally:
+        patch.install(factors)  # lets go of the graph
+    return total, by_rescale.double().cpu().numpy(), float(by_scale)
+
+
+@contextmanager
+def _checkpointed(loaded: LoadedModel) -> Iterator[None]:
+    """Activation checkpointing of every decoder layer: only its input is kept, the rest is computed again."""
+    restore: list[Callable[[], None]] = []
+    for layer in decoder_layers(loaded.decoder):
+        own = vars(layer).get("forward")  # accelerate puts one beside that of the class
+        vars(layer)["forward"] = _twice(layer.forward)
+        restore.append(lambda layer=layer, own=own: _put_back(layer, own))  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        for put_back in restore:
+            put_back()
+
+
+def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
+
+
+def _put_back(layer: nn.Module, own: Callable[..., Any] | None) -> None:
+    del vars(layer)["forward"]
+    if own is not None:
+        vars(layer)["forward"] = own
+
+
+def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder: its longest list of modules, the first of equals."""
+    lists = [list(each) for each in decoder.modules() if isinstance(each, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def _needs_checkpoints(loaded: LoadedModel, patch: Patch, factors: RopeFactors, window: Window) -> bool:
+    """Whether the activations of a window would take too much of the free memory, by those of a few tokens."""
+    if loaded.checkpoint_from is None:
+        ids = _ids(window)[:, :_PROBE]
+        kept = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += 0 if isinstance(tensor, nn.Parameter) else tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _one(loaded, patch, factors, ids, None, False)
+        loaded.checkpoint_from = max(
+            1, int(_SHARE_OF_MEMORY * free_memory(loaded.device) * ids.shape[1] / max(1, kept))
+        )
+        logger.debug("activations of windows from %d tokens on are computed twice", loaded.checkpoint_from)
+    return len(window.ids) >= loaded.checkpoint_from
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process had in use so far: of torch's on CUDA, else its whole resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,174 @@
+"""Gradient descent on the rescale vector and the attention factor, through the frozen model.
+
+The loss is smooth in every factor, but on very different scales: a pair of period T turns by 2 pi L / T radians over
+the original length L, and its factor matters on the scale on which that angle changes by about one radian. So each
+step is bounded in radians: no pair may turn by more than `radians` further or less at a distance of L.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from longrope.baselines import RopeShape
+from longrope.factors import RopeFactors
+from longrope.search.archive import Archive
+from longrope.search.space import Chart, Space, Vector, on_grid
+from longrope.search.tasks import Gradient, Proposal, Steps, Task
+
+# Rounding may cost this share of the loss; if it costs more, a finer grid is tried.
+_ROUNDING = 1e-4
+_FINER = (1e-3, 1e-4)
+
+
+@dataclass(frozen=True)
+class DescentSettings:
+    """Sizes of a descent; the defaults suit all models and ratios that were tried."""
+
+    steps: int = 48
+    radians: float = 2.0
+    """The most a step turns a pair further or less, at a distance of the original length."""
+    log_step: float = 0.1
+    """The most a step changes the logarithm of a rescale factor."""
+    attention_step: float = 0.02
+    """The most a step changes the logarithm of the attention factor; 0 leaves it."""
+    check_every: int = 8
+    """Steps between evaluations of the rounded vector on all search windows."""
+    patience: int = 3
+    """Checks without a gain of `tolerance` after which it ends."""
+    tolerance: float = 5e-4
+    """Share of the loss that counts as a gain."""
+
+    def passes(self, windows: int) -> float:
+        """What a whole descent costs, in evaluations of all windows."""
+        return self.steps * 3 * batch_size(windows) / windows + self.steps // self.check_every + 4
+
+
+def batch_size(windows: int) -> int:
+    """Windows of one step: a quarter of the search windows."""
+    return max(1, windows // 4)
+
+
+@dataclass
+class Adam:
+    """Adam (arXiv 1412.6980) without its learning rate: `direction` gives steps of about 1 in every coordinate."""
+
+    size: int
+    betas: tuple[float, float] = (0.8, 0.95)
+    count: int = 0
+    mean: Vector = field(default_factory=lambda: np.zeros(0))
+    square: Vector = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        self.mean, self.square = np.zeros(self.size), np.zeros(self.size)
+
+    def direction(self, gradient: Vector) -> Vector:
+        """The step to be subtracted, (size,)."""
+        first, second = self.betas
+        self.count += 1
+        self.mean = first * self.mean + (1 - first) * gradient
+        self.square = second * self.square + (1 - second) * gradient**2
+        mean, square = self.mean / (1 - first**self.count), self.square / (1 - second**self.count)
+        return np.asarray(mean / (np.sqrt(square) + 1e-12), dtype=np.float64)
+
+
+def step_sizes(chart: Chart, vector: Vector, shape: RopeShape, settings: DescentSettings) -> Vector:
+    """The largest step of each coordinate (F,): no pair turns by more than the radians allowed at a distance of L."""
+    turns = 2 * math.pi * shape.original_length / (shape.periods * vector)
+    reach = (np.abs(chart.matrix) * turns[:, None]).max(0)
+    return np.asarray(np.minimum(settings.log_step, settings.radians / np.maximum(reach, 1e-12)))
+
+
+def descend(
+    start: RopeFactors,
+    space: Space,
+    shape: RopeShape,
+    archive: Archive,
+    pool: Sequence[int],
+    settings: DescentSettings,
+    rng: np.random.Generator,
+    *,
+    origin: str = "descent",
+) -> Steps[None]:
+    """Descend from some factors; the vectors that count are evaluated on all search windows and in the archive.
+
+    pool: windows that gradients are taken on, in batches of `batch_size` search windows, each window once before any
+    comes again.
+    """
+    chart = space.chart(start.vector)
+    x, m = chart.coordinates(np.maximum(start.vector, 1.0)), math.log(start.attention_factor)
+    by_x, by_m = Adam(len(x)), Adam(1)
+    size, waiting = min(batch_size(len(archive.counts)), len(pool)), list[int]()
+    best, stale, path = math.inf, 0, list[Vector]()
+
+    def at(coordinates: Vector, log_factor: float) -> RopeFactors:
+        vector = chart.vector(coordinates)
+        return start.with_values(rescale=tuple(vector.tolist()), attention_factor=math.exp(log_factor))
+
+    for step in range(settings.steps):
+        if len(waiting) < size:
+            waiting = [int(index) for index in rng.permutation(len(pool))]
+        batch = tuple(sorted(pool[waiting.pop()] for _ in range(size)))
+        here = at(x, m)
+        (outcome,) = yield [Proposal(Task(here, batch, gradient=True), origin, step)]
+        gradient = outcome.gradient
+        if gradient is None or not _finite(gradient):
+            break
+        fade = min(1.0, 2 * (1 - step / settings.steps))
+        sizes = step_sizes(chart, here.vector, shape, settings)
+        by_log = chart.matrix.T @ (np.array(gradient.rescale) * here.vector)
+        x = chart.project(x - fade * sizes * by_x.direction(by_log))
+        if settings.attention_step:
+            by_log_m = np.array([gradient.attention_factor * here.attention_factor])
+            m -= fade * settings.attention_step * float(by_m.direction(by_log_m)[0])
+        path.append(np.append(x, m))
+        if (step + 1) % settings.check_every == 0:
+            value = yield from evaluate(rounded(at(x, m), space), archive, f"{origin} check", step)
+            gained = math.isfinite(value) and math.log(value) < best * (1 - settings.tolerance)
+            best, stale = (math.log(value), 0) if gained else (best, stale + 1)
+            if stale == settings.patience:
+                break
+    if not path:
+        return
+    mean = np.mean(path[-max(1, settings.steps // 3) :], axis=0)
+    candidates = [at(x, m), at(mean[:-1], float(mean[-1]))]
+    values = []
+    for factors in candidates:
+        values.append((yield from evaluate(rounded(factors, space), archive, f"{origin} end", settings.steps)))
+    exact = candidates[0 if values[0] <= values[1] else 1]
+    yield from refine(exact, space, archive, origin, settings.steps)
+
+
+def refine(exact: RopeFactors, space: Space, archive: Archive, origin: str, iteration: int) -> Steps[None]:
+    """Check that rounding to the grid makes factors no worse, and try finer grids when it does."""
+    yield [Proposal(Task(exact, archive.everything), f"{origin} unrounded", iteration, may_win=False)]
+    unrounded = archive.value(exact)
+    if unrounded is None or not math.isfinite(unrounded):
+        return
+    value = archive.value(rounded(exact, space))
+    for step in _FINER:
+        if value is not None and math.log(value) <= math.log(unrounded) * (1 + _ROUNDING):
+            return
+        finer = exact.with_values(rescale=tuple(on_grid(exact.vector, step).tolist()))
+        value = yield from evaluate(finer, archive, f"{origin} finer", iteration)
+
+
+def rounded(factors: RopeFactors, space: Space) -> RopeFactors:
+    """Factors on the grid of a space, the attention factor to four digits."""
+    vector = space.repair(factors.vector)
+    return factors.with_values(rescale=tuple(vector.tolist()), attention_factor=round(factors.attention_factor, 4))
+
+
+def evaluate(factors: RopeFactors, archive: Archive, origin: str, iteration: int) -> Steps[float]:
+    """The value of factors on all search windows, infinite when they fail."""
+    if archive.value(factors) is None:
+        yield [Proposal(Task(factors, archive.everything), origin, iteration)]
+    value = archive.value(factors)
+    return math.inf if value is None else value
+
+
+def _finite(gradient: Gradient) -> bool:
+    return bool(np.isfinite([*gradient.rescale, gradient.attention_factor]).all())

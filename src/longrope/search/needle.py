@@ -1,0 +1,120 @@
+"""Windows of the needle objective: a number told in a real document, of which only the recall at the end is scored.
+
+The needle-driven perplexity of LongRoPE2 (arXiv 2502.20082): most tokens of a text can be foretold from those just
+before them, and say little about far positions; the number cannot. The wording is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from longrope.documents import Document
+from longrope.errors import UserError
+from longrope.windows import Window, choose_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Depth = Literal["start", "spread"]
+DEPTHS: tuple[Depth, ...] = get_args(Depth)
+
+INTRO = "In the text below a magic number is given for a name. Remember both: you will be asked for it at the end.\n"
+NEEDLE = "\nFor {key} the magic number is {number}. Remember it.\n"
+QUESTION = "\nWhat is the magic number for {key}? For {key} the magic number is"
+DIGITS = 7
+_INTRO_FROM = 1024  # tokens; a shorter window has better use for its space
+_FIRST = "amber bold calm distant early gentle hollow idle jolly keen lonely mellow narrow patient quiet rusty".split()
+_SECOND = "anchor bridge candle dolphin engine forest garden hammer island jacket kettle ladder mirror needle".split()
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Token ids of a prompt without its document."""
+
+    head: list[int]  # BOS and the introduction
+    needle: list[int]
+    question: list[int]
+    answer: list[int]
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + len(self.needle) + len(self.question) + len(self.answer)
+
+
+def needle_windows(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    depth: Depth,
+    digits: int = DIGITS,
+) -> list[Window]:
+    """`count` windows of exactly `length` tokens: BOS, introduction, document with a needle, question, answer.
+
+    Only the tokens of the answer, a number of `digits` digits, are scored. The seed fixes keys and numbers, and the
+    documents' spans by the rules of `choose_windows`. depth: "start" puts the needle before the document, as LongRoPE2
+    does; "spread" puts that of window k at (k + 1/2) / count of the document. `Window.start` is where the span of the
+    document begins. Raises UserError when the prompt does not fit, or the documents do not suffice.
+    """
+    if depth not in DEPTHS:
+        rule = f"it is one of {', '.join(DEPTHS)}"
+        raise UserError("--needle-depth", got=repr(depth), rule=rule, do="choose one of them")
+    pieces = _prompts(tokenizer, length, count, seed, digits)
+    fixed = max((each.size for each in pieces), default=0)
+    if length < fixed + 2:
+        raise UserError(
+            "--objective",
+            got=f"a window of {length} tokens",
+            rule=f"the needle's prompt without a document takes {fixed}",
+            do=f"search at {fixed + 2} tokens or more, or with the perplexity objective",
+        )
+    bos = tokenizer.bos_token_id is not None
+    # Every span as long as the longest needed: prompts differ by a few tokens.
+    longest = length - min((each.size for each in pieces), default=0)
+    try:
+        spans = choose_windows(documents, tokenizer, length=longest + bos, count=count, seed=seed)
+    except UserError as error:
+        rule = f"{error.rule} (a needle's prompt takes the rest of {length})"
+        raise UserError(error.what, got=error.got, rule=rule, do=error.do) from None
+    windows = []
+    for index, (span, prompt) in enumerate(zip(spans, pieces, strict=True)):
+        text = span.ids[bos:][: length - prompt.size].tolist()
+        cut = 0 if depth == "start" else int((index + 0.5) / count * len(text))
+        ids = prompt.head + text[:cut] + prompt.needle + text[cut:] + prompt.question + prompt.answer
+        scored_from = length - len(prompt.answer)
+        windows.append(Window(span.document, span.sha256, span.start, np.array(ids, dtype=np.int64), scored_from))
+    return windows
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, digits: int) -> list[_Pieces]:
+    """The pieces of each window's prompt."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    rng = np.random.default_rng(seed)
+    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    head += ids(INTRO) if length >= _INTRO_FROM else []
+    prompts = []
+    for _ in range(count):
+        key = f"{_FIRST[rng.integers(len(_FIRST))]}-{_SECOND[rng.integers(len(_SECOND))]}"
+        number = int(rng.integers(10 ** (digits - 1), 10**digits))
+        asked = QUESTION.format(key=key)
+        whole = ids(f"{asked} {number}")
+        # The space is scored only where it is one token with the number, or the tokenizer joins even more than that.
+        known = max(_shared(ids(text), whole) for text in (asked, f"{asked} "))
+        prompts.append(_Pieces(head, ids(NEEDLE.format(key=key, number=number)), whole[:known], whole[known:]))
+        assert prompts[-1].answer, "a text with a number has more tokens than without it"
+    return prompts
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

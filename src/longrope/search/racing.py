@@ -1,0 +1,135 @@
+"""Candidates raced window by window: what cannot win is dropped before all windows are paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longrope.factors import RopeFactors
+from longrope.search.archive import Archive, Losses
+from longrope.search.evolution import Candidate, Evolution
+from longrope.search.tasks import Proposal, Steps, Task
+
+
+@dataclass(frozen=True)
+class RaceSettings:
+    """How much a candidate may lag behind its rival before it is dropped, in standard errors of their difference."""
+
+    errors: float = 1.0
+
+
+def whole(candidates: Sequence[Candidate], archive: Archive) -> Steps[list[float]]:
+    """Values of candidates, each on all search windows at once."""
+    tasks = [Task(candidate.factors, archive.everything) for candidate in candidates]
+    yield [Proposal(task, each.origin, each.iteration) for task, each in zip(tasks, candidates, strict=True)]
+    return [_value(archive, candidate) for candidate in candidates]
+
+
+def _value(archive: Archive, candidate: Candidate) -> float:
+    value = archive.value(candidate.factors)
+    return float("nan") if value is None else value
+
+
+def race_to_be_best(candidates: Sequence[Candidate], archive: Archive, keep: int = 1) -> Steps[None]:
+    """Find the best `keep` of some candidates, exactly as if all were evaluated on all windows.
+
+    One window of each comes first, and the best by it run to their end. From then on a candidate is dropped as soon as
+    its loss so far exceeds the whole loss of the keep-th best complete one: losses are not negative, so that it could
+    not become better.
+    """
+    first, *rest = archive.everything
+    yield [Proposal(Task(each.factors, (first,)), each.origin, each.iteration) for each in candidates]
+    ordered = sorted(candidates, key=lambda each: archive.losses(each.factors)[first])
+    if rest:
+        yield [Proposal(Task(each.factors, tuple(rest)), each.origin, each.iteration) for each in ordered[:keep]]
+    alive = ordered[keep:]
+    for window in rest:
+        totals = sorted(archive.losses(each.factors).sum() for each in candidates if _complete(archive, each.factors))
+        bound = totals[keep - 1] if len(totals) >= keep else np.inf
+        alive = [each for each in alive if np.nansum(archive.losses(each.factors)) < bound]
+        if not alive:
+            return
+        yield [Proposal(Task(each.factors, (window,)), each.origin, each.iteration) for each in alive]
+
+
+def _complete(archive: Archive, factors: RopeFactors) -> bool:
+    return not np.isnan(archive.losses(factors)).any()
+
+
+def race_to_beat(candidates: Sequence[Candidate], archive: Archive) -> Steps[None]:
+    """Candidates against the best so far, window by window; one that lags behind it, by more than chance, is dropped.
+
+    The spread is that of the candidates' differences on the windows that were run. Nothing is dropped after the first
+    window, from which no spread can be told.
+    """
+    assert archive.best is not None, "a race needs somebody to beat"
+    rival = archive.losses(archive.best[1])
+    alive = list(candidates)
+    for window in archive.everything:
+        yield [Proposal(Task(each.factors, (window,)), each.origin, each.iteration) for each in alive]
+        alive = [each for each in alive if not _lags(archive, archive.losses(each.factors), rival)]
+        if not alive:
+            return
+
+
+def _lags(archive: Archive, losses: Losses, rival: Losses) -> bool:
+    seen = np.flatnonzero(~np.isnan(losses))
+    if len(seen) < 2:
+        return False
+    differences = (losses[seen] - rival[seen]) / archive.counts[seen]
+    error = np.std(differences, ddof=1) * np.sqrt(1 / len(seen) - 1 / len(losses))
+    return bool(np.mean(differences) > error)
+
+
+def race_to_be_parent(
+    candidates: Sequence[Candidate], archive: Archive, evolution: Evolution, settings: RaceSettings
+) -> Steps[list[float]]:
+    """Values of a generation's candidates, NaN for those that were dropped because they cannot become parents.
+
+    The rival is the last parent. After each window, taken in an order drawn anew, a candidate is dropped when its mean
+    loss is above the rival's, on the same windows, by more than `errors` standard errors of that difference, which
+    shrinks to nothing at the last window. Until there are as many parents as there may be, all windows are run.
+    """
+    parents = [archive.losses(candidate.factors) for _, candidate in evolution.parents]
+    if len(parents) < evolution.settings.parents or len(archive.counts) < 2:
+        return (yield from whole(candidates, archive))
+    rival, spread = parents[-1], paired_spread(np.array(parents[:-1]), parents[-1], archive.counts)
+    order = [int(window) for window in evolution.rng.permutation(len(archive.counts))]
+    alive = list(candidates)
+    for done, window in enumerate(order, start=1):
+        yield [Proposal(Task(each.factors, (window,)), each.origin, each.iteration) for each in alive]
+        seen = order[:done]
+        error = spread * np.sqrt(1 / done - 1 / len(order))
+        counts = archive.counts[seen].sum()
+        alive = [
+            each
+            for each in alive
+            if (archive.losses(each.factors)[seen] - rival[seen]).sum() / counts <= settings.errors * error
+        ]
+    survived = {id(each) for each in alive}
+    return [_value(archive, each) if id(each) in survived else float("nan") for each in candidates]
+
+
+def paired_spread(others: Losses, rival: Losses, counts: NDArray[np.int64]) -> float:
+    """Standard deviation over windows of the difference in loss a token, of others (K, N) to a rival (N,), pooled."""
+    if not len(others):
+        return 0.0
+    differences = (others - rival) / counts
+    return float(np.sqrt(np.mean(np.var(differences, axis=1, ddof=1))))
+
+
+def evolve(evolution: Evolution, archive: Archive, race: RaceSettings | None = None) -> Steps[None]:
+    """A whole evolution; with `race`, children are raced against the last parent."""
+    while not evolution.finished:
+        generation = evolution.ask()
+        if not generation:
+            evolution.tell([])
+            continue
+        if race is None:
+            values = yield from whole(generation, archive)
+        else:
+            values = yield from race_to_be_parent(generation, archive, evolution, race)
+        evolution.tell(list(zip(generation, values, strict=True)))

@@ -1,0 +1,95 @@
+"""Where a search starts: the baselines, the checkpoint's own scaling, vectors of the space's own, and those given."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from longrope.baselines import attention_factor
+from longrope.errors import UserError
+from longrope.factors import FactorTable, RopeFactors, last_row
+from longrope.model import LoadedModel
+from longrope.search.space import Space, check_seed
+
+logger = logging.getLogger(__name__)
+
+PAPER = ("pi", "ntk", "yarn")
+ALL = ("pi", "ntk", "ntk-cd", "yarn", "llama3")
+RULES = ("none", "su", "yarn")
+
+Seeds = list[tuple[str, RopeFactors]]
+
+
+def vectors(
+    loaded: LoadedModel,
+    space: Space,
+    target: int,
+    names: Sequence[str],
+    init: Sequence[FactorTable],
+    rng: np.random.Generator,
+) -> Seeds:
+    """Seeds by name, with the attention and start tokens of their method; clipped where the space is smaller.
+
+    Raises UserError when a given vector lies outside the bounds. The checkpoint's own scaling then is no seed.
+    """
+    found = [(name, loaded.baseline(name, target)) for name in names]
+    found = [(name, row if space.holds(row) else _repaired(row, space)) for name, row in found]
+    found += [(name, RopeFactors(up_to=target, rescale=tuple(vector.tolist()))) for name, vector in space.openings(rng)]
+    own = last_row(loaded.meaning, target)
+    if set(own.rescale) != {1.0}:
+        if space.holds(own):
+            found.append(("own", own.with_values(up_to=target)))
+        else:
+            told = "the checkpoint's own scaling, up to %g, is outside this search: it is no seed"
+            logger.info(told, max(own.rescale))
+    for table in init:
+        row = last_row(table, target)
+        check_seed(space, row, table.model or "a vector")
+        if list(row.rescale) != sorted(row.rescale):
+            logger.info("a vector given by --init is not ascending: it is sorted, since the search keeps that order")
+            row = row.with_values(rescale=tuple(sorted(row.rescale)))
+        found.append(("init", row.with_values(up_to=target)))
+    return found
+
+
+def _repaired(row: RopeFactors, space: Space) -> RopeFactors:
+    return row.with_values(rescale=tuple(space.repair(row.vector).tolist()))
+
+
+def attention_factors(rule: str, ratio: float, original_length: int) -> dict[str, float]:
+    """The attention factors that seeds are tried with, by rule: that of a rule or number, or all three of `search`."""
+    rules = RULES if rule == "search" else (rule,)
+    found: dict[str, float] = {}
+    for name in rules:
+        value = attention_factor(name, ratio, original_length)
+        if value not in found.values():
+            found[name] = value
+    return found
+
+
+def with_attention(seeds: Seeds, factors: dict[str, float], choices: Sequence[int], start: int) -> Seeds:
+    """Each seed with each attention factor (a seed of its own scaling also with its own, where several are tried).
+
+    choices: start tokens of the search; a seed with others gets `start`. Equal ones come once.
+    """
+    found: Seeds = []
+    known: set[str] = set()
+    for name, row in seeds:
+        tried = dict(factors)
+        if len(factors) > 1 and name in ("own", "init"):
+            tried["own"] = row.attention_factor
+        for rule, value in tried.items():
+            kept = row.start_tokens if row.start_tokens in choices else start
+            factors_of = row.with_values(attention_factor=value, start_tokens=kept)
+            if factors_of.key not in known:
+                known.add(factors_of.key)
+                found.append((f"{name}+{rule}" if len(tried) > 1 else name, factors_of))
+    return found
+
+
+def check_distinct(seeds: Seeds) -> None:
+    """Raise UserError when there is nothing to start from."""
+    if not seeds:
+        raise UserError("search", got="no seed", rule="there is at least one", do="give one with --init")

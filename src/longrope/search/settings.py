@@ -1,0 +1,136 @@
+"""What is searched and how: the command's words, checked, with each method's own defaults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+
+from longrope.baselines import attention_factor
+from longrope.errors import UserError
+from longrope.lengths import format_length
+from longrope.search.methods import METHODS
+from longrope.search.needle import DIGITS, Depth
+from longrope.search.space import START_TOKENS
+
+OBJECTIVES = ("perplexity", "needle")
+SPACES = ("longrope", "longrope2")
+GRADIENT_WINDOWS = 64
+_MOST_DIGITS = 18
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is searched and how; `check` them against a model before use. None is the method's own default."""
+
+    to: int
+    """Target length in tokens."""
+    method: str = "hybrid"
+    """evolution: Algorithm 1 of the paper. gradient: descent from the best seeds. hybrid: seeds, descent, evolution."""
+    objective: str = "perplexity"
+    """perplexity, or needle: the loss of the answer to a question about a needle in a real document (LongRoPE2)."""
+    space: str = "longrope"
+    """longrope, or longrope2: from the real critical dimension on, NTK below."""
+    start_tokens: str | None = None
+    """n-hat: a number, or `search` over the paper's list. By default search in evolution, else 0."""
+    attention_factor: str | None = None
+    """m: su, yarn, none, a number or search. By default su in evolution, else search."""
+    needle_depth: Depth = "spread"
+    """Where the needle is: spread over the documents, or at their start (as LongRoPE2 has it)."""
+    needle_digits: int = DIGITS
+    """Digits of the number that is asked for."""
+    race: bool = False
+    """Whether evolution drops children that cannot become parents before all windows are run; off in the paper's."""
+    windows: int | None = None
+    """Search windows; by default 8 up to 32k, 5 below 512k, 3 from there."""
+    gradient_windows: int = GRADIENT_WINDOWS
+    """Further windows of the same documents that gradients are taken on, as far as there are; 0: the search windows."""
+    evaluations: int | None = None
+    """Limit in evaluations of all search windows; by default the method's own size."""
+    token_passes: int | None = None
+    """Limit in token-passes."""
+    hours: float | None = None
+    """Limit in hours of the search, all its processes together."""
+    seed: int = 0
+
+    def resolved(self) -> SearchSettings:
+        """With the method's defaults in place of None, for what is not a limit."""
+        paper = self.method == "evolution"
+        return replace(
+            self,
+            start_tokens=self.start_tokens or ("search" if paper else "0"),
+            attention_factor=self.attention_factor or ("su" if paper else "search"),
+        )
+
+    def check(self, original_length: int) -> None:
+        """Raise UserError when they make no sense for a model of this original length."""
+        if self.to <= original_length:
+            raise UserError(
+                "--to",
+                got=f"{self.to} tokens",
+                rule=f"the target is longer than the model's original length of {original_length}",
+                do=f"give a longer target, such as {format_length(8 * original_length)}, or --original-length",
+            )
+        words = {
+            "--method": (self.method, METHODS),
+            "--objective": (self.objective, OBJECTIVES),
+            "--space": (self.space, SPACES),
+            "--needle-depth": (self.needle_depth, get_args(Depth)),
+        }
+        for flag, (word, known) in words.items():
+            if word not in known:
+                rule = f"it is one of {', '.join(known)}"
+                raise UserError(flag, got=repr(word), rule=rule, do="choose one of them")
+        numbers = {
+            "--windows": self.windows,
+            "--evaluations": self.evaluations,
+            "--token-passes": self.token_passes,
+        }
+        for flag, value in numbers.items():
+            if value is not None and value < 1:
+                raise UserError(flag, got=value, rule="it is at least 1", do="give a larger number")
+        if self.gradient_windows < 0:
+            rule = "it is at least 0"
+            raise UserError("--gradient-windows", got=self.gradient_windows, rule=rule, do="give 0 for none of its own")
+        if self.hours is not None and not 0 < self.hours < math.inf:
+            raise UserError("--hours", got=self.hours, rule="it is a number above 0", do="give a larger number")
+        if not 1 <= self.needle_digits <= _MOST_DIGITS:
+            rule = f"a number has 1 to {_MOST_DIGITS} of them"
+            raise UserError("--needle-digits", got=self.needle_digits, rule=rule, do="use 7 as in LongRoPE2")
+        if self.race and self.method != "evolution":
+            rule = f"it is a choice of evolution; {self.method} always races"
+            raise UserError("--race", got=f"--method {self.method}", rule=rule, do="leave it out")
+        self._check_factors(original_length)
+
+    def _check_factors(self, original_length: int) -> None:
+        start, rule = self.resolved().start_tokens or "", self.resolved().attention_factor or ""
+        if start != "search" and not (start.isdecimal() and int(start) < self.to):
+            told = "it is a number of tokens below the target, or search"
+            raise UserError("--start-tokens", got=repr(start), rule=told, do="give 0, a number or search")
+        if rule != "search":
+            try:
+                attention_factor(rule, self.to / original_length, original_length)
+            except UserError:
+                told = "it is su, yarn, none, search or a positive number"
+                raise UserError("--attention-factor", got=repr(rule), rule=told, do="choose one of them") from None
+
+    @property
+    def start_choices(self) -> tuple[int, ...]:
+        """The values of n-hat that are tried."""
+        start = self.resolved().start_tokens or "0"
+        if start != "search":
+            return (int(start),)
+        return tuple(each for each in START_TOKENS if each < self.to)
+
+    @property
+    def searches_attention(self) -> bool:
+        """Whether the attention factor is searched."""
+        return self.resolved().attention_factor == "search"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: resolved, without the number of windows, which are listed there."""
+        return {name: value for name, value in vars(self.resolved()).items() if name != "windows"}
+
+
+SETTINGS = tuple(each.name for each in fields(SearchSettings) if each.name != "to")
+BUDGET = ("evaluations", "token_passes", "hours")

@@ -1,0 +1,472 @@
+"""Where the tasks of a search are done: in this process, or by Ray workers on this machine or on a cluster."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from longrope.checkpoint import TINY, LoadOptions
+from longrope.errors import UserError
+from longrope.model import LoadedModel, load_model
+from longrope.search.objective import Evaluator
+from longrope.search.tasks import Outcome, Task
+from longrope.windows import Window
+
+logger = logging.getLogger(__name__)
+
+_DEATHS = 3
+"""So many workers may die of one task, and so many in a row while they load the model."""
+_CONNECT_SECONDS = 12.0
+_START_SECONDS = 300.0
+"""How long a cluster may take to give the first worker a process; loading the model is not counted."""
+_OBJECT_STORE = 2**27  # bytes beside the windows; Ray's own choice is a third of the machine's memory
+
+# Ray connects for minutes to a port that does not answer, and cannot be told to stop: it is tried in another process.
+_PROBE = (
+    "import sys, ray; ray.init(sys.argv[1], configure_logging=False, logging_level='error', log_to_driver=False);"
+    "ray.shutdown()"
+)
+# A driver that is killed takes Ray's processes with it, but for two which linger for a minute: they are ended here.
+_GUARD = """
+import sys, psutil
+sys.stdin.read()
+for process in psutil.process_iter():
+    try:
+        if process.environ().get("RAY_RAYLET_PID") == sys.argv[1]:
+            process.kill()
+    except psutil.Error:
+        pass
+"""
+
+
+class Workers(Protocol):
+    """Something that does tasks; a context manager.
+
+    count: how many tasks can go on at once.
+    """
+
+    count: int
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Outcome]]:
+        """Do the tasks in any order; yields (index into tasks, outcome) as each ends."""
+        ...
+
+    def __enter__(self) -> Workers: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class InProcess:
+    """Does tasks in this process, one after the other."""
+
+    count = 1
+
+    def __init__(self, loaded: LoadedModel, windows: Sequence[Window]) -> None:
+        self._evaluator = Evaluator(loaded, windows)
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Outcome]]:
+        """Do the tasks in their order; yields (index into tasks, outcome) as each ends."""
+        for index, task in enumerate(tasks):
+            yield index, self._evaluator(task)
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._evaluator.close()
+
+
+@dataclass(frozen=True)
+class Place:
+    """What --workers asks for: `count` local workers, or all that the cluster at `address` holds (`auto`: finds it)."""
+
+    count: int | None = None
+    address: str | None = None
+
+
+def parse_workers(text: str) -> Place:
+    """`N`, `ray` or `ray:HOST:PORT`. Raises UserError for anything else."""
+    if text.isascii() and text.isdecimal() and int(text) > 0:
+        return Place(count=int(text))
+    if text == "ray":
+        return Place(address="auto")
+    host, _, port = text.removeprefix("ray:").rpartition(":")
+    if text.startswith("ray:") and host and "/" not in host and port.isascii() and port.isdecimal():
+        if 0 < int(port) < 65536:
+            return Place(address=f"{host}:{port}")
+    raise UserError(
+        "--workers",
+        got=repr(text),
+        rule="it is a number of at least 1, ray, or ray:HOST:PORT of a cluster started with `ray start`",
+        do="give one of them, or leave it out to search in one process",
+    )
+
+
+def options_for(workers: str | None, options: LoadOptions) -> LoadOptions:
+    """How the model is to be loaded for these workers: with them, one thread an evaluation unless threads are given.
+
+    Raises UserError, before a model is loaded, for workers that cannot be: malformed, without Ray, or at an address
+    where nothing listens.
+    """
+    if workers is None:
+        return options
+    place = parse_workers(workers)
+    _ray()
+    if place.address not in (None, "auto"):
+        _check_listens(str(place.address))
+    if options.device.startswith("cuda:"):
+        rule = "each worker is given a GPU of its own"
+        do = "use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs there are"
+        raise UserError("--device", got=f"{options.device!r} with --workers {workers}", rule=rule, do=do)
+    return options if options.threads is not None else replace(options, threads=1)
+
+
+def open_workers(workers: str | None, loaded: LoadedModel, windows: Sequence[Window]) -> Workers:
+    """The workers that --workers asks for, ready to do tasks on these windows; to be used as a context.
+
+    None is this process; `N` that many local Ray workers; `ray` or `ray:HOST:PORT` those of a cluster that runs.
+    Raises UserError for a cluster that does not answer, and for workers that cannot load the model or load another.
+    """
+    if workers is None:
+        return InProcess(loaded, windows)
+    return RayWorkers(parse_workers(workers), loaded, windows)
+
+
+class _Worker:
+    """Lives in a process of Ray's: loads the model once and does one task after the other."""
+
+    def ping(self) -> None:
+        """Answer."""
+
+    def load(self, job: _Job, windows: Sequence[Window]) -> None:
+        """Load the model. Raises UserError when it cannot be loaded here, or is another one than the driver's."""
+        host = socket.gethostname()
+        try:
+            loaded = load_model(job.model, replace(job.options))  # replace: checked again, on this machine
+        except UserError as error:
+            raise UserError(
+                f"{error.what} of a worker on {host}", got=error.got, rule=error.rule, do=error.do
+            ) from None
+        if loaded.fingerprint != job.fingerprint:
+            raise UserError(
+                f"model of a worker on {host}",
+                got=f"another checkpoint, or another version of transformers, at {job.model}",
+                rule="all workers search on the same model",
+                do="give every machine the same files and packages",
+            )
+        assert torch.get_num_threads() == job.options.threads, "results are equal for equal threads"
+        loaded.batch_tokens = job.batch_tokens
+        if job.sliding_window is not None:
+            loaded.widen_window(job.sliding_window)
+        # Arrays of Ray's object store cannot be written to, which torch warns of.
+        self._evaluator = Evaluator(loaded, [replace(window, ids=window.ids.copy()) for window in windows])
+
+    def run(self, task: Task) -> Outcome:
+        """Do a task."""
+        return self._evaluator(task)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker needs in order to hold the driver's model, as the driver has it now."""
+
+    model: str
+    options: LoadOptions
+    fingerprint: str
+    batch_tokens: int
+    sliding_window: int | None
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> _Job:
+        options = loaded.options
+        is_folder = loaded.name != TINY and Path(loaded.name).is_dir()
+        return cls(
+            model=str(Path(loaded.name).resolve()) if is_folder else loaded.name,
+            options=replace(options, device=options.placement, threads=options.threads or 1),
+            fingerprint=loaded.fingerprint,
+            batch_tokens=loaded.batch_tokens,
+            sliding_window=getattr(loaded.model.config.get_text_config(), "sliding_window", None),
+        )
+
+
+def share_out(
+    nodes: Sequence[Mapping[str, float]], wanted: int | None, *, cuda: bool, spread: bool, threads: int
+) -> tuple[int, float]:
+    """(workers, GPUs of each) for machines with these resources (`CPU`, `GPU`).
+
+    wanted: how many workers; None for as many as there is room for. cuda: whether they use GPUs; then CPUs do not
+    count. spread: whether a model lies on several GPUs, which are of one machine. Raises UserError when there is no
+    room.
+    """
+    gpus = [int(node.get("GPU", 0)) for node in nodes if node.get("GPU", 0) >= 1]
+    each = 0.0
+    if not cuda:
+        count = wanted or sum(int(node.get("CPU", 0)) // threads for node in nodes)
+        if not count:
+            rule, do = "a worker takes as many as it has threads", "use fewer --threads, or start it with more CPUs"
+            raise UserError("--workers", got=f"a cluster without {threads} CPUs on one machine", rule=rule, do=do)
+        return count, each
+    if not gpus:
+        rule, do = "a worker on CUDA takes one", "start it with `ray start --num-gpus`, or use --device cpu"
+        raise UserError("--workers", got="a cluster without GPUs", rule=rule, do=do)
+    if spread:
+        per = min(gpus) if wanted is None else sum(gpus) // wanted
+        if not per:
+            rule = f"there are {sum(gpus)} GPUs, and a model spread over several takes at least one"
+            raise UserError("--workers", got=wanted, rule=rule, do=f"ask for at most {sum(gpus)}")
+        return wanted or sum(gpu // per for gpu in gpus), float(per)
+    count = wanted or sum(gpus)
+    return count, 1 / math.ceil(count / sum(gpus))
+
+
+class RayWorkers:
+    """Ray actors that hold the model, each doing one task at a time.
+
+    A worker that dies is replaced and its task done again by whichever is free.
+    """
+
+    def __init__(self, place: Place, loaded: LoadedModel, windows: Sequence[Window]) -> None:
+        self._ray = _ray()
+        self._job = _Job.of(loaded)
+        cuda, spread = loaded.device.type == "cuda", self._job.options.device in ("balanced", "sequential")
+        threads = self._job.options.threads or 1
+        gpus = torch.cuda.device_count() if cuda else 0
+        stored = sum(window.ids.nbytes for window in windows)
+        self._cluster = _Cluster(self._ray, place, (place.count or 0) * threads, gpus, stored)
+        self._idle: list[Any] = []
+        self._soon: dict[Any, tuple[Any, str]] = {}  # what will say that a worker has started, loaded, or is free
+        self._busy: dict[Any, tuple[Any, int]] = {}  # a task's outcome to be, who does it, and its index
+        self._failures = 0  # of loading, in a row
+        self._last = "it said nothing"
+        try:
+            nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self.count, each = share_out(nodes, place.count, cuda=cuda, spread=spread, threads=threads)
+            if not cuda and any(node.get("GPU") for node in nodes):
+                logger.warning("the cluster's GPUs are not used, because this process runs the model on a CPU")
+            # max_restarts=0: a worker is replaced here, where the model can be loaded into the new one.
+            resources = {"num_cpus": 0 if cuda else threads, "num_gpus": each, "max_restarts": 0}
+            self._actor = self._ray.remote(**resources)(_Worker)
+            self._windows = self._ray.put(list(windows))
+            for _ in range(self.count):
+                self._start()
+            while not self._idle:  # a model that cannot be loaded is told before the search begins
+                self._step()
+        except BaseException:
+            self.close()
+            raise
+        logger.debug("%d workers, %g GPUs each", self.count, each)
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Outcome]]:
+        """Do the tasks in any order; yields (index into tasks, outcome) as each ends.
+
+        Raises a UserError of a task as it is, and one when workers keep dying. Left early, what is still being done is
+        dropped.
+        """
+        waiting, deaths = deque(range(len(tasks))), Counter[int]()
+        # Those that died since they were last heard of must not be charged to a task.
+        self._soon |= {worker.ping.remote(): (worker, "free") for worker in self._idle}
+        self._idle = []
+        try:
+            while waiting or self._busy:
+                outcomes = self._step(waiting, deaths)
+                self._hand_out(tasks, waiting)  # before the caller takes its time
+                yield from outcomes
+        finally:
+            self._soon |= {ref: (worker, "free") for ref, (worker, _) in self._busy.items()}
+            self._busy = {}
+
+    def _hand_out(self, tasks: Sequence[Task], waiting: deque[int]) -> None:
+        while waiting and self._idle:
+            worker, index = self._idle.pop(), waiting.popleft()
+            self._busy[worker.run.remote(tasks[index])] = worker, index
+
+    def _start(self) -> None:
+        worker = self._actor.remote()
+        self._soon[worker.ping.remote()] = worker, "started"
+
+    def _step(self, waiting: deque[int] | None = None, deaths: Counter[int] | None = None) -> list[tuple[int, Outcome]]:
+        """Wait for something to happen, and take note of it; the outcomes that came."""
+        ended: list[Any] = []
+        since = time.monotonic()
+        while not ended:
+            ended, _ = self._ray.wait([*self._busy, *self._soon], num_returns=1, timeout=10.0)
+            told = not ended and not self._busy and all(stage == "started" for _, stage in self._soon.values())
+            if told and time.monotonic() - since > _START_SECONDS:
+                raise _no_worker(f"none in {_START_SECONDS:.0f} seconds, the cluster has no room")
+            if told:
+                logger.info("waiting for the cluster to start a worker")
+        outcomes = []
+        for ref in ended:
+            task = self._busy.pop(ref, None)
+            worker, stage = self._soon.pop(ref) if task is None else (task[0], "done")
+            result, death = self._take(ref)
+            if death is not None:
+                self._died(worker, stage, death)
+                if task is not None:
+                    assert waiting is not None and deaths is not None, "tasks are done by run"
+                    deaths[task[1]] += 1
+                    waiting.appendleft(task[1])
+                    if deaths[task[1]] == _DEATHS:
+                        raise _deadly(death)
+            elif stage == "started":
+                self._soon[worker.load.remote(self._job, self._windows)] = worker, "loaded"
+            else:
+                self._failures = 0
+                self._idle.append(worker)
+                if task is not None:
+                    outcomes.append((task[1], result))
+        return outcomes
+
+    def _take(self, ref: Any) -> tuple[Any, str | None]:
+        """What a worker answered, or how it died. Raises what the worker raised."""
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(ref), None
+        except errors.RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, UserError) else error) from None
+        except errors.RayError as error:  # of the worker, its node, or the memory that Ray watches over
+            return None, textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+
+    def _died(self, worker: Any, stage: str, death: str) -> None:
+        """Start another worker, unless several could not load the model; raise UserError when none is left."""
+        logger.info("a worker died, another takes its place: %s", death)
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.kill(worker)  # it may only have been out of reach
+        self._failures += stage in ("started", "loaded")
+        if self._failures < _DEATHS:
+            self._start()
+        elif not (self._idle or self._busy or self._soon):
+            raise _no_worker(death)
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started here; a cluster goes on."""
+        workers = [*self._idle, *(worker for worker, _ in (*self._soon.values(), *self._busy.values()))]
+        self._idle, self._soon, self._busy = [], {}, {}
+        for worker in workers:
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.kill(worker)
+        self._cluster.close()
+
+    def __enter__(self) -> RayWorkers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _no_worker(why: str) -> UserError:
+    rule, do = "at least one worker starts and loads the model", "use fewer workers, or see that each has the memory"
+    return UserError("--workers", got=f"no worker ({why})", rule=rule, do=do)
+
+
+def _deadly(why: str) -> UserError:
+    rule, do = "a worker lives to end it", "see that each has the memory, with fewer workers; the same command goes on"
+    return UserError("--workers", got=f"{_DEATHS} workers that died of one evaluation ({why})", rule=rule, do=do)
+
+
+class _Cluster:
+    """A connection to Ray: a cluster that runs, or one on this machine which ends with this process."""
+
+    def __init__(self, ray: Any, place: Place, cpus: int, gpus: int, stored: int) -> None:
+        self._ray = ray
+        self._ours = not ray.is_initialized()  # else it is the caller's, and stays
+        self._guard: subprocess.Popen[bytes] | None = None
+        if not self._ours:
+            return
+        if place.address is not None:
+            _check_answers(place.address)
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it greets and advises on stderr
+        about: dict[str, Any] = {"configure_logging": False, "logging_level": "error", "log_to_driver": False}
+        if place.address is None:
+            about |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
+            about["object_store_memory"] = _OBJECT_STORE + 2 * stored
+        with _own_handlers():
+            ray.init(place.address or "local", **about)
+        if place.address is None:
+            self._guard = _start_guard()
+
+    def close(self) -> None:
+        """Leave the cluster, or end it when it was started here."""
+        if self._ours:
+            self._ray.shutdown()
+        if self._guard is not None:
+            self._guard.communicate()  # closes its stdin: it ends what is left, and itself
+
+
+def _start_guard() -> subprocess.Popen[bytes] | None:
+    for child in psutil.Process().children():
+        if child.name() == "raylet":
+            command = [sys.executable, "-c", _GUARD, str(child.pid)]
+            return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    return None
+
+
+@contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM and its environment, which Ray replaces and adds to."""
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if threading.current_thread() is not threading.main_thread():
+        yield
+    else:
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    if mode is None:
+        os.environ.pop("RAY_AUTH_MODE", None)
+
+
+def _ray() -> Any:
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        do = 'install it with: pip install "longrope[ray]"'
+        raise UserError("--workers", got=f"no Ray here ({error})", rule="workers are Ray's", do=do) from None
+
+
+def _check_listens(address: str) -> None:
+    """Raise UserError unless something listens at an address."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise _no_answer(address, str(error)) from None
+
+
+def _check_answers(address: str) -> None:
+    """Raise UserError unless a Ray cluster answers at an address, or anywhere on this machine (`auto`)."""
+    command = [sys.executable, "-c", _PROBE, address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CONNECT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise _no_answer(address, f"nothing heard in {_CONNECT_SECONDS:.0f} seconds") from None
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        raise _no_answer(address, textwrap.shorten(said[-1], 300, placeholder=" ..."))
+
+
+def _no_answer(address: str, why: str) -> UserError:
+    where = "on this machine" if address == "auto" else f"at {address}"
+    rule = "a cluster that was started with `ray start` answers"
+    do = "start one with `ray start --head` and give the HOST:PORT that it prints, or use --workers N"
+    return UserError("--workers", got=f"no Ray cluster {where} ({why})", rule=rule, do=do)

@@ -1,0 +1,262 @@
+"""The needle objective: what its windows hold, what is scored, and that the search computes and differentiates it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from byte_tokenizer import byte_tokenizer
+from longrope.checkpoint import LoadOptions
+from longrope.documents import Document
+from longrope.errors import UserError
+from longrope.evaluate.perplexity import window_losses
+from longrope.factors import RopeFactors
+from longrope.model import LoadedModel, load_model
+from longrope.search.backward import loss_gradient
+from longrope.search.needle import (
+    INTRO,
+    NEEDLE,
+    QUESTION,
+    Depth,
+    needle_windows,
+)
+from longrope.search.objective import Evaluator
+from longrope.search.tasks import Task
+from longrope.windows import Window, fingerprint
+from models import build, save
+
+WORDS = "the of and a to in that was he it his her with as had on at by which she not but from".split()
+
+
+def prose(seed: int, words: int) -> str:
+    return " ".join(WORDS[i] for i in np.random.default_rng(seed).integers(len(WORDS), size=words))
+
+
+DOCUMENTS = [Document(f"{seed}.txt", prose(seed, 4500 + 100 * seed)) for seed in range(10)]
+
+
+def bpe(*, split: bool, bos: bool) -> PreTrainedTokenizerFast:
+    """A BPE trained on prompts; without `split` its tokens reach across spaces, so also from question into answer."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<s>"] if bos else [],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = np.random.default_rng(0)
+    sentences = [f"What number is {number}" for number in rng.integers(10**6, 10**7, size=300)]
+    tokenizer.train_from_iterator([*sentences, QUESTION, prose(0, 2000)], trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token="<s>" if bos else None
+    )
+
+
+TOKENIZERS = {
+    "bytes": byte_tokenizer(256),
+    "words": bpe(split=True, bos=True),
+    "across spaces": bpe(split=False, bos=False),
+}
+
+
+def made(name: str = "bytes", length: int = 2048, count: int = 8, seed: int = 0, **more: Any) -> list[Window]:
+    settings = {"documents": DOCUMENTS, "depth": "spread", **more}
+    return needle_windows(tokenizer=TOKENIZERS[name], length=length, count=count, seed=seed, **settings)
+
+
+def decoded(name: str, ids: np.ndarray) -> str:
+    return str(TOKENIZERS[name].decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def taken_apart(name: str, window: Window) -> tuple[str, str, str, str]:
+    """The document's text before and after the needle, the key and the number, by the wording of the prompt."""
+    text = decoded(name, window.ids)
+    number = text[-7:]
+    key = text[:-8].rsplit(" the magic number is", 1)[0].rsplit("For ", 1)[1]
+    intro = INTRO if len(window.ids) >= 1024 else ""
+    end = f"{QUESTION.format(key=key)} {number}"
+    assert text.startswith(intro)
+    assert text.endswith(end)
+    body = text[len(intro) : len(text) - len(end)]
+    before, after = body.split(NEEDLE.format(key=key, number=number))
+    return before, after, key, number
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("length", [300, 1023, 1024, 2048])
+@pytest.mark.parametrize("depth", ["start", "spread"])
+def test_a_window_is_introduction_document_needle_and_question_and_exactly_as_long(
+    name: str, length: int, depth: Depth
+) -> None:
+    windows = made(name, length, depth=depth)
+    by_hash = {document.sha256: document for document in DOCUMENTS}
+    tokenizer = TOKENIZERS[name]
+    assert len(windows) == 8
+    for index, window in enumerate(windows):
+        assert (window.ids.shape, str(window.ids.dtype)) == ((length,), "int64")
+        assert (window.ids == tokenizer.bos_token_id).sum() == (tokenizer.bos_token_id is not None)
+        assert tokenizer.bos_token_id in (None, window.ids[0])
+        before, after, key, number = taken_apart(name, window)
+        assert decoded(name, window.ids).count(number) == 2
+        assert decoded(name, window.ids).count(key) == 3
+        document = by_hash[window.sha256]
+        ids = np.array(tokenizer(document.text, add_special_tokens=False)["input_ids"])[window.start :]
+        assert window.document == document.name
+        first, second = (len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (before, after))
+        # Cut out of its document, a text can be tokenized a little differently at its ends.
+        assert decoded(name, ids).startswith(before + after)
+        share = first / (first + second)
+        assert share == pytest.approx(0 if depth == "start" else (index + 0.5) / 8, abs=4 / (first + second))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_only_the_number_is_scored(name: str) -> None:
+    for window in made(name, count=30, length=400):
+        *_, number = taken_apart(name, window)
+        answer = decoded(name, window.ids[window.scored_from :])
+        assert 1 <= window.scored == len(window.ids) - window.scored_from <= 8
+        if name == "bytes":
+            assert (answer, window.scored) == (number, 7)
+        elif name == "words":
+            assert answer == f" {number}"
+        else:
+            assert answer.endswith(number), "a token that holds the end of the question too"
+
+
+def test_a_token_of_question_and_number_together_is_scored_and_stays_whole() -> None:
+    tokenizer = TOKENIZERS["across spaces"]
+    windows = made("across spaces", count=30, length=400)
+    joined = 0
+    for window in windows:
+        *_, key, number = taken_apart("across spaces", window)
+        asked = QUESTION.format(key=key)
+        whole = tokenizer(f"{asked} {number}")["input_ids"]
+        assert window.ids[-len(whole) :].tolist() == whole, "as the tokenizer writes question and answer"
+        alone = tokenizer(asked)["input_ids"]
+        joined += whole[: len(alone)] != alone
+    assert joined > 0, "or nothing was tried"
+
+
+def test_keys_and_numbers_vary_and_are_fixed_by_the_seed() -> None:
+    same, other = made(seed=3), made(seed=4)
+    told = [taken_apart("bytes", window)[2:] for window in same]
+    assert len({key for key, _ in told}) > 4
+    assert len({number for _, number in told}) == 8
+    assert all(len(number) == 7 and number[0] != "0" and key.count("-") == 1 for key, number in told)
+    assert fingerprint(same) == fingerprint(made(seed=3)) != fingerprint(other)
+    assert not set(told) & {taken_apart("bytes", window)[2:] for window in other}
+    renamed = [Document(f"renamed {document.name}", document.text) for document in reversed(DOCUMENTS)]
+    assert fingerprint(made(seed=3, documents=renamed)) == fingerprint(same)
+
+
+def test_documents_are_taken_in_turn_and_haystacks_never_overlap() -> None:
+    assert len({window.sha256 for window in made(count=10)}) == 10
+    for name in TOKENIZERS:
+        windows = made(name, 700, documents=DOCUMENTS[-2:], count=9, depth="start")
+        for document in DOCUMENTS[-2:]:
+            mine = sorted((window.start, name) for window in windows if window.sha256 == document.sha256)
+            prompt = min(_without_document(name, window) for window in windows)
+            assert len(mine) in (4, 5)
+            assert all(later[0] - earlier[0] >= 700 - prompt for earlier, later in pairwise(mine))
+
+
+def _without_document(name: str, window: Window) -> int:
+    """Tokens of a window's prompt, counted by its texts one by one."""
+    tokenizer, (*_, key, number) = TOKENIZERS[name], taken_apart(name, window)
+    texts = (NEEDLE.format(key=key, number=number), f"{QUESTION.format(key=key)} {number}")
+    return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) + (
+        tokenizer.bos_token_id is not None
+    )
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_the_length_that_would() -> None:
+    with pytest.raises(UserError) as refused:
+        made(length=100)
+    message = str(refused.value)
+    fixed = max(_without_document("bytes", window) for window in made(length=300))
+    assert message == (
+        f"--objective: got a window of 100 tokens; the needle's prompt without a document takes {fixed}; "
+        f"search at {fixed + 2} tokens or more, or with the perplexity objective"
+    )
+    assert len(made(length=fixed + 2)) == 8
+    for length in (fixed, fixed + 1):
+        with pytest.raises(UserError, match=rf"^--objective: got a window of {length} tokens; .* takes {fixed};"):
+            made(length=length)
+
+
+def test_documents_that_are_too_few_or_too_short_and_unknown_depths_are_refused() -> None:
+    found = r"^documents: got 1 document, the longest of \d+ tokens, which hold 9 windows of 17\d\d tokens; "
+    wanted = r"wanted: 50 windows \(a needle's prompt takes the rest of 2048\); give longer"
+    with pytest.raises(UserError, match=found + wanted):
+        made(documents=DOCUMENTS[:1], count=50)
+    with pytest.raises(UserError, match=r"^documents: got 1 document, the longest of 5 tokens, which hold 0 windows"):
+        made(documents=[Document("short", "short")], count=1)
+    with pytest.raises(UserError, match=r"^windows: got 0 of \d+ tokens; there is at least one"):
+        made(count=0)
+    message = r"^--needle-depth: got 'middle'; it is one of start, spread; choose one of them$"
+    with pytest.raises(UserError, match=message):
+        made(depth="middle")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder: Path = tmp_path_factory.mktemp("small")
+    return load_model(
+        str(save(build("llama", initializer_range=0.3), folder)), LoadOptions(device="cpu", dtype="float32")
+    )
+
+
+def factors_of(small: LoadedModel, length: int) -> RopeFactors:
+    return small.baseline("yarn", length, length)
+
+
+def test_the_value_is_the_cross_entropy_of_the_answer_alone(small: LoadedModel) -> None:
+    windows = made(length=400, count=3)
+    factors = factors_of(small, 400)
+    with Evaluator(small, windows) as evaluate:
+        outcome = evaluate(Task(factors, (0, 1, 2)))
+        plain = []
+        for window in windows:
+            ids = torch.from_numpy(window.ids)[None]
+            with torch.no_grad():
+                logits = small.model(input_ids=ids, use_cache=False).logits[0]
+            answer = range(393, 400)
+            plain.append(-sum(float(logits[i - 1].double().log_softmax(-1)[ids[0, i]]) for i in answer))
+        np.testing.assert_allclose(window_losses(small, windows), plain, rtol=1e-5)
+    np.testing.assert_allclose(outcome.losses, plain, rtol=1e-5)
+    assert outcome.tokens == 3 * 400
+
+
+def test_its_gradient_is_that_of_finite_differences(small: LoadedModel) -> None:
+    windows = made(length=400, count=2)
+    factors = factors_of(small, 400)
+    pair = len(factors.rescale) - 2  # its period is longer than the window
+
+    def value(by: float = 0.0, attention_factor: float = 0.0) -> float:
+        rescale = list(factors.rescale)
+        rescale[pair] += by
+        changed = factors.with_values(
+            rescale=tuple(rescale), attention_factor=factors.attention_factor + attention_factor
+        )
+        with small.patch() as patch:
+            patch.install(changed)
+            return float(window_losses(small, windows).sum())
+
+    with small.patch() as patch:
+        losses, by_rescale, by_attention, _ = loss_gradient(small, patch, factors, windows)
+    assert losses.sum() == pytest.approx(value(), rel=1e-5)
+    differences = (value(by=0.1) - value(by=-0.1)) / 0.2
+    assert abs(differences) > 0.1, "far above float32's last digits"
+    assert by_rescale[pair] == pytest.approx(differences, rel=0.01)
+    differences = (value(attention_factor=0.01) - value(attention_factor=-0.01)) / 0.02
+    assert by_attention == pytest.approx(differences, rel=0.02)
