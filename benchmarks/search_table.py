@@ -82,7 +82,7 @@ def evaluations(cell: CellData) -> float:
 
 def best_baseline(cell: CellData) -> str:
     """The baseline that is best on the unseen windows: chosen with hindsight, so the hardest to beat."""
-    return min(cell["unseen"], key=lambda name: cell["unseen"][name]["value"])
+    return str(min(cell["unseen"], key=lambda name: cell["unseen"][name]["value"]))
 
 
 def rows(cells: Sequence[CellData]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from longrope import __version__
 from longrope.baselines import RopeShape
 from longrope.console import describe_progress, format_seconds, measuring_progress, search_progress
 from longrope.evaluate.methods import Step
-from longrope.search.driver import Progress
+from longrope.search.loop import Progress
 from models import ORIGINAL, build, save
 
 LENGTH_RULE = (

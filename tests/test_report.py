@@ -20,9 +20,10 @@ from longrope.baselines import METHODS, RopeShape, baseline, critical_dimension
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.report import write_report
-from longrope.report.facts import cards, command_line, headline, missing, settings, table_rows
+from longrope.report.facts import Card, cards, command_line, headline, missing, settings, table_rows
 from longrope.report.plots import log_ticks, plots
 from longrope.report.read import read_run
+from longrope.report.searched import search_facts
 from longrope.report.style import count_text, duration_text, look, percent_text, value_text
 from longrope.runs import RunFolder
 
@@ -71,8 +72,8 @@ def make_run(path: Path, name: str = "tiny", document: str = "asyncio/events.py"
     with RunFolder.open(path, config) as run:
         run.save_factors(FactorTable(200.0, 64, 256, rows, model=name))
         for index, value in enumerate([9.1, 4.49, math.nan, 4.6, 4.3, 4.35, 4.268]):
-            origin = {0: "pi", 1: "yarn"}.get(index, document)
-            run.log_evaluation({"index": index, "origin": origin, "value": value, "tokens": 16384, "seconds": 0.5})
+            origin = {0: "pi", 1: "yarn", 3: document}.get(index, "mutation")
+            run.log_evaluation({"index": index, "origin": origin, "value": value, "tokens": 2048, "seconds": 0.5})
         run.save_metrics({"command": "search", "model": name, "measure": "perplexity", "results": results(values)})
         run.finish()
     return path
@@ -160,7 +161,7 @@ def test_plotly_is_in_the_page_once_and_every_plot_has_its_place(run: Path, page
     assert (run / "report.html").read_text().count("plotly.js v") == 1
     figures = json.loads(page.json)
     places = [value for _, key, value in page.attributes if key == "data-figure"]
-    assert places == ["results", "gap", "factors", "convergence", "cost"]
+    assert places == ["results", "gap", "factors", "convergence"]
     assert sorted(figures) == sorted(places)
 
 
@@ -276,18 +277,113 @@ def test_the_factors_plot_shows_ours_beside_pi_ntk_and_yarn_with_the_critical_di
     assert figure["layout"]["annotations"][0]["text"] == "critical dimension 22.4"
 
 
-def test_the_convergence_is_the_best_so_far_against_evaluations_and_tokens(run: Path) -> None:
+def test_the_convergence_is_the_best_so_far_against_token_passes(run: Path) -> None:
     made = {plot.name: plot for plot in plots(read_run(run))}
-    line = {trace["name"]: trace for trace in made["convergence"].figure["data"]}
-    assert line["best so far"]["x"] == [1, 2, 5, 7, 7]
+    figure = made["convergence"].figure
+    line = {trace["name"]: trace for trace in figure["data"]}
+    assert line["best so far"]["x"] == [2048 * count for count in (1, 2, 5, 7, 7)]
     assert line["best so far"]["y"] == [9.1, 4.49, 4.3, 4.268, 4.268]
-    assert line["candidates"]["y"] == [9.1, 4.49, None, 4.6, 4.3, 4.35, 4.268]
+    assert line["seeds"]["y"] == [9.1, 4.49, 4.6]
+    assert line["mutations"]["x"] == [2048 * count for count in (3, 5, 6, 7)]
+    assert line["mutations"]["y"] == [None, 4.3, 4.35, 4.268]
     assert line["YaRN"]["y"] == [4.49, 4.49]
-    costs = {trace["name"]: trace for trace in made["cost"].figure["data"]}
-    assert costs["best so far"]["x"] == [16384 * count for count in (1, 2, 5, 7, 7)]
-    assert made["convergence"].caption.startswith("Best 4.268 at evaluation 7 of 7. Dots are candidates; 2 lie above")
-    low, high = made["convergence"].figure["layout"]["yaxis"]["range"]
+    assert figure["layout"]["xaxis"]["title"]["text"] == "token-passes, 2.05k an evaluation"
+    assert made["convergence"].caption == (
+        "Best 4.268 after 14.3k of 14.3k token-passes. Dots are candidates on all windows, 7; "
+        "2 lie above the frame or are not finite."
+    )
+    low, high = figure["layout"]["yaxis"]["range"]
     assert low < 4.268 < 4.49 < high < 9.1
+
+
+def task(origin: str, windows: list[int], value: float | None = None, **more: object) -> dict[str, object]:
+    """A line of evaluations.jsonl as a search of tasks writes it; each origin has factors of its own."""
+    factors = {"rescale": [1.0, float(sum(origin.encode()))], "start_tokens": 0, "attention_factor": 1.1}
+    tokens = 2048 * len(windows) * (3 if "gradient" in more else 1)
+    losses = {"losses": [1.0] * len(windows), "tokens": tokens, "seconds": 0.3}
+    return {"origin": origin, **factors, "windows": windows, "value": value, **losses, **more}
+
+
+@pytest.fixture
+def tasks(run: Path, tmp_path: Path) -> Path:
+    """A run of method hybrid, with every kind of line."""
+    path = tmp_path / "hybrid"
+    shutil.copytree(run, path)
+    settings = {"method": "hybrid", "objective": "perplexity", "space": "longrope", "attention_factor": "search"}
+    documents = {"search": [{"name": f"{index}", "sha256": "ab" * 32, "start": 0} for index in range(4)]}
+    config = {**CONFIG, "settings": {"to": 2048, "start_tokens": "0", **settings}, "documents": documents}
+    (path / "config.json").write_text(json.dumps(config))
+    every, descent = [0, 1, 2, 3], "descent from llama3+su"
+    lines = [
+        task("pi+none", [0]),
+        task("yarn+su", [0]),
+        task("yarn+su", [1, 2, 3], 4.6),
+        task("llama3+su", every, 4.5),
+        task(descent, [2], gradient=[0.1, 0.2, 0.3], recomputed=2048),
+        task(f"{descent} check", every, 4.3),
+        task(f"{descent} end", every, losses=[1.0, None, None, None]),
+        task(f"{descent} unrounded", every, 4.1),
+        task("polish", [0, 1], rescale=[1.0, 1.5]),
+        task("polish", every, 4.25, rescale=[1.0, 1.6]),
+    ]
+    (path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_convergence_of_tasks_has_complete_candidates_by_stage_at_what_they_cost(tasks: Path) -> None:
+    made = {plot.name: plot for plot in plots(read_run(tasks))}["convergence"]
+    traces = {trace["name"]: trace for trace in made.figure["data"]}
+    assert list(traces) == ["seeds", "descent", "polish", "YaRN + su", "Llama 3 + su", "best so far"]
+    points = {name: (trace["x"], trace["y"]) for name, trace in traces.items()}
+    assert points["seeds"] == ([10240, 18432], [4.6, 4.5])
+    assert points["descent"] == ([32768, 40960], [4.3, None]), "a gradient step of one window costs 6144"
+    assert points["polish"] == ([61440], [4.25])
+    assert points["best so far"] == ([10240, 18432, 32768, 61440, 61440], [4.6, 4.5, 4.3, 4.25, 4.25])
+    assert points["Llama 3 + su"] == ([10240, 61440], [4.5, 4.5])
+    assert traces["descent"]["text"][0] == "descent from llama3+su check"
+    assert made.figure["layout"]["yaxis"]["title"]["text"] == "perplexity"
+    assert made.caption == (
+        "Best 4.250 after 61.4k of 61.4k token-passes. Dots are candidates on all windows, 5; 1 lie above the frame "
+        "or are not finite. The cost includes 1 gradient step and 2 candidates on some windows only."
+    )
+
+
+def test_the_page_says_what_was_searched_and_what_was_done(tasks: Path) -> None:
+    read = read_run(tasks)
+    assert search_facts(read) == {
+        "Method": "hybrid: all seeds, gradient descent from the best, a short evolution around the result",
+        "Objective": "perplexity",
+        "Space": "longrope: every pair is free",
+        "Attention factor": "searched",
+        "Start tokens": "not searched: 0",
+        "Work": "4 candidates on all windows, 1 without a finite value, 2 on some windows only, 1 gradient step, "
+        "2.05k tokens run again to save memory, beside the token-passes",
+    }
+    remark = "in token-passes of all windows: 61.4k, 3\N{NO-BREAK SPACE}s of work"
+    assert cards(read)[-1] == Card("Evaluations", "7.5", remark)
+    (tasks / "metrics.json").unlink()
+    assert headline(read_run(tasks)).endswith("best value 4.25 after 7.5 evaluations")
+    (tasks / "config.json").unlink()
+    assert headline(read_run(tasks)).endswith("best value 4.25 after 61.4k token-passes")
+    assert cards(read_run(tasks))[-1] == Card("Token-passes", "61.4k", "3\N{NO-BREAK SPACE}s of work")
+    page = Page(write_report(tasks))
+    assert "4 candidates on all windows, 1 without a finite value" in page.text
+
+
+def test_a_search_of_one_attention_factor_names_it_in_its_seeds(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "evaluations.jsonl", tmp_path)
+    config = {**CONFIG, "settings": {"to": 2048, "method": "evolution", "attention_factor": "su"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "YaRN + su" in {trace["name"] for trace in figures_of(tmp_path)["convergence"]["data"]}
+    assert search_facts(read_run(tmp_path))["Attention factor"] == "not searched: su"
+
+
+def test_a_search_that_has_no_complete_candidate_yet_has_no_plot(tasks: Path) -> None:
+    path = tasks / "evaluations.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert "convergence" not in figures_of(tasks)
+    assert search_facts(read_run(tasks))["Work"] == "0 candidates on all windows, 2 on some windows only"
+    write_report(tasks)
 
 
 def test_a_method_looks_the_same_in_every_plot(run: Path) -> None:
@@ -315,7 +411,7 @@ def test_a_long_search_is_thinned_to_keep_the_page_small(run: Path, tmp_path: Pa
     records[12_345]["value"] = 4.0
     (path / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     traces = {trace["name"]: trace for trace in figures_of(path)["convergence"]["data"]}
-    assert len(traces["candidates"]["x"]) == 2000
+    assert len(traces["mutations"]["x"]) == 2000
     assert min(traces["best so far"]["y"]) == 4.0
     assert write_report(path).stat().st_size < 6_000_000
 
@@ -414,6 +510,7 @@ def test_a_page_that_cannot_be_written_is_told(run: Path, tmp_path: Path) -> Non
         ("factors.json", '{"format": "other"}', "factors: format: got format 'other'; it is \"longrope-factors\""),
         ("evaluations.jsonl", "x\n{}\n", "line 1 broken"),
         ("evaluations.jsonl", '{"value": "low"}\n', "value: a number"),
+        ("evaluations.jsonl", '{"value": null, "losses": 3}\n', "losses is a list"),
     ],
 )
 def test_a_corrupt_file_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -499,7 +596,7 @@ def test_the_cards_hold_the_key_numbers(run: Path) -> None:
         ("Perplexity at 2048", "4.268", "3.841 – 4.695"),
         ("Best baseline", "4.490", "YaRN, ours −4.9%"),
         ("Attention factor", "1.170", "4 start tokens"),
-        ("Candidate evaluations", "7", "115k token-passes, 4\N{NO-BREAK SPACE}s"),
+        ("Evaluations", "7", "in token-passes of all windows: 14.3k, 4\N{NO-BREAK SPACE}s of work"),
     ]
 
 

@@ -123,13 +123,14 @@ def _check_quantize(quantize: str, *, on_cuda: bool) -> None:
         raise UserError("--quantize", got=f"{quantize} without bitsandbytes", rule="bitsandbytes does it", do=do)
 
 
-def _quantization(options: LoadOptions, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization(options: LoadOptions, dtype: torch.dtype) -> Any:
     """How transformers is to quantize the weights: 4 bits as in QLoRA (NF4), computing in `dtype`."""
     if options.quantize is None:
         return None
+    make: Any = BitsAndBytesConfig
     if options.quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return make(load_in_8bit=True)
+    return make(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def load_config(name: str, source: str, options: LoadOptions) -> Any:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from longrope.files import disk_errors, finite
 from longrope.lengths import format_length
+from longrope.report.style import stage_of
 
 if TYPE_CHECKING:
     from longrope.evaluate.methods import OnStep, Step
@@ -123,27 +124,36 @@ def _bar(*, transient: bool = False) -> Iterator[Show]:
 
 @contextmanager
 def search_progress(quiet: bool) -> Iterator[OnProgress | None]:
-    """Progress of a search: a bar on a terminal, elsewhere a line at the end of each iteration."""
+    """Progress of a search: a bar on a terminal, elsewhere a line at the end of a round, some fifty in a search."""
     if quiet:
         yield None
     elif err.is_terminal:
         with _bar() as show:
             yield lambda progress: show(progress.done, progress.total, describe_progress(progress))
     else:
+        told = 0
         last: list[Progress] = []  # one at most
 
         def log() -> None:
+            nonlocal told
             for progress in last:
                 if progress.rate:  # nothing to say of what an earlier process evaluated
                     logger.info("%s, %d/%d", describe_progress(progress), progress.done, progress.total)
+                    told = progress.done
 
         def on_progress(progress: Progress) -> None:
-            if last and progress.iteration != last[0].iteration:
+            if last and _round(progress) != _round(last[0]) and last[0].done - told >= last[0].total / 50:
                 log()
             last[:] = [progress]
 
         yield on_progress
         log()
+
+
+def _round(progress: Progress) -> tuple[str, int]:
+    """What a search is at: of children, mutations and crossovers are one round."""
+    stage = stage_of(progress.origin)
+    return "evolution" if stage in ("mutations", "crossovers") else stage, progress.iteration
 
 
 @contextmanager
@@ -163,10 +173,11 @@ def measuring_progress(quiet: bool) -> Iterator[OnStep | None]:
 
 
 def describe_progress(progress: Progress) -> str:
-    """Where a search is, in words: iteration, best value, candidates a second, time left."""
+    """Where a search is, in words: stage, round, best value, evaluations a second, time left."""
     best = f"{progress.best:.4f}" if math.isfinite(progress.best) else "-"
     left = format_seconds((progress.total - progress.done) / progress.rate) if progress.rate else "-"
-    return f"iteration {progress.iteration}: best {best}, {progress.rate:.2f} candidates/s, {left} left"
+    stage, number = _round(progress)
+    return f"{stage}, round {number}: best {best}, {progress.rate:.2f} evaluations/s, {left} left"
 
 
 def format_seconds(seconds: float) -> str:

@@ -48,9 +48,10 @@ _PROBE = (
 _GUARD = """
 import sys, psutil
 sys.stdin.read()
-for process in psutil.process_iter():
+for pid, started in (each.split(":") for each in sys.argv[1:]):
     try:
-        if process.environ().get("RAY_RAYLET_PID") == sys.argv[1]:
+        process = psutil.Process(int(pid))
+        if str(process.create_time()) == started:
             process.kill()
     except psutil.Error:
         pass
@@ -109,9 +110,9 @@ def parse_workers(text: str) -> Place:
     if text == "ray":
         return Place(address="auto")
     host, _, port = text.removeprefix("ray:").rpartition(":")
-    if text.startswith("ray:") and host and "/" not in host and port.isascii() and port.isdecimal():
-        if 0 < int(port) < 65536:
-            return Place(address=f"{host}:{port}")
+    is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 65536
+    if text.startswith("ray:") and host and "/" not in host and is_port:
+        return Place(address=f"{host}:{port}")
     raise UserError(
         "--workers",
         got=repr(text),
@@ -321,7 +322,8 @@ class RayWorkers:
             if death is not None:
                 self._died(worker, stage, death)
                 if task is not None:
-                    assert waiting is not None and deaths is not None, "tasks are done by run"
+                    assert waiting is not None, "tasks are done by run"
+                    assert deaths is not None, "tasks are done by run"
                     deaths[task[1]] += 1
                     waiting.appendleft(task[1])
                     if deaths[task[1]] == _DEATHS:
@@ -395,11 +397,13 @@ class _Cluster:
         if place.address is not None:
             _check_answers(place.address)
         logging.getLogger("ray").setLevel(logging.ERROR)  # it greets and advises on stderr
+        # It tells of a worker's death on stdout, which is for our JSON, and has no option that keeps it from that.
+        importlib.import_module("ray._private.worker").__dict__["_worker_logs_enabled"] = False
         about: dict[str, Any] = {"configure_logging": False, "logging_level": "error", "log_to_driver": False}
         if place.address is None:
             about |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
             about["object_store_memory"] = _OBJECT_STORE + 2 * stored
-        with _own_handlers():
+        with _kept():
             ray.init(place.address or "local", **about)
         if place.address is None:
             self._guard = _start_guard()
@@ -412,28 +416,26 @@ class _Cluster:
             self._guard.communicate()  # closes its stdin: it ends what is left, and itself
 
 
-def _start_guard() -> subprocess.Popen[bytes] | None:
-    for child in psutil.Process().children():
-        if child.name() == "raylet":
-            command = [sys.executable, "-c", _GUARD, str(child.pid)]
-            return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    return None
+def _start_guard() -> subprocess.Popen[bytes]:
+    """A process that waits for the end of this one, and then ends what the raylet started."""
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    started = [f"{child.pid}:{child.create_time()}" for raylet in raylets for child in raylet.children()]
+    command = [sys.executable, "-c", _GUARD, *started]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 @contextmanager
-def _own_handlers() -> Iterator[None]:
+def _kept() -> Iterator[None]:
     """Keep this process's handler of SIGTERM and its environment, which Ray replaces and adds to."""
     mode = os.environ.get("RAY_AUTH_MODE")
-    if threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
         yield
-    else:
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            yield
-        finally:
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Ray sets it there only
             signal.signal(signal.SIGTERM, handler)
-    if mode is None:
-        os.environ.pop("RAY_AUTH_MODE", None)
+        if mode is None:
+            os.environ.pop("RAY_AUTH_MODE", None)
 
 
 def _ray() -> Any:

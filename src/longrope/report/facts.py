@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from longrope.report.read import Evaluation, Result, RunData
+from longrope.report.read import Result, RunData
+from longrope.report.searched import counts, evaluations_text, number_text
 from longrope.report.style import (
     Look,
     count_text,
@@ -108,8 +109,8 @@ def _outcome(run: RunData) -> str:
     if best := best_of((r for r in run.results if r.length == max(run.lengths)), run.measure):
         value = f"{run.measure} {_short(best.value)} at {length_text(best.length)} tokens"
         return f"{look(best.method).label} is the best of {len({r.method for r in run.results})}, {value}"
-    if values := [e.value for e in run.evaluations if e.value is not None]:
-        return f"best value {_short(min(values))} after {len(run.evaluations):,} evaluations"
+    if values := [each.value for each in run.evaluations if each.kind == "complete" and each.value is not None]:
+        return f"best value {_short(min(values))} after {evaluations_text(run)}"
     return "no figures yet"
 
 
@@ -134,7 +135,7 @@ def cards(run: RunData) -> list[Card]:
         row = run.table.rows[-1]
         made.append(Card("Attention factor", f"{row.attention_factor:.3f}", f"{row.start_tokens} start tokens"))
     if run.evaluations:
-        made.append(_search_card(run.evaluations))
+        made.append(_search_card(run))
     return [card for card in made if card]
 
 
@@ -145,10 +146,13 @@ def _extension_card(run: RunData) -> Card | None:
     return Card("Extension", f"{target / original:.4g}×", f"{length_text(original)} → {length_text(target)} tokens")
 
 
-def _search_card(evaluations: tuple[Evaluation, ...]) -> Card:
-    tokens = count_text(sum(evaluation.tokens for evaluation in evaluations))
-    seconds = duration_text(sum(evaluation.seconds for evaluation in evaluations))
-    return Card("Candidate evaluations", f"{len(evaluations):,}", f"{tokens} token-passes, {seconds}")
+def _search_card(run: RunData) -> Card:
+    tokens = counts(run.evaluations).tokens
+    seconds = duration_text(sum(evaluation.seconds for evaluation in run.evaluations))
+    if run.evaluation_tokens is None:
+        return Card("Token-passes", count_text(tokens), f"{seconds} of work")
+    remark = f"in token-passes of all windows: {count_text(tokens)}, {seconds} of work"
+    return Card("Evaluations", number_text(tokens / run.evaluation_tokens), remark)
 
 
 def _interval(result: Result) -> str:

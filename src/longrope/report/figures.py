@@ -1,6 +1,6 @@
 """What plots share. A figure is plain data without colours of its own for text and grid: the page's script sets those.
 
-plotly reads some HTML in its texts, so every name that comes from a file is escaped with `text`.
+plotly reads some HTML in its texts, so every name that comes from a file is escaped with `letters`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Plot:
     figure: Figure
 
 
-def text(name: str) -> str:
+def letters(name: str) -> str:
     """A name as plotly shows it letter for letter; it decodes &lt; but not &quot;."""
     return html.escape(name, quote=False)
 
 
-def figure(traces: Sequence[Mapping[str, Any]], **layout: Any) -> Figure:
+def make_figure(traces: Sequence[Mapping[str, Any]], **layout: Any) -> Figure:
     """A checked figure as plain data."""
     import plotly.graph_objects as go
 
@@ -49,17 +49,17 @@ def figure(traces: Sequence[Mapping[str, Any]], **layout: Any) -> Figure:
     return made
 
 
-def axis(title: str, **more: Any) -> dict[str, Any]:
+def make_axis(title: str, **more: Any) -> dict[str, Any]:
     """An axis that no finger can move."""
     return {"title": {"text": title, "standoff": 8}, "automargin": True, "zeroline": False, "fixedrange": True, **more}
 
 
-def trace(x: Sequence[float], y: Sequence[float | None], style: Look, **more: Any) -> dict[str, Any]:
+def make_trace(x: Sequence[float], y: Sequence[float | None], style: Look, **more: Any) -> dict[str, Any]:
     """A line with the look of a method."""
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": text(style.label),
+        "name": letters(style.label),
         "x": list(x),
         "y": list(y),
         "line": {"color": style.colour, "width": style.width, "dash": style.dash},

@@ -12,6 +12,7 @@ from longrope import __version__
 from longrope.report import facts
 from longrope.report.plots import plots
 from longrope.report.read import RunData
+from longrope.report.searched import search_facts
 from longrope.report.style import length_text, lower_is_better
 
 
@@ -39,6 +40,7 @@ def _content(run: RunData) -> dict[str, Any]:
         "seen_lengths": [length_text(length) for length in sorted({result.length for result in run.seen})],
         "lower": lower_is_better(run.measure),
         "factor_rows": [(row, length_text(row.up_to)) for row in run.table.rows] if run.table else [],
+        "search_facts": search_facts(run),
         "settings": facts.settings(run),
         "command_line": facts.command_line(run),
         "plots": {plot.name: plot for plot in made},

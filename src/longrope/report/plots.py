@@ -12,7 +12,7 @@ from longrope.baselines import baseline, critical_dimension
 from longrope.factors import FactorTable
 from longrope.report.convergence import convergence_plot
 from longrope.report.facts import measured_on, methods_of, verdict
-from longrope.report.figures import Plot, axis, figure, text, trace
+from longrope.report.figures import Plot, letters, make_axis, make_figure, make_trace
 from longrope.report.read import RunData, shape_of
 from longrope.report.style import GREY, OURS_COLOUR, Look, length_text, look, lower_is_better, value_text
 
@@ -45,7 +45,7 @@ def _length_marks(run: RunData) -> dict[str, Any]:
 
 def _length_axis(lengths: Sequence[int]) -> dict[str, Any]:
     texts = [length_text(length) for length in lengths]
-    return _axis("length in tokens", type="log", tickmode="array", tickvals=list(lengths), ticktext=texts)
+    return make_axis("length in tokens", type="log", tickmode="array", tickvals=list(lengths), ticktext=texts)
 
 
 def _results_plot(run: RunData) -> Plot | None:
@@ -58,10 +58,10 @@ def _results_plot(run: RunData) -> Plot | None:
         ticks = log_ticks(min(positive), max(positive))
         texts = [f"{tick:g}" for tick in ticks]
         vertical = {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": texts}
-    figure = _figure(
+    figure = make_figure(
         traces,
         xaxis=_length_axis(run.lengths),
-        yaxis=_axis(_text(run.measure), **vertical),
+        yaxis=make_axis(letters(run.measure), **vertical),
         legend_traceorder="reversed",
         **_length_marks(run),
     )
@@ -74,7 +74,7 @@ def _results_plot(run: RunData) -> Plot | None:
 def _result_trace(run: RunData, method: str) -> dict[str, Any]:
     results = [run.result(method, length) for length in run.lengths]
     found = [result for result in results if result]
-    trace = _trace([r.length for r in found], [r.value for r in found], look(method, methods_of(run)))
+    trace = make_trace([r.length for r in found], [r.value for r in found], look(method, methods_of(run)))
     trace["text"] = [value_text(result.value) for result in found]
     trace["hovertemplate"] = "%{text} at %{x:,} tokens"
     if any(result.ci for result in found):
@@ -106,10 +106,10 @@ def _gap_plot(run: RunData) -> Plot | None:
     gaps = [gap for trace in traces for gap in trace["y"] if gap is not None and abs(gap) <= _WIDEST_GAP]
     margin = 0.1 * (max(gaps) - min(gaps)) or 1.0
     label = look(found.baseline.method).label
-    title = _text(f"difference from {label} in %")
-    vertical = _axis(title, range=[min(gaps) - margin, max(gaps) + margin], ticksuffix="%")
+    title = letters(f"difference from {label} in %")
+    vertical = make_axis(title, range=[min(gaps) - margin, max(gaps) + margin], ticksuffix="%")
     lengths = [length for length, _ in against]
-    figure = _figure(
+    figure = make_figure(
         traces, xaxis=_length_axis(lengths), yaxis=vertical, legend_traceorder="reversed", **_length_marks(run)
     )
     better = "below" if lower_is_better(run.measure) else "above"
@@ -125,7 +125,7 @@ def _gap_trace(run: RunData, method: str, against: Sequence[tuple[int, float]]) 
         100 * (result.value / value - 1) if result and result.value is not None else None
         for result, (_, value) in zip(results, against, strict=True)
     ]
-    trace = _trace([length for length, _ in against], gaps, look(method, methods_of(run)))
+    trace = make_trace([length for length, _ in against], gaps, look(method, methods_of(run)))
     return trace | {"hovertemplate": "%{y:+.1f}% at %{x:,} tokens"}
 
 
@@ -137,17 +137,17 @@ def _factors_plot(table: FactorTable | None) -> Plot | None:
     searched = Look("this run", ours=True, colour=OURS_COLOUR, dash="solid", symbol="circle", width=3)
     lines = [(look(name), list(baseline(name, shape, row.up_to).rescale)) for name in _BESIDE]
     lines.append((searched, list(row.rescale)))
-    traces = [_trace(pairs, values, style, hovertemplate=hover) for style, values in lines]
+    traces = [make_trace(pairs, values, style, hovertemplate=hover) for style, values in lines]
     for trace, (style, _) in zip(traces, lines, strict=True):
         trace["mode"] = "lines+markers" if style.ours else "lines"
         trace["marker"]["size"] = 5
     largest = max(value for _, values in lines for value in values)
     critical = critical_dimension(shape)
     shown = [_mark(critical, f"critical dimension {critical:.1f}")] if 0 <= critical <= shape.pairs - 1 else []
-    figure = _figure(
+    figure = make_figure(
         traces,
-        xaxis=_axis("pair i (fast pairs left)"),
-        yaxis=_axis("rescale factor λ", type="log", **_ratio_ticks(largest)),
+        xaxis=make_axis("pair i (fast pairs left)"),
+        yaxis=make_axis("rescale factor λ", type="log", **_ratio_ticks(largest)),
         legend_traceorder="reversed",
         shapes=[line for line, _ in shown],
         annotations=[note | {"y": 0.04, "yanchor": "bottom"} for _, note in shown],

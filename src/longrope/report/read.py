@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from longrope.baselines import RopeShape
 from longrope.errors import UserError
@@ -32,14 +32,25 @@ class Result:
     seen: bool
 
 
+Kind = Literal["complete", "failed", "partial", "gradient", "unrounded"]
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """One candidate: where it came from, its value (None when not finite), its cost in tokens and seconds."""
+    """One piece of work of a search: its origin and kind, the value that it gave, its cost in token-passes and seconds.
+
+    complete: a candidate's last piece, of which its value is known. failed: that value is not finite. partial: a
+    candidate on some of the windows. gradient: a step of a descent. unrounded: a comparison, never a result.
+    candidate: equal for all pieces of a candidate. recomputed: tokens run again to save memory, not among `tokens`.
+    """
 
     origin: str
+    kind: Kind
+    candidate: str
     value: float | None
     tokens: float
     seconds: float
+    recomputed: float
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,12 @@ class RunData:
         return max((result.length for result in self.results), default=None)
 
     @property
+    def evaluation_tokens(self) -> int | None:
+        """Token-passes of one evaluation: all search windows, each of the target length. None when nothing says it."""
+        windows, target = len(self.documents.get("search", ())), self.settings.get("to")
+        return windows * target if isinstance(target, int) and windows * target > 0 else None
+
+    @property
     def lengths(self) -> list[int]:
         """Measured lengths, ascending."""
         return sorted({result.length for result in self.results})
@@ -124,7 +141,10 @@ def read_run(run: Path) -> RunData:
         results=unseen or results,
         seen=tuple(result for result in results if result.seen) if unseen else (),
         table=_table(run / FACTORS),
-        evaluations=tuple(_evaluation(record, run / EVALUATIONS) for record in read_lines(run / EVALUATIONS)),
+        evaluations=tuple(
+            _evaluation(record, line, run / EVALUATIONS)
+            for line, record in enumerate(read_lines(run / EVALUATIONS), start=1)
+        ),
         # The page of a demo is part of the demo, so it is made before DONE; by then everything is measured.
         finished=(run / DONE).exists() or bool(results),
     )
@@ -193,12 +213,28 @@ def _number(value: object, path: Path, name: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _evaluation(record: Mapping[str, Any], path: Path) -> Evaluation:
+def _evaluation(record: Mapping[str, Any], line: int, path: Path) -> Evaluation:
+    """A line of evaluations.jsonl; those of the first longrope have neither windows nor losses, and are all whole."""
+    factors = [record.get(name) for name in ("rescale", "start_tokens", "attention_factor")]
+    value = _number(record.get("value"), path, "value")
+    origin = str(record.get("origin", ""))
+    losses = record.get("losses")
+    _check(losses is None or isinstance(losses, list), path, "losses is a list")
+    kind: Kind = "failed"
+    if record.get("gradient") is not None:
+        kind = "gradient"
+    elif value is not None:
+        kind = "unrounded" if origin.endswith(" unrounded") else "complete"
+    elif losses is not None and None not in losses:
+        kind = "partial"
     return Evaluation(
-        origin=str(record.get("origin", "")),
-        value=_number(record.get("value"), path, "value"),
+        origin=origin,
+        kind=kind,
+        candidate=f"line {line}" if factors[0] is None else str(factors),
+        value=value,
         tokens=_number(record.get("tokens"), path, "tokens") or 0.0,
         seconds=_number(record.get("seconds"), path, "seconds") or 0.0,
+        recomputed=_number(record.get("recomputed"), path, "recomputed") or 0.0,
     )
 
 

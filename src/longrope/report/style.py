@@ -35,6 +35,17 @@ _COLOURS = {
 }
 _SYMBOLS = {"pi": "square", "ntk": "triangle-up", "dynamic-ntk": "triangle-down", "yarn": "diamond", "llama3": "cross"}
 _DASHES = {"ntk-cd": "dash", "yarn-paper": "dashdot", "yarn-rcd": "dash", UNSCALED: "dot"}
+# The candidates of a search by the stage that made them: colour, symbol, size.
+_PURPLE = "#8C6BD1"
+DOTS = {
+    "seeds": (GREY, "diamond", 7),
+    "mutations": (GREY, "circle", 4),
+    "crossovers": (GREY, "x", 5),
+    "descent": (_PURPLE, "circle", 6),
+    "start tokens": (_PURPLE, "square-open", 6),
+    "polish": (_PURPLE, "triangle-up-open", 6),
+}
+_STAGES = {"mutation": "mutations", "crossover": "crossovers", "start tokens": "start tokens", "polish": "polish"}
 _OURS_DASHES = ("solid", "dash", "dot", "dashdot")
 
 
@@ -54,6 +65,11 @@ def is_ours(method: str) -> bool:
     """Whether a method is a result of this project rather than a baseline."""
     stem, _, _ = method.partition("+")
     return stem not in METHODS and stem != UNSCALED
+
+
+def stage_of(origin: str) -> str:
+    """The stage of a search that a candidate comes from, by its origin; what is no later stage's is a seed."""
+    return "descent" if origin.startswith("descent ") else _STAGES.get(origin, "seeds")
 
 
 def look(method: str, methods: Iterable[str] = ()) -> Look:

@@ -20,7 +20,7 @@ class Archive:
     counts: scored tokens of each search window. A candidate's value is its token-weighted perplexity on all of them.
     """
 
-    def __init__(self, counts: Sequence[int]) -> None:
+    def __init__(self, counts: Sequence[int] | NDArray[np.int64]) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self._losses: dict[str, Losses] = {}
         self._factors: dict[str, RopeFactors] = {}
@@ -43,13 +43,14 @@ class Archive:
         """
         if task.gradient:
             return None
-        key, value = task.factors.key, self.with_outcome(task, outcome)
+        key = task.factors.key
         if self.value(task.factors) is not None:
             return None
         known = self._losses.setdefault(key, np.full(len(self.counts), np.nan))
         for window, loss in zip(task.windows, outcome.losses, strict=True):
             if window < len(known):
                 known[window] = loss if math.isfinite(loss) else math.inf
+        value = self.value(task.factors)
         if value is None:
             return None
         if not may_win:
@@ -58,16 +59,6 @@ class Archive:
         if math.isfinite(value) and (self._best is None or value < self._best[0]):
             self._best = value, task.factors
         return value
-
-    def with_outcome(self, task: Task, outcome: Outcome) -> float | None:
-        """The candidate's value if the outcome were added and completed it, else None; nothing is kept."""
-        if task.gradient or self.value(task.factors) is not None:
-            return None
-        losses = self.losses(task.factors).copy()
-        for window, loss in zip(task.windows, outcome.losses, strict=True):
-            if window < len(losses):
-                losses[window] = loss if math.isfinite(loss) else math.inf
-        return self._perplexity(losses)
 
     def losses(self, factors: RopeFactors) -> Losses:
         """Loss (N,) of a candidate on each window in nats, NaN where it was not tried, infinite where it failed."""

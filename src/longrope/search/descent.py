@@ -17,7 +17,7 @@ from longrope.baselines import RopeShape
 from longrope.factors import RopeFactors
 from longrope.search.archive import Archive
 from longrope.search.space import Chart, Space, Vector, on_grid
-from longrope.search.tasks import Gradient, Proposal, Steps, Task
+from longrope.search.tasks import Proposal, Steps, Task
 
 # Rounding may cost this share of the loss; if it costs more, a finer grid is tried.
 _ROUNDING = 1e-4
@@ -99,6 +99,7 @@ def descend(
     comes again.
     """
     chart = space.chart(start.vector)
+    matrix = chart.matrix
     x, m = chart.coordinates(np.maximum(start.vector, 1.0)), math.log(start.attention_factor)
     by_x, by_m = Adam(len(x)), Adam(1)
     size, waiting = min(batch_size(len(archive.counts)), len(pool)), list[int]()
@@ -113,16 +114,17 @@ def descend(
             waiting = [int(index) for index in rng.permutation(len(pool))]
         batch = tuple(sorted(pool[waiting.pop()] for _ in range(size)))
         here = at(x, m)
-        (outcome,) = yield [Proposal(Task(here, batch, gradient=True), origin, step)]
-        gradient = outcome.gradient
-        if gradient is None or not _finite(gradient):
+        outcomes = yield [Proposal(Task(here, (window,), gradient=True), origin, step) for window in batch]
+        by_rescale = sum((np.array(each.gradient.rescale) for each in outcomes if each.gradient), np.zeros(len(matrix)))
+        by_factor = sum(each.gradient.attention_factor for each in outcomes if each.gradient)
+        if not np.isfinite([*by_rescale, by_factor]).all():
             break
         fade = min(1.0, 2 * (1 - step / settings.steps))
         sizes = step_sizes(chart, here.vector, shape, settings)
-        by_log = chart.matrix.T @ (np.array(gradient.rescale) * here.vector)
+        by_log = matrix.T @ (by_rescale * here.vector)
         x = chart.project(x - fade * sizes * by_x.direction(by_log))
         if settings.attention_step:
-            by_log_m = np.array([gradient.attention_factor * here.attention_factor])
+            by_log_m = np.array([by_factor * here.attention_factor])
             m -= fade * settings.attention_step * float(by_m.direction(by_log_m)[0])
         path.append(np.append(x, m))
         if (step + 1) % settings.check_every == 0:
@@ -144,7 +146,7 @@ def descend(
 
 def refine(exact: RopeFactors, space: Space, archive: Archive, origin: str, iteration: int) -> Steps[None]:
     """Check that rounding to the grid makes factors no worse, and try finer grids when it does."""
-    yield [Proposal(Task(exact, archive.everything), f"{origin} unrounded", iteration, may_win=False)]
+    yield each_window(exact, archive, f"{origin} unrounded", iteration, may_win=False)
     unrounded = archive.value(exact)
     if unrounded is None or not math.isfinite(unrounded):
         return
@@ -165,10 +167,13 @@ def rounded(factors: RopeFactors, space: Space) -> RopeFactors:
 def evaluate(factors: RopeFactors, archive: Archive, origin: str, iteration: int) -> Steps[float]:
     """The value of factors on all search windows, infinite when they fail."""
     if archive.value(factors) is None:
-        yield [Proposal(Task(factors, archive.everything), origin, iteration)]
+        yield each_window(factors, archive, origin, iteration)
     value = archive.value(factors)
     return math.inf if value is None else value
 
 
-def _finite(gradient: Gradient) -> bool:
-    return bool(np.isfinite([*gradient.rescale, gradient.attention_factor]).all())
+def each_window(
+    factors: RopeFactors, archive: Archive, origin: str, iteration: int, *, may_win: bool = True
+) -> list[Proposal]:
+    """One task a search window, so that workers share a single candidate."""
+    return [Proposal(Task(factors, (window,)), origin, iteration, may_win) for window in archive.everything]

@@ -19,13 +19,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a search is: evaluations done of how many (in token-passes), the round, the best value, their rate."""
+    """Where a search is: evaluations done of how many (in token-passes), the round, the best value, their rate.
+
+    origin: of the candidate that was done last.
+    """
 
     done: int
     total: int
     iteration: int
     best: float
     rate: float
+    origin: str = ""
 
 
 OnProgress = Callable[[Progress], None]
@@ -75,6 +79,7 @@ class Loop:
     ) -> None:
         self.run, self.archive, self.workers, self.budget = run, archive, workers, budget
         self.lengths = lengths
+        self.seen = Archive(archive.counts)  # as outcomes come in, where `archive` has them in the order of the tasks
         lines = run.evaluations()
         self.known = {line["key"]: self._outcome(line) for line in lines}
         self.earlier_hours = sum(outcome.seconds for outcome in self.known.values()) / 3600 / workers.count
@@ -112,6 +117,7 @@ class Loop:
             key = proposal.task.key
             if key in self.known:
                 outcomes[key] = self.known[key]
+                self.seen.add(proposal.task, outcomes[key])
             elif key not in asked:
                 fresh.append(proposal)
             asked.add(key)
@@ -181,8 +187,8 @@ class Loop:
 
     def _value(self, proposal: Proposal, outcome: Outcome) -> float | None:
         """The candidate's value where this outcome completes it."""
-        trial = self.archive.with_outcome(proposal.task, outcome)
-        return trial if trial is not None and math.isfinite(trial) else None
+        value = self.seen.add(proposal.task, outcome)
+        return value if value is not None and math.isfinite(value) else None
 
     def _say_cost(self, outcome: Outcome) -> None:
         """What the search will cost, by its first task, before the others."""
@@ -208,7 +214,7 @@ class Loop:
             elapsed = time.perf_counter() - self.begun
             rate = self.fresh_tokens / self.budget.evaluation / elapsed
             done = min(self.budget.total, round(self.spent / self.budget.evaluation))
-            on_progress(Progress(done, self.budget.total, proposal.iteration, best, rate))
+            on_progress(Progress(done, self.budget.total, proposal.iteration, best, rate, proposal.origin))
 
 
 def duration(seconds: float) -> str:

@@ -77,6 +77,8 @@ def race_to_beat(candidates: Sequence[Candidate], archive: Archive) -> Steps[Non
 
 def _lags(archive: Archive, losses: Losses, rival: Losses) -> bool:
     seen = np.flatnonzero(~np.isnan(losses))
+    if np.isinf(losses[seen]).any():
+        return True  # it failed on a window, so that its value is infinite
     if len(seen) < 2:
         return False
     differences = (losses[seen] - rival[seen]) / archive.counts[seen]

@@ -1,0 +1,131 @@
+"""The plot of a search: values of complete candidates and the best so far against what the search had cost by then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longrope.report.figures import Figure, Plot, letters, make_axis, make_figure, make_trace
+from longrope.report.read import RunData
+from longrope.report.searched import counts, plural
+from longrope.report.style import DOTS, OURS_COLOUR, count_text, is_ours, look, stage_of, value_text
+
+_MOST_DOTS = 2000  # a page stays readable and below 6 MB
+_RULES = ("none", "su", "yarn")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate on all windows: its value, infinite when it failed, and the token-passes spent when it was known."""
+
+    cost: float
+    value: float
+    origin: str
+
+
+def convergence_plot(run: RunData) -> Plot | None:
+    """Complete candidates by where they come from and the best so far, against token-passes."""
+    costs = np.cumsum([each.tokens for each in run.evaluations])
+    points = [
+        Point(float(cost), math.inf if each.value is None else each.value, each.origin)
+        for cost, each in zip(costs, run.evaluations, strict=True)
+        if each.kind in ("complete", "failed")
+    ]
+    if not points or min(point.value for point in points) == math.inf:
+        return None
+    best = np.minimum.accumulate([point.value for point in points])
+    frame = _frame(points, float(best[-1]))
+    made = _figure(run, points, best, float(costs[-1]), frame)
+    return Plot("convergence", "Best value by token-passes", _caption(run, points, float(costs[-1]), frame[1]), made)
+
+
+def _caption(run: RunData, points: Sequence[Point], spent: float, top: float) -> str:
+    first = min(points, key=lambda point: point.value)
+    above = sum(point.value > top for point in points)
+    done = counts(run.evaluations)
+    said = (
+        f"Best {value_text(first.value)} after {count_text(first.cost)} of {count_text(spent)} token-passes. Dots are "
+        f"candidates on all windows, {len(points):,}; {above:,} lie above the frame or are not finite."
+    )
+    others = [plural(done.gradient, "gradient step")] if done.gradient else []
+    others += [f"{plural(done.partial, 'candidate')} on some windows only"] if done.partial else []
+    return said + (f" The cost includes {' and '.join(others)}." if others else "")
+
+
+def _frame(points: Sequence[Point], low: float) -> tuple[float, float]:
+    """Values between which the search is worth a look: from below the best to above the best seed."""
+    finite = [point.value for point in points if math.isfinite(point.value)]
+    start = min((point.value for point in points if stage_of(point.origin) == "seeds"), default=finite[0])
+    gain = start - low if math.isfinite(start) else 0.0
+    spread = float(np.median(finite)) - low
+    span = gain or spread or 0.01 * abs(low) or 1.0
+    return low - 0.15 * span, low + 2.2 * span
+
+
+def _figure(
+    run: RunData, points: Sequence[Point], best: NDArray[np.float64], spent: float, frame: tuple[float, float]
+) -> Figure:
+    better = [i for i in range(len(best)) if math.isfinite(best[i]) and (i == 0 or best[i] < best[i - 1])]
+    steps = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "best so far",
+        "x": [*(points[i].cost for i in better), spent],
+        "y": [*best[better].tolist(), float(best[-1])],
+        "hovertemplate": "%{y:.4f} at %{x:.4s}",
+        "line": {"color": OURS_COLOUR, "width": 3, "shape": "hv"},
+    }
+    rule = run.settings.get("attention_factor")
+    seeds = _seed_lines(points, rule, (points[0].cost, spent), frame)
+    one = "" if run.evaluation_tokens is None else f", {count_text(run.evaluation_tokens)} an evaluation"
+    horizontal = make_axis(f"token-passes{one}", rangemode="tozero", nticks=6)
+    objective = letters(str(run.settings.get("objective", "value")))
+    vertical = make_axis(objective, range=list(frame))
+    return make_figure([*_dots(points), *seeds, steps], xaxis=horizontal, yaxis=vertical)
+
+
+def _dots(points: Sequence[Point]) -> list[dict[str, Any]]:
+    every = math.ceil(len(points) / _MOST_DOTS)
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(stage_of(point.origin), []).append(point)
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": stage,
+            "x": [point.cost for point in groups[stage][::every]],
+            "y": [point.value if math.isfinite(point.value) else None for point in groups[stage][::every]],
+            "text": [letters(point.origin) for point in groups[stage][::every]],
+            "hovertemplate": "%{text}: %{y:.4f}",
+            "marker": {"color": colour, "symbol": symbol, "size": size, "opacity": 0.6},
+        }
+        for stage, (colour, symbol, size) in DOTS.items()
+        if stage in groups
+    ]
+
+
+def _seed_lines(
+    points: Sequence[Point], rule: object, ends: tuple[float, float], frame: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """A level line for each baseline that the search started from, with its best attention factor, inside the frame.
+
+    rule: where the search gave all seeds one attention factor, which their origins then do not name.
+    """
+    best: dict[str, Point] = {}
+    for point in points:
+        stem = point.origin.partition("+")[0]
+        if not is_ours(point.origin) and (stem not in best or point.value < best[stem].value):
+            best[stem] = point
+    lines = []
+    for stem, point in best.items():
+        if frame[0] <= point.value <= frame[1]:
+            name = f"{stem}+{rule}" if point.origin == stem and rule in _RULES else point.origin
+            line = make_trace(ends, [point.value, point.value], look(name), hovertemplate="%{y:.4f}")
+            lines.append(line | {"mode": "lines", "line": line["line"] | {"dash": "dash"}})
+    return lines
