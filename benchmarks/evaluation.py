@@ -153,6 +153,20 @@ def window_memory(sizes: Sizes, *, seed: int, threads: int, device: str) -> Figu
     )
 
 
+def gradient_memory(sizes: Sizes, *, seed: int, threads: int, device: str) -> Figure:
+    """Peak memory of a gradient step on one long window over that of evaluating it."""
+    used = {side: _memory_of(side, sizes, seed, threads, device) for side in ("gradient", "ours")}
+    model = llama_name(VOCABULARY, sizes.memory_hidden, sizes.memory_layers)
+    return Figure(
+        "peak memory of a gradient step / candidate evaluation",
+        on=f"{model}; a window of {sizes.memory_tokens} tokens",
+        value=used["gradient"]["call_bytes"] / used["ours"]["call_bytes"],
+        limit=2.5,
+        unit="times",
+        details=used,
+    )
+
+
 def _memory_of(side: str, sizes: Sizes, seed: int, threads: int, device: str) -> dict[str, int]:
     options = {
         "tokens": sizes.memory_tokens,
@@ -222,6 +236,7 @@ def help_imports() -> Figure:
 def measure_all(sizes: Sizes, *, seed: int, threads: int, device: str) -> list[Figure]:
     """Every figure; memory first, because a child process is born with the peak of its parent."""
     memory = window_memory(sizes, seed=seed, threads=threads, device=device)
+    of_gradient = gradient_memory(sizes, seed=seed, threads=threads, device=device)
     shape = {"vocabulary": VOCABULARY, "hidden": sizes.hidden, "layers": sizes.layers}
     tiny = load_model(TINY, LoadOptions(device=device))
     large = random_llama(**shape, seed=seed, device=device)
@@ -231,6 +246,7 @@ def measure_all(sizes: Sizes, *, seed: int, threads: int, device: str) -> list[F
         evaluation_cost(tiny, text, sizes.blocks, seed),
         evaluation_cost(large, random, sizes.blocks, seed),
         memory,
+        of_gradient,
         install_time(tiny, sizes.installs, seed),
         help_time(sizes.helps),
         help_imports(),

@@ -1,6 +1,6 @@
 """Peak memory of one long window: run by evaluation.py, each side in a process of its own.
 
-    python benchmarks/memory.py {ours,labels} --tokens 32768 ...
+    python benchmarks/memory.py {ours,labels,gradient} --tokens 32768 ...
 
 Prints one JSON object: bytes in use before the call, the peak during it, and their difference. On CPU the first is the
 process's resident set and the second its highest, as getrusage has it; on CUDA both are those of torch's allocator. A
@@ -35,6 +35,16 @@ def ours(loaded: LoadedModel, window: Window) -> float:
         return evaluate(Task(factors, windows=(0,))).losses[0] / window.scored
 
 
+def gradient(loaded: LoadedModel, window: Window) -> float:
+    """The loss of the window in one gradient step with activation checkpointing, in nats a scored token."""
+    loaded.checkpoint_from = 1
+    factors = baseline("yarn", loaded.rope.shape, len(window.ids))
+    with Evaluator(loaded, [window]) as evaluate:
+        outcome = evaluate(Task(factors, windows=(0,), gradient=True))
+    assert outcome.recomputed == len(window.ids), "the activations were kept"
+    return outcome.losses[0] / window.scored
+
+
 @torch.no_grad()
 def labels(loaded: LoadedModel, window: Window) -> float:
     """The loss that a transformers model gives for labels, in nats a token."""
@@ -42,6 +52,9 @@ def labels(loaded: LoadedModel, window: Window) -> float:
     with loaded.autocast():
         loss: Tensor = loaded.model(ids, labels=ids).loss
     return float(loss)
+
+
+SIDES = {"ours": ours, "labels": labels, "gradient": gradient}
 
 
 def resident(device: torch.device) -> int:
@@ -61,7 +74,7 @@ def highest(device: torch.device) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("side", choices=["ours", "labels"])
+    parser.add_argument("side", choices=list(SIDES))
     for name in ("tokens", "vocabulary", "hidden", "layers", "seed", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--device", required=True)
@@ -71,7 +84,7 @@ def main() -> None:
     loaded = random_llama(**size, seed=args.seed, device=args.device)
     [window] = random_windows(args.vocabulary, length=args.tokens, count=1, seed=args.seed)
     [short] = random_windows(args.vocabulary, length=WARM_UP, count=1, seed=args.seed)
-    side = ours if args.side == "ours" else labels
+    side = SIDES[args.side]
     side(loaded, short)
     before, highest_before = resident(loaded.device), highest(loaded.device)
     side(loaded, window)

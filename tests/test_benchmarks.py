@@ -35,6 +35,7 @@ def test_every_figure_of_the_evaluation_has_its_limit_and_verdict(written: tuple
         ("times", 1.05),
         ("times", 1.05),
         ("times", 0.25),
+        ("times", 2.5),
         ("ms", 1.0),
         ("s", 0.5),
         ("", 0),

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from longrope import __version__
 from longrope.baselines import RopeShape
 from longrope.console import describe_progress, format_seconds, measuring_progress, search_progress
 from longrope.evaluate.methods import Step
+from longrope.factors import FactorTable, RopeFactors
 from longrope.search.loop import Progress
 from models import ORIGINAL, build, save
 
@@ -31,6 +33,8 @@ LENGTH_RULE = (
     "a length is a positive whole number of tokens, with k for 1024 or m for 1024k; write it like 4096, 4k, 128k or 2m"
 )
 DOCUMENTS_RULE = "documents are a file, a folder, a glob, hf:NAME[:SPLIT] or stdlib; check the path"
+SOME = 10
+"""Evaluations, of two windows: more than the first race takes."""
 METHODS_RULE = (
     "known are none, pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-paper, yarn-rcd, llama3, all but none also with +su; "
     "choose one of them"
@@ -60,6 +64,10 @@ def search(*more: object, model: str = "model", to: object = TARGET, documents: 
     return ["search", model, "--to", to, "-d", documents, "--dtype", "float32", "--windows", 2, *more]
 
 
+def evolution(*more: object) -> list[object]:
+    return search("--method", "evolution", *more)
+
+
 def compare(*more: object, model: str = "model", lengths: object = TARGET) -> list[object]:
     return ["compare", model, "--lengths", lengths, "-d", "texts", "--dtype", "float32", "--windows", 2, *more]
 
@@ -75,7 +83,12 @@ def passkey(*more: object, lengths: object = TARGET) -> list[object]:
 
 def test_the_ground_of_these_tests_is_sound(here: Path) -> None:
     """So that what is refused below is refused for what is wrong with it, and for nothing else."""
-    for command in (search("--evaluations", 4), compare("-f", "good.json"), perplexity("-f", "good.json"), passkey()):
+    for command in (
+        search("--evaluations", SOME),
+        compare("-f", "good.json"),
+        perplexity("-f", "good.json"),
+        passkey(),
+    ):
         assert longrope(*command).code == 0
     assert longrope("export", "model", "-f", "good.json", "--out", "exported").code == 0
 
@@ -257,7 +270,51 @@ def test_a_list_with_something_else_than_lengths_is_refused(lengths: str, first:
         (["evaluate", "bogus"], "No such command 'bogus'; see longrope evaluate --help"),
         (["documents"], "Missing argument 'D'; see longrope documents --help"),
         (["export", "model"], "Missing option '--out' / '-o'; see longrope export --help"),
-        (search("--method", "banana"), "--method: got 'banana'; it is one of evolution; choose one of them"),
+        (
+            search("--method", "banana"),
+            "--method: got 'banana'; it is one of evolution, gradient, hybrid; choose one of them",
+        ),
+        (
+            search("--objective", "banana"),
+            "--objective: got 'banana'; it is one of perplexity, needle; choose one of them",
+        ),
+        (search("--space", "banana"), "--space: got 'banana'; it is one of longrope, longrope2; choose one of them"),
+        (
+            search("--needle-depth", "banana"),
+            "--needle-depth: got 'banana'; it is one of start, spread; choose one of them",
+        ),
+        (search("--needle-digits", 0), "--needle-digits: got 0; a number has 1 to 18 of them; use 7 as in LongRoPE2"),
+        (
+            search("--race"),
+            "--race: got --method hybrid; it is a choice of evolution; hybrid always races; leave it out",
+        ),
+        (search("--hours", 0), "--hours: got 0.0; it is a number above 0; give a larger number"),
+        (search("--hours", "nan"), "--hours: got nan; it is a number above 0; give a larger number"),
+        (
+            search("--token-passes", 10),
+            "--token-passes: got 10; one evaluation of all search windows takes 384; "
+            "give at least 384, or fewer --windows",
+        ),
+        (
+            search("--token-passes", "abc"),
+            "--token-passes: got 'abc'; it is a positive whole number, with k for 1024 or m for 1024k; "
+            "write it like 500000, 900k or 4m",
+        ),
+        (
+            search("--workers", 0),
+            "--workers: got '0'; it is a number of at least 1, ray, or ray:HOST:PORT of a cluster started with "
+            "`ray start`; give one of them, or leave it out to search in one process",
+        ),
+        (
+            search("--init", "good.json", "--space", "longrope2"),
+            "--init: got small with 8 rescale factors from 1 to 4; a seed has 8 of them within 4 and 8 from a pair of "
+            "1 to 3 on, and NTK's below it; give factors of this model for a ratio of at most this search's",
+        ),
+        (
+            search("--init", "good.json", to=2 * ORIGINAL),
+            "--init: got small with 8 rescale factors from 1 to 4; a seed has 8 of them within 1 and 3; "
+            "give factors of this model for a ratio of at most this search's",
+        ),
         (
             search("--dtype", "int8"),
             "--dtype: got 'int8'; it is one of auto, float32, bfloat16, float16; choose one of them",
@@ -301,6 +358,19 @@ def test_bad_usage_is_told_in_one_line(command: list[object], message: str) -> N
 
 
 @pytest.mark.usefixtures("here")
+def test_a_window_that_no_needle_fits_into_is_refused_with_the_length_that_it_takes() -> None:
+    message = refused(*search("--objective", "needle", to=64))
+    told = (
+        r"--objective: got a window of 64 tokens; the needle's prompt without a document takes (\d+); "
+        r"search at (\d+) tokens or more, or with the perplexity objective"
+    )
+    match = re.fullmatch(told, message)
+    assert match, message
+    assert int(match[2]) == int(match[1]) + 2
+    assert longrope(*search("--objective", "needle", "--evaluations", SOME, to=match[2])).code == 0
+
+
+@pytest.mark.usefixtures("here")
 def test_an_argument_too_many_is_refused() -> None:
     message = refused(*search("more"))
     assert message.startswith("Got unexpected extra argument")
@@ -317,7 +387,7 @@ def test_start_tokens_that_make_no_sense_are_refused(value: str) -> None:
 @pytest.mark.parametrize("value", ["x", "0", "-1", "nan", "inf", ""])
 @pytest.mark.usefixtures("here")
 def test_an_attention_factor_that_makes_no_sense_is_refused(value: str) -> None:
-    rule = "it is su, yarn, none or a positive number; choose one of them"
+    rule = "it is su, yarn, none, search or a positive number; choose one of them"
     assert refused(*search("--attention-factor", value)) == f"--attention-factor: got {value!r}; {rule}"
 
 
@@ -521,17 +591,48 @@ def test_a_place_that_takes_no_files_is_refused() -> None:
 
 
 def test_a_run_with_other_settings_and_a_run_of_another_command_are_refused_and_kept(here: Path) -> None:
-    assert longrope(*search("--evaluations", 4, "--out", "run")).code == 0
+    assert longrope(*search("--evaluations", SOME, "--out", "run")).code == 0
     rule = "a run is continued with its own settings, only a budget may grow; choose another --out"
-    assert refused(*search("--evaluations", 4, "--out", "run", "--seed", 1)).endswith(rule)
+    assert refused(*search("--evaluations", SOME, "--out", "run", "--seed", 1)).endswith(rule)
     assert refused(*search("--evaluations", 3, "--out", "run")) == (
-        f"--out: got run, a run where settings.evaluations was 4, now 3; {rule}"
+        f"--out: got run, a run where settings.evaluations was {SOME}, now 3; {rule}"
     )
-    message = refused(*search("--evaluations", 4, "--out", "run", "--attention-factor", "yarn"))
-    assert message == f'--out: got run, a run where settings.attention_factor was "su", now "yarn"; {rule}'
+    message = refused(*search("--evaluations", SOME, "--out", "run", "--attention-factor", "yarn"))
+    assert message == f'--out: got run, a run where settings.attention_factor was "search", now "yarn"; {rule}'
     message = refused(*compare("--out", "run"))
     assert message.startswith('--out: got run, a run where command was "search", now "compare"; ')
     assert (here / "run" / "DONE").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--method", "evolution"), ("--objective", "needle")])
+def test_a_search_resumed_on_other_documents_or_another_model_is_refused_and_left_as_it_was(
+    here: Path, more: tuple[str, ...]
+) -> None:
+    command = search("--evaluations", SOME, "--out", "run", *more)
+    assert longrope(*command).code == 0
+    (here / "run" / "DONE").unlink()
+    shutil.copytree("texts", "kept")
+    for path in (here / "texts").iterdir():
+        path.write_text(path.read_text().replace("e", "E"))
+    assert re.fullmatch(
+        r'--out: got run, a run where (documents\.search\.0\.\w+ was .*, now .*|windows was "sha256:\w+\.*, now .*); '
+        "a run is continued with its own settings, only a budget may grow; choose another --out",
+        refused(*command),
+    )
+    shutil.rmtree("texts")
+    (here / "kept").rename(here / "texts")
+    weights = here / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # the last weight, a little
+    weights.write_bytes(data)
+    assert re.fullmatch(
+        r"--out: got run, a run where model\.fingerprint was .*, now .*; "
+        "a run is continued with its own settings, only a budget may grow; choose another --out",
+        refused(*command),
+    )
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert longrope(*command).code == 0
 
 
 # What is printed
@@ -576,7 +677,7 @@ def is_standard(document: Any, command: str, model: str | None) -> bool:
 @pytest.mark.usefixtures("here")
 def test_json_is_one_document_of_one_shape_on_stdout() -> None:
     commands: list[tuple[list[object], str, str | None]] = [
-        (search("--evaluations", 5, "--unseen", "others"), "search", "model"),
+        (search("--evaluations", SOME, "--unseen", "others"), "search", "model"),
         (compare("--methods", "none,pi", "-f", "good.json"), "compare", "model"),
         (perplexity("-f", "good.json"), "evaluate perplexity", "model"),
         (passkey("-f", "good.json"), "evaluate passkey", "model"),
@@ -593,8 +694,8 @@ def test_json_is_one_document_of_one_shape_on_stdout() -> None:
 
 @pytest.mark.usefixtures("here")
 def test_json_of_a_search_measures_it_beside_the_baselines_on_both_kinds_of_windows() -> None:
-    document = longrope(*search("--evaluations", 5, "--unseen", "others", "--json")).document
-    methods = ["pi", "ntk", "yarn", "yarn+su", "longrope"]
+    document = longrope(*search("--evaluations", SOME, "--unseen", "others", "--json")).document
+    methods = ["pi", "ntk", "yarn", "yarn+su", "llama3+su", "longrope"]
     measured = [(result["windows"], result["method"], result["length"]) for result in document["results"]]
     assert measured == [(kind, method, TARGET) for kind in ("search", "unseen") for method in methods]
     assert {result["tokens"] for result in document["results"]} == {2 * (TARGET - 1)}
@@ -603,7 +704,7 @@ def test_json_of_a_search_measures_it_beside_the_baselines_on_both_kinds_of_wind
 @pytest.mark.usefixtures("here")
 def test_without_json_results_go_to_stderr_and_stdout_stays_empty() -> None:
     commands: list[tuple[list[object], str]] = [
-        (search("--evaluations", 5), "perplexity, search windows"),
+        (search("--evaluations", SOME), "perplexity, search windows"),
         (compare(), "perplexity, methods set up for 192"),
         (perplexity(), "perplexity"),
         (passkey(), "passkey"),
@@ -618,11 +719,16 @@ def test_without_json_results_go_to_stderr_and_stdout_stays_empty() -> None:
 
 @pytest.mark.usefixtures("here")
 def test_quiet_shows_no_progress_and_the_default_does() -> None:
-    loud = longrope(*search("--evaluations", 5, "--out", "loud"))
-    quiet = longrope(*search("--evaluations", 5, "--out", "quiet", "-q"))
-    line = r"^iteration 0: best \d+\.\d{4}, \d+\.\d\d candidates/s, 0:00:00 left, 5/5$"
-    assert len(re.findall(line, loud.err, re.MULTILINE)) == 1
-    assert "candidates/s" not in quiet.err
+    loud = longrope(*search("--evaluations", SOME, "--out", "loud"))
+    quiet = longrope(*search("--evaluations", SOME, "--out", "quiet", "-q"))
+    line = r"^(\w+), round \d+: best \d+\.\d{4}, \d+\.\d\d evaluations/s, 0:00:0\d left, (\d+)/10$"
+    told = re.findall(line, loud.err, re.MULTILINE)
+    assert [stage for stage, _ in told][:1] == ["seeds"]
+    assert told[-1][1] == "10"
+    assert [int(done) for _, done in told] == sorted(int(done) for _, done in told)
+    cost = r"^cost: up to 10 evaluations of 384 tokens, 3,840 token-passes; one takes .* s, all about 0:00:0\d"
+    assert len(re.findall(cost, loud.err, re.MULTILINE)) == 1
+    assert "evaluations" not in quiet.err
     assert "perplexity, search windows" in quiet.err
 
 
@@ -639,18 +745,37 @@ def test_measurements_are_told_one_by_one_with_how_many_there_are() -> None:
     assert told(*perplexity("-q")) == []
 
 
-def progress(done: int, iteration: int, rate: float) -> Progress:
-    return Progress(done=done, total=1000, iteration=iteration, best=9.5, rate=rate)
+def progress(done: int, iteration: int, rate: float, origin: str = "mutation") -> Progress:
+    return Progress(done=done, total=1000, iteration=iteration, best=9.5, rate=rate, origin=origin)
 
 
 def test_time_left_is_what_is_to_do_by_the_rate() -> None:
-    shown = "iteration 3: best 9.5000, 0.05 candidates/s, 4:10:00 left"
+    shown = "evolution, round 3: best 9.5000, 0.05 evaluations/s, 4:10:00 left"
     assert describe_progress(progress(250, 3, 0.05)) == shown
-    assert describe_progress(progress(250, 3, 0.0)).endswith("0.00 candidates/s, - left")
+    assert describe_progress(progress(250, 3, 0.0)).endswith("0.00 evaluations/s, - left")
     assert format_seconds(100 * 3600 + 61.6) == "100:01:02"
 
 
-def test_where_there_is_no_terminal_each_iteration_that_is_evaluated_here_has_one_line(
+@pytest.mark.parametrize(
+    ("origin", "stage"),
+    [
+        ("pi", "seeds"),
+        ("llama3+su", "seeds"),
+        ("init+own", "seeds"),
+        ("ntk-12+none", "seeds"),
+        ("descent from llama3+su", "descent"),
+        ("descent from llama3+su check", "descent"),
+        ("start tokens", "start tokens"),
+        ("polish", "polish"),
+        ("mutation", "evolution"),
+        ("crossover", "evolution"),
+    ],
+)
+def test_progress_names_the_stage_of_every_origin(origin: str, stage: str) -> None:
+    assert describe_progress(progress(250, 3, 1.0, origin)).startswith(f"{stage}, round 3: ")
+
+
+def test_where_there_is_no_terminal_a_round_that_is_evaluated_here_has_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level("INFO", logger="longrope"), search_progress(quiet=False) as on_progress:
@@ -658,11 +783,20 @@ def test_where_there_is_no_terminal_each_iteration_that_is_evaluated_here_has_on
         on_progress(progress(64, 0, 0.0))
         on_progress(progress(80, 1, 0.0))
         on_progress(progress(95, 1, 1.0))
+        on_progress(progress(96, 1, 1.0, "crossover"))
         on_progress(progress(99, 2, 1.0))
     assert caplog.messages == [
-        "iteration 1: best 9.5000, 1.00 candidates/s, 0:15:05 left, 95/1000",
-        "iteration 2: best 9.5000, 1.00 candidates/s, 0:15:01 left, 99/1000",
+        "evolution, round 1: best 9.5000, 1.00 evaluations/s, 0:15:04 left, 96/1000",
+        "evolution, round 2: best 9.5000, 1.00 evaluations/s, 0:15:01 left, 99/1000",
     ]
+
+
+def test_rounds_that_are_small_share_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="longrope"), search_progress(quiet=False) as on_progress:
+        assert on_progress is not None
+        for step in range(12):
+            on_progress(progress(5 * step, step, 1.0, "descent from yarn+su"))
+    assert [message.rpartition(" ")[2] for message in caplog.messages] == ["20/1000", "40/1000", "55/1000"]
 
 
 def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -677,15 +811,13 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     with search_progress(quiet=False):
         pass  # a search refused before its first candidate
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.file.getvalue())  # type: ignore[attr-defined]
-    assert "0.05 candidates/s, 4:10:00 left" in shown
+    assert "0.05 evaluations/s, 4:10:00 left" in shown
     assert re.search(r"yarn at 4k .* 3/7", shown)
     assert not terminal._live_stack
 
 
 @pytest.mark.usefixtures("here")
 def test_a_perplexity_that_is_no_number_is_null() -> None:
-    from dataclasses import replace
-
     last = table().rows[-1].with_values(attention_factor=1e30)
     replace(table(), rows=(table().rows[0], last)).save(Path("wild.json"))
     for more in ((), ("--out", "run")):
@@ -776,7 +908,6 @@ def test_tables_are_named_by_file_or_folder_and_never_share_a_name(here: Path) -
 
 def test_the_checkpoints_own_factors_are_used_replaced_or_ignored(here: Path) -> None:
     from longrope.baselines import baseline
-    from longrope.factors import FactorTable
 
     own = FactorTable(500.0, 16, ORIGINAL, (baseline("pi", SHAPE, TARGET),))
     own.save(here / "model" / "factors.json")
@@ -810,7 +941,7 @@ def test_a_table_beside_the_weights_that_is_ignored_is_not_even_read(here: Path,
         "compare": compare("--methods", "none,pi", "--json", "--out"),
         "perplexity": perplexity("--json", "--out"),
         "passkey": passkey("--json", "--out"),
-        "search": search("--evaluations", 4, "--json", "--out"),
+        "search": search("--evaluations", SOME, "--json", "--out"),
     }
     without = {name: longrope(*command, f"{name}-without").document for name, command in commands.items()}
     (here / "model" / "factors.json").write_text(text)
@@ -835,44 +966,91 @@ def without_seconds(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(run)]
 
 
-def test_a_search_leaves_a_run_folder_of_just_these_files(here: Path) -> None:
-    assert longrope(*search("--evaluations", 70)).code == 0
+KEYS = ["index", "iteration", "origin", "key", "rescale", "start_tokens", "attention_factor", "windows", "value"]
+
+
+def test_an_evolution_leaves_a_run_folder_of_just_these_files(here: Path) -> None:
+    assert longrope(*evolution("--evaluations", 70)).code == 0
     run = here / "runs" / "search-model-192"
     names = {"config.json", "evaluations.jsonl", "factors.json", "metrics.json", "results.jsonl", "DONE", ".lock"}
     assert {path.name for path in run.iterdir()} == names
     assert (run / "DONE").read_bytes() == b""
 
     config = json.loads((run / "config.json").read_text())
-    assert set(config) == {"command", "longrope", "model", "settings", "documents", "ignored"}
+    assert set(config) == {"command", "longrope", "model", "settings", "documents", "windows", "ignored"}
     assert config["model"]["original_length"] == ORIGINAL
     assert config["settings"]["to"] == TARGET
     assert [set(window) for window in config["documents"]["search"]] == [{"name", "sha256", "start"}] * 2
     assert "rope" not in json.dumps(config["documents"]), "a run holds no text"
 
     evaluations = lines(run)
-    keys = ["index", "iteration", "origin", "key", "rescale", "start_tokens", "attention_factor"]
-    assert [list(line) for line in evaluations] == [[*keys, "value", "tokens", "seconds"]] * 70
+    assert [list(line) for line in evaluations] == [[*KEYS, "losses", "tokens", "seconds"]] * 70
     assert [line["index"] for line in evaluations] == list(range(70))
     assert [line["iteration"] for line in evaluations] == [0] * 64 + [1] * 6
     assert len({line["key"] for line in evaluations}) == 70
     assert {line["tokens"] for line in evaluations} == {2 * TARGET}
+    assert [line["windows"] for line in evaluations] == [[0, 1]] * 70
+    for line in evaluations:
+        assert line["value"] == pytest.approx(math.exp(sum(line["losses"]) / (2 * (TARGET - 1))), rel=1e-12)
+    is_what_a_search_found(run, evaluations)
 
+
+def is_what_a_search_found(run: Path, complete: list[dict[str, Any]]) -> None:
+    """factors.json has the best of these lines, and its measurement the same value."""
     factors = json.loads((run / "factors.json").read_text())
     short, long = factors["table"]
     assert short == {"up_to": ORIGINAL, "rescale": [1.0] * 8, "start_tokens": 0, "attention_factor": 1.0}
-    best = min(evaluations, key=lambda line: float(line["value"]))
+    best = min(complete, key=lambda line: float(line["value"]))
     assert long == {"up_to": TARGET} | {key: best[key] for key in ("rescale", "start_tokens", "attention_factor")}
     assert (np.diff(long["rescale"]) >= 0).all()
     assert factors["provenance"]["value"] == best["value"]
-
     results = json.loads((run / "metrics.json").read_text())["results"]
     found = next(result for result in results if result["method"] == "longrope")
     assert found["value"] == pytest.approx(best["value"], rel=1e-6)
 
 
+def test_a_search_by_default_is_hybrid_and_writes_a_line_a_task(here: Path) -> None:
+    from longrope.report.plots import plots
+    from longrope.report.read import read_run
+
+    assert longrope(*search("--out", "run")).code == 0
+    evaluations = lines(here / "run")
+    assert [line["index"] for line in evaluations] == list(range(len(evaluations)))
+    steps = [line for line in evaluations if "gradient" in line]
+    tried = [line for line in evaluations if "gradient" not in line]
+    assert len(steps) >= 8
+    for line in evaluations:
+        size = len(line["windows"])
+        assert len(line["losses"]) == size
+        assert line["tokens"] == size * TARGET * (3 if "gradient" in line else 1)
+    assert {len(line["gradient"]) for line in steps} == {8 + 1}
+    assert {line["value"] for line in steps} == {None}
+    assert all(set(line["windows"]) <= {0, 1} for line in tried)
+    assert all(min(line["windows"]) >= 2 for line in steps), "gradients have windows of their own"
+
+    losses: dict[str, dict[int, float]] = {}  # of each candidate, by window
+    for line in tried:
+        known = losses.setdefault(str([line[key] for key in KEYS[4:7]]), {})
+        known |= dict(zip(line["windows"], line["losses"], strict=True))
+        if line["value"] is None:
+            assert len(known) < 2, "only the line that completes a candidate has its value"
+        else:
+            assert line["value"] == pytest.approx(math.exp(sum(known.values()) / (2 * (TARGET - 1))), rel=1e-12)
+    complete = [line for line in tried if line["value"] is not None and not line["origin"].endswith("unrounded")]
+    is_what_a_search_found(here / "run", complete)
+    seeds = [line["value"] for line in complete if line["iteration"] == 0 and "+" in line["origin"]]
+    assert min(line["value"] for line in complete) < min(seeds)
+
+    (plot,) = (plot for plot in plots(read_run(here / "run")) if plot.name == "convergence")
+    best = plot.figure["data"][-1]
+    assert best["x"][-1] == sum(line["tokens"] for line in evaluations)
+    assert best["y"][-1] == min(line["value"] for line in complete)
+    assert {"seeds", "descent"} <= {trace["name"] for trace in plot.figure["data"]}
+
+
 @pytest.mark.usefixtures("here")
 def test_a_finished_search_says_so_and_evaluates_nothing() -> None:
-    command = search("--evaluations", 5, "--out", "run")
+    command = search("--evaluations", SOME, "--out", "run")
     first = longrope(*command, "--json")
     before = contents(Path("run"))
     again = longrope(*command, "--json")
@@ -891,32 +1069,56 @@ def test_a_finished_comparison_says_so_and_measures_nothing() -> None:
     assert again.err == "run is finished: its measurements are in run/metrics.json\n"
 
 
-def test_a_larger_budget_continues_and_ends_like_a_search_with_that_budget(here: Path) -> None:
-    assert longrope(*search("--evaluations", 30, "--out", "grown")).code == 0
-    more = longrope(*search("--evaluations", 70, "--out", "grown"))
-    assert "resuming grown after 30 evaluations" in more.err
-    assert longrope(*search("--evaluations", 70, "--out", "direct")).code == 0
+@pytest.mark.parametrize("method", ["evolution", "hybrid", "gradient"])
+def test_a_larger_budget_continues_and_ends_like_a_search_with_that_budget(here: Path, method: str) -> None:
+    given = ("--method", method)
+    assert longrope(*search("--evaluations", 30, "--out", "grown", *given)).code == 0
+    before = len(lines(here / "grown"))
+    more = longrope(*search("--evaluations", 70, "--out", "grown", *given))
+    assert f"resuming grown after {before} evaluations" in more.err
+    assert longrope(*search("--evaluations", 70, "--out", "direct", *given)).code == 0
     assert without_seconds(here / "grown") == without_seconds(here / "direct")
     for name in ("factors.json", "metrics.json"):
         assert (here / "grown" / name).read_bytes() == (here / "direct" / name).read_bytes()
 
 
-def test_a_search_starts_from_the_factors_it_is_given(here: Path) -> None:
-    assert longrope(*search("--evaluations", 4, "--init", "good.json", "--out", "run")).code == 0
+def test_a_limit_of_token_passes_is_that_of_evaluations_in_other_words(here: Path) -> None:
+    assert longrope(*search("--token-passes", 20 * 2 * TARGET, "--out", "passes")).code == 0
+    assert longrope(*search("--evaluations", 20, "--out", "evaluations")).code == 0
+    assert without_seconds(here / "passes") == without_seconds(here / "evaluations")
+    spent = sum(line["tokens"] for line in lines(here / "passes"))
+    assert 19 * 2 * TARGET < spent <= 20 * 2 * TARGET
+
+
+def mine() -> RopeFactors:
+    """Factors that no baseline has, in mine.json."""
+    last = table().rows[-1].with_values(rescale=tuple(np.linspace(1, 4, 8).round(2)))
+    replace(table(), rows=(table().rows[0], last)).save(Path("mine.json"))
+    return last
+
+
+def test_an_evolution_starts_from_the_factors_it_is_given(here: Path) -> None:
+    assert longrope(*evolution("--evaluations", 4, "--init", "good.json", "--out", "run")).code == 0
     assert [line["origin"] for line in lines(here / "run")] == ["pi", "ntk", "yarn", "mutation"], "YaRN, known already"
-    other = table()
-    from dataclasses import replace
-
-    last = other.rows[-1].with_values(rescale=tuple(np.linspace(1, 4, 8).round(2)))
-    replace(other, rows=(other.rows[0], last)).save(here / "mine.json")
-    assert longrope(*search("--evaluations", 4, "--init", "mine.json", "--out", "mine")).code == 0
+    given = mine()
+    assert longrope(*evolution("--evaluations", 4, "--init", "mine.json", "--out", "mine")).code == 0
     assert lines(here / "mine")[3]["origin"] == "init"
-    assert lines(here / "mine")[3]["rescale"] == list(last.rescale)
+    assert lines(here / "mine")[3]["rescale"] == list(given.rescale)
 
 
-def test_a_search_keeps_to_the_start_tokens_and_attention_factor_it_is_given(here: Path) -> None:
-    given = ("--start-tokens", 4, "--attention-factor", "1.25")
+def test_a_search_tries_the_factors_it_is_given_with_every_attention_factor_and_their_own(here: Path) -> None:
+    own = mine().attention_factor
+    assert longrope(*search("--evaluations", 15, "--init", "mine.json", "--out", "run")).code == 0
+    tried = {line["origin"]: line["attention_factor"] for line in lines(here / "run") if "init" in line["origin"]}
+    su = math.sqrt(1 + math.log(TARGET / ORIGINAL) / math.log(ORIGINAL))
+    assert tried == pytest.approx({"init+none": 1.0, "init+su": su, "init+yarn": own})
+
+
+@pytest.mark.parametrize("method", ["evolution", "hybrid"])
+def test_a_search_keeps_to_the_start_tokens_and_attention_factor_it_is_given(here: Path, method: str) -> None:
+    given = ("--start-tokens", 4, "--attention-factor", "1.25", "--method", method)
     assert longrope(*search("--evaluations", 12, *given, "--out", "run")).code == 0
     assert {(line["start_tokens"], line["attention_factor"]) for line in lines(here / "run")} == {(4, 1.25)}
     assert longrope("report", "run").code == 0
-    assert "<html" in (here / "run" / "report.html").read_text()
+    page = (here / "run" / "report.html").read_text()
+    assert "<dt>Attention factor</dt><dd>not searched: 1.25</dd>" in page

@@ -38,14 +38,15 @@ LONG = 24 * 1024  # tokens: one forward pass of the small model takes several se
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint, documents, and a search that nothing disturbed, in `undisturbed`."""
+    """A folder with a checkpoint, documents, and searches that nothing disturbed: `undisturbed` and `evolution`."""
     folder = tmp_path_factory.mktemp("ground")
     write_checkpoint(folder / "model")
     write_documents(folder / "texts")
     write_documents(folder / "long", count=1, characters=2 * LONG)
     table().save(folder / "good.json")
-    ran = longrope_process(*search("undisturbed"), cwd=folder)
-    assert (ran.code, ran.out) == (0, "")
+    for command in (search("undisturbed"), evolution("evolution")):
+        ran = longrope_process(*command, cwd=folder)
+        assert (ran.code, ran.out) == (0, "")
     return folder
 
 
@@ -60,6 +61,10 @@ def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def search(out: str, *more: object) -> list[object]:
     start = ["search", "model", "--to", TARGET, "-d", "texts", "--dtype", "float32", "--windows", 8, "--out", out]
     return [*start, "--evaluations", EVALUATIONS, "-q", *more]
+
+
+def evolution(out: str) -> list[object]:
+    return search(out, "--method", "evolution")
 
 
 def long_search(out: str) -> list[object]:
@@ -110,23 +115,44 @@ def test_a_signal_ends_a_forward_pass_at_once_and_names_the_command_that_resumes
     assert ran == Ran(130, "", f"longrope: interrupted; this goes on with it: {resumed_by}\n")
 
 
-def test_a_search_killed_or_interrupted_at_any_moment_ends_as_if_undisturbed(here: Path) -> None:
+def disturb(command: list[object], run: Path, moments: list[int], signals: list[signal.Signals]) -> Ran:
+    """Start a command again and again, and end it by a signal when its run has so many lines; the last one's end."""
     rng = np.random.default_rng(20240221)
-    moments = sorted(int(moment) for moment in rng.choice(np.arange(1, EVALUATIONS - 20), size=3, replace=False))
     reached = []
-    for at, which in zip(moments, [signal.SIGKILL, signal.SIGKILL, signal.SIGINT], strict=True):
-        with start(*search("run"), cwd=here) as process:
-            wait_for(lambda at=at: evaluated(here / "run") >= at, process)  # type: ignore[misc]
+    for at, which in zip(moments, signals, strict=True):
+        with start(*command, cwd=run.parent) as process:
+            wait_for(lambda at=at: evaluated(run) >= at, process)  # type: ignore[misc]
             time.sleep(float(rng.uniform(0, 0.02)))
             process.send_signal(which)
             ran = ended(process)
         assert ran.code == (130 if which == signal.SIGINT else -signal.SIGKILL)
-        assert not (here / "run" / "DONE").exists()
-        reached.append(evaluated(here / "run"))
+        assert not (run / "DONE").exists()
+        reached.append(evaluated(run))
     assert reached == sorted(set(reached)), "every start went on from where the last one was ended"
+    return ran
+
+
+def test_an_evolution_killed_or_interrupted_at_any_moment_ends_as_if_undisturbed(here: Path) -> None:
+    rng = np.random.default_rng(20240221)
+    moments = sorted(int(moment) for moment in rng.choice(np.arange(1, EVALUATIONS - 20), size=3, replace=False))
+    signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGINT]
+    ran = disturb(evolution("run"), here / "run", moments, signals)
     name, *arguments = shlex.split(ran.err.rpartition(": ")[2])
     assert name == "longrope"
     assert longrope(*arguments).code == 0
+    assert results(here / "run") == results(here / "evolution")
+
+
+def test_a_search_killed_among_its_seeds_its_gradients_and_its_polish_ends_as_if_undisturbed(here: Path) -> None:
+    lines = [json.loads(line) for line in (here / "undisturbed" / "evaluations.jsonl").read_text().splitlines()]
+    gradients = [index for index, line in enumerate(lines) if "gradient" in line]
+    polish = [index for index, line in enumerate(lines) if line["origin"] == "polish"]
+    # So many lines are there, that the next one is of this kind.
+    moments = [gradients[0] // 2, gradients[0], gradients[len(gradients) // 2], polish[len(polish) // 4]]
+    assert moments == sorted(set(moments))
+    signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGINT]
+    disturb(search("run"), here / "run", moments, signals)
+    assert longrope(*search("run")).code == 0
     assert results(here / "run") == results(here / "undisturbed")
 
 
@@ -234,6 +260,18 @@ def test_an_evaluation_without_its_key_is_told_with_its_line(here: Path) -> None
     path.write_bytes(path.read_bytes().replace(b'"key"', b'"kez"', 1))
     rule = "every line is a record of this run; restore the file or start anew"
     assert refused(*search("run")) == f"lines: got run/evaluations.jsonl, line 1 with no proper 'key'; {rule}"
+
+
+@pytest.mark.parametrize("damage", [(b'"losses"', b'"lozzes"'), (b'"tokens": ', b'"tokens": "many", "x": ')])
+def test_an_evaluation_that_is_not_whole_is_told(here: Path, damage: tuple[bytes, bytes]) -> None:
+    shutil.copytree("undisturbed", "run")
+    unfinish(here / "run")
+    path = here / "run" / "evaluations.jsonl"
+    path.write_bytes(path.read_bytes().replace(*damage, 1))
+    assert refused(*search("run")) == (
+        "run: got run/evaluations.jsonl with a line that is not whole; every line is an evaluation; "
+        "remove that line, and it is evaluated again"
+    )
 
 
 @pytest.mark.parametrize(

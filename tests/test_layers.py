@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "longrope"
 # From the ground up; a module imports from its own layer's line or from lines above it in this list.
 LAYERS = [
     ["errors"],
-    ["lengths", "files"],
+    ["lengths", "files", "ray_cluster"],
     ["factors"],
     ["runs"],
     ["baselines"],
@@ -28,19 +28,30 @@ LAYERS = [
     ["describe"],
     ["evaluate"],
     ["search"],
+    ["ray_cluster"],
+    ["workers"],
+    ["search.driver"],
     ["export"],
     ["report"],
     ["api", "compare", "demo"],
     ["console"],
-    ["cli", "cli_options"],
+    ["cli_options"],
+    ["cli_search", "cli_evaluate"],
+    ["cli"],
 ]
-WITHOUT_TORCH = "errors lengths files factors runs baselines configs convert report console cli cli_options".split()
+WITHOUT_TORCH = (
+    "errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
+    "search.archive search.loop search.racing search.descent ray_cluster report console "
+    "cli cli_options cli_search cli_evaluate"
+).split()
 
 
 def layer(module: str) -> int:
-    for index, names in enumerate(LAYERS):
-        if module.split(".")[0] in names:
-            return index
+    """The line that names the module itself, else the one that names its package."""
+    for name in (module, module.split(".")[0]):
+        for index, names in enumerate(LAYERS):
+            if name in names:
+                return index
     raise AssertionError(f"longrope.{module} has no layer: put it into LAYERS")
 
 

@@ -55,7 +55,7 @@ Quantize = Annotated[
 Workers = Annotated[
     str | None,
     typer.Option(
-        "--workers", metavar="N|ray[:HOST:PORT]", help="Search with N local Ray workers, or with those of a cluster."
+        "--workers", metavar="N|ray[:HOST:PORT]", help="Ray workers: N here, or those of a cluster; by default none."
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say everything, and show tracebacks.")]

@@ -17,12 +17,14 @@ from longrope.cli_options import (
     OriginalLength,
     Out,
     Precision,
+    Quantize,
     Quiet,
     Seed,
     Threads,
     Trust,
     Verbose,
     Windows,
+    Workers,
     begin,
     options_of,
     read_table,
@@ -47,19 +49,24 @@ def search(
         str, typer.Option(help="longrope, or longrope2: from the real critical dimension on, NTK below.")
     ] = "longrope",
     start_tokens: Annotated[
-        str | None, typer.Option(metavar="N|search", help="Start tokens; search in evolution, else 0.")
+        str | None, typer.Option(metavar="N|search", help="Start tokens; by default search in evolution, else 0.")
     ] = None,
     attention_factor: Annotated[
-        str | None, typer.Option(metavar="RULE", help="su, yarn, none, a number, search; su in evolution, else search.")
+        str | None,
+        typer.Option(
+            metavar="RULE", help="su, yarn, none, a number or search; by default su in evolution, else search."
+        ),
     ] = None,
     needle_depth: Annotated[
-        str, typer.Option(metavar="DEPTH", help="Of the needle: spread, or start as in LongRoPE2.")
+        str, typer.Option(metavar="DEPTH", help="Where needles are: spread, or start, as in LongRoPE2.")
     ] = "spread",
     needle_digits: Annotated[int, typer.Option(metavar="N", help="Of the needle's number.")] = 7,
     race: Annotated[bool, typer.Option("--race", help="In evolution: drop children that cannot become parents.")] = (
         False
     ),
-    init: Annotated[list[Path] | None, typer.Option(metavar="FACTORS", help="One more seed. Repeatable.")] = None,
+    init: Annotated[
+        list[Path] | None, typer.Option(metavar="FACTORS", help="Factors as one more seed. Repeatable.")
+    ] = None,
     factors: Annotated[
         str | None, typer.Option(metavar="none", help="none: ignore the factors.json beside the weights.")
     ] = None,
@@ -69,10 +76,10 @@ def search(
     token_passes: Annotated[
         str | None, typer.Option(metavar="N", help="At most so many token-passes, such as 4m (k = 1024).")
     ] = None,
-    hours: Annotated[float | None, typer.Option(metavar="H", help="At most so many hours.")] = None,
-    workers: Annotated[
-        str | None, typer.Option(metavar="N|ray[:ADDRESS]", help="Ray workers on this machine, or on a cluster.")
+    hours: Annotated[
+        float | None, typer.Option(metavar="H", help="At most so many hours, counted over resumes.")
     ] = None,
+    workers: Workers = None,
     windows: Windows = None,
     gradient_windows: Annotated[
         int, typer.Option(min=0, help="Further windows that gradients are taken on; 0: the search windows.")
@@ -82,6 +89,7 @@ def search(
     dtype: Dtype = "auto",
     attention: Attention = "auto",
     threads: Threads = None,
+    quantize: Quantize = None,
     original_length: OriginalLength = None,
     rope_precision: Precision = "float32",
     trust: Trust = False,
@@ -101,7 +109,15 @@ def search(
     from longrope.search.driver import search as run_search
 
     options = options_of(
-        device, dtype, attention, original_length, trust, rope_precision, threads, own_factors=factors is None
+        device,
+        dtype,
+        attention,
+        original_length,
+        trust,
+        rope_precision,
+        threads,
+        own_factors=factors is None,
+        quantize=quantize,
     )
     path = out or default_run_path("search", model, target)
     resume_with()
@@ -125,7 +141,7 @@ def search(
             needle_digits=needle_digits,
             race=race,
             evaluations=evaluations,
-            token_passes=None if token_passes is None else parse_length(token_passes),
+            token_passes=_token_passes(token_passes),
             hours=hours,
             windows=windows,
             gradient_windows=gradient_windows,
@@ -140,3 +156,12 @@ def search(
         if chosen := [result for result in measured["results"] if result["windows"] == name]:
             err.print(results_table(chosen, title=f"perplexity, {name} windows"))
     err.print(f"factors: {path / 'factors.json'}", soft_wrap=True)
+
+
+def _token_passes(text: str | None) -> int | None:
+    """A number of token-passes, written as lengths are. Raises UserError for anything else."""
+    try:
+        return None if text is None else parse_length(text)
+    except UserError:
+        rule = "it is a positive whole number, with k for 1024 or m for 1024k"
+        raise UserError("--token-passes", got=repr(text), rule=rule, do="write it like 500000, 900k or 4m") from None

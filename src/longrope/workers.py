@@ -2,73 +2,37 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
-import os
-import signal
 import socket
-import subprocess
-import sys
 import textwrap
-import threading
-import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from longrope.checkpoint import TINY, LoadOptions
 from longrope.errors import UserError
 from longrope.model import LoadedModel, load_model
+from longrope.ray_cluster import Cluster, Place, check_listens, import_ray, parse_workers
 from longrope.search.objective import Evaluator
-from longrope.search.tasks import Outcome, Task
+from longrope.search.tasks import Outcome, Runner, Task
 from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
 
 _DEATHS = 3
 """So many workers may die of one task, and so many in a row while they load the model."""
-_CONNECT_SECONDS = 12.0
 _START_SECONDS = 300.0
 """How long a cluster may take to give the first worker a process; loading the model is not counted."""
-_OBJECT_STORE = 2**27  # bytes beside the windows; Ray's own choice is a third of the machine's memory
-
-# Ray connects for minutes to a port that does not answer, and cannot be told to stop: it is tried in another process.
-_PROBE = (
-    "import sys, ray; ray.init(sys.argv[1], configure_logging=False, logging_level='error', log_to_driver=False);"
-    "ray.shutdown()"
-)
-# A driver that is killed takes Ray's processes with it, but for two which linger for a minute: they are ended here.
-_GUARD = """
-import sys, psutil
-sys.stdin.read()
-for pid, started in (each.split(":") for each in sys.argv[1:]):
-    try:
-        process = psutil.Process(int(pid))
-        if str(process.create_time()) == started:
-            process.kill()
-    except psutil.Error:
-        pass
-"""
 
 
-class Workers(Protocol):
-    """Something that does tasks; a context manager.
-
-    count: how many tasks can go on at once.
-    """
-
-    count: int
-
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Outcome]]:
-        """Do the tasks in any order; yields (index into tasks, outcome) as each ends."""
-        ...
+class Workers(Runner, Protocol):
+    """Something that does tasks, and a context manager."""
 
     def __enter__(self) -> Workers: ...
 
@@ -95,32 +59,6 @@ class InProcess:
         self._evaluator.close()
 
 
-@dataclass(frozen=True)
-class Place:
-    """What --workers asks for: `count` local workers, or all that the cluster at `address` holds (`auto`: finds it)."""
-
-    count: int | None = None
-    address: str | None = None
-
-
-def parse_workers(text: str) -> Place:
-    """`N`, `ray` or `ray:HOST:PORT`. Raises UserError for anything else."""
-    if text.isascii() and text.isdecimal() and int(text) > 0:
-        return Place(count=int(text))
-    if text == "ray":
-        return Place(address="auto")
-    host, _, port = text.removeprefix("ray:").rpartition(":")
-    is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 65536
-    if text.startswith("ray:") and host and "/" not in host and is_port:
-        return Place(address=f"{host}:{port}")
-    raise UserError(
-        "--workers",
-        got=repr(text),
-        rule="it is a number of at least 1, ray, or ray:HOST:PORT of a cluster started with `ray start`",
-        do="give one of them, or leave it out to search in one process",
-    )
-
-
 def options_for(workers: str | None, options: LoadOptions) -> LoadOptions:
     """How the model is to be loaded for these workers: with them, one thread an evaluation unless threads are given.
 
@@ -130,9 +68,9 @@ def options_for(workers: str | None, options: LoadOptions) -> LoadOptions:
     if workers is None:
         return options
     place = parse_workers(workers)
-    _ray()
+    import_ray()
     if place.address not in (None, "auto"):
-        _check_listens(str(place.address))
+        check_listens(str(place.address))
     if options.device.startswith("cuda:"):
         rule = "each worker is given a GPU of its own"
         do = "use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs there are"
@@ -245,13 +183,13 @@ class RayWorkers:
     """
 
     def __init__(self, place: Place, loaded: LoadedModel, windows: Sequence[Window]) -> None:
-        self._ray = _ray()
+        self._ray = import_ray()
         self._job = _Job.of(loaded)
         cuda, spread = loaded.device.type == "cuda", self._job.options.device in ("balanced", "sequential")
         threads = self._job.options.threads or 1
         gpus = torch.cuda.device_count() if cuda else 0
         stored = sum(window.ids.nbytes for window in windows)
-        self._cluster = _Cluster(self._ray, place, (place.count or 0) * threads, gpus, stored)
+        self._cluster = Cluster(self._ray, place, (place.count or 0) * threads, gpus, stored)
         self._idle: list[Any] = []
         self._soon: dict[Any, tuple[Any, str]] = {}  # what will say that a worker has started, loaded, or is free
         self._busy: dict[Any, tuple[Any, int]] = {}  # a task's outcome to be, who does it, and its index
@@ -305,16 +243,11 @@ class RayWorkers:
 
     def _step(self, waiting: deque[int] | None = None, deaths: Counter[int] | None = None) -> list[tuple[int, Outcome]]:
         """Wait for something to happen, and take note of it; the outcomes that came."""
-        ended: list[Any] = []
-        since = time.monotonic()
-        while not ended:
-            ended, _ = self._ray.wait([*self._busy, *self._soon], num_returns=1, timeout=10.0)
-            told = not ended and not self._busy and all(stage == "started" for _, stage in self._soon.values())
-            if told and time.monotonic() - since > _START_SECONDS:
-                raise _no_worker(f"none in {_START_SECONDS:.0f} seconds, the cluster has no room")
-            if told:
-                logger.info("waiting for the cluster to start a worker")
-        outcomes = []
+        outcomes, refs = [], [*self._busy, *self._soon]
+        only_started = not self._busy and all(stage == "started" for _, stage in self._soon.values())
+        ended, _ = self._ray.wait(refs, num_returns=1, timeout=_START_SECONDS if only_started else None)
+        if not ended:
+            raise _no_worker(f"the cluster had no room for one in {_START_SECONDS:.0f} seconds")
         for ref in ended:
             task = self._busy.pop(ref, None)
             worker, stage = self._soon.pop(ref) if task is None else (task[0], "done")
@@ -350,7 +283,7 @@ class RayWorkers:
 
     def _died(self, worker: Any, stage: str, death: str) -> None:
         """Start another worker, unless several could not load the model; raise UserError when none is left."""
-        logger.info("a worker died, another takes its place: %s", death)
+        logger.info("a worker died: %s", death)
         with suppress(self._ray.exceptions.RayError):
             self._ray.kill(worker)  # it may only have been out of reach
         self._failures += stage in ("started", "loaded")
@@ -383,92 +316,3 @@ def _no_worker(why: str) -> UserError:
 def _deadly(why: str) -> UserError:
     rule, do = "a worker lives to end it", "see that each has the memory, with fewer workers; the same command goes on"
     return UserError("--workers", got=f"{_DEATHS} workers that died of one evaluation ({why})", rule=rule, do=do)
-
-
-class _Cluster:
-    """A connection to Ray: a cluster that runs, or one on this machine which ends with this process."""
-
-    def __init__(self, ray: Any, place: Place, cpus: int, gpus: int, stored: int) -> None:
-        self._ray = ray
-        self._ours = not ray.is_initialized()  # else it is the caller's, and stays
-        self._guard: subprocess.Popen[bytes] | None = None
-        if not self._ours:
-            return
-        if place.address is not None:
-            _check_answers(place.address)
-        logging.getLogger("ray").setLevel(logging.ERROR)  # it greets and advises on stderr
-        # It tells of a worker's death on stdout, which is for our JSON, and has no option that keeps it from that.
-        importlib.import_module("ray._private.worker").__dict__["_worker_logs_enabled"] = False
-        about: dict[str, Any] = {"configure_logging": False, "logging_level": "error", "log_to_driver": False}
-        if place.address is None:
-            about |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
-            about["object_store_memory"] = _OBJECT_STORE + 2 * stored
-        with _kept():
-            ray.init(place.address or "local", **about)
-        if place.address is None:
-            self._guard = _start_guard()
-
-    def close(self) -> None:
-        """Leave the cluster, or end it when it was started here."""
-        if self._ours:
-            self._ray.shutdown()
-        if self._guard is not None:
-            self._guard.communicate()  # closes its stdin: it ends what is left, and itself
-
-
-def _start_guard() -> subprocess.Popen[bytes]:
-    """A process that waits for the end of this one, and then ends what the raylet started."""
-    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
-    started = [f"{child.pid}:{child.create_time()}" for raylet in raylets for child in raylet.children()]
-    command = [sys.executable, "-c", _GUARD, *started]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-
-
-@contextmanager
-def _kept() -> Iterator[None]:
-    """Keep this process's handler of SIGTERM and its environment, which Ray replaces and adds to."""
-    mode = os.environ.get("RAY_AUTH_MODE")
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():  # Ray sets it there only
-            signal.signal(signal.SIGTERM, handler)
-        if mode is None:
-            os.environ.pop("RAY_AUTH_MODE", None)
-
-
-def _ray() -> Any:
-    try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        do = 'install it with: pip install "longrope[ray]"'
-        raise UserError("--workers", got=f"no Ray here ({error})", rule="workers are Ray's", do=do) from None
-
-
-def _check_listens(address: str) -> None:
-    """Raise UserError unless something listens at an address."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
-        raise _no_answer(address, str(error)) from None
-
-
-def _check_answers(address: str) -> None:
-    """Raise UserError unless a Ray cluster answers at an address, or anywhere on this machine (`auto`)."""
-    command = [sys.executable, "-c", _PROBE, address]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_CONNECT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise _no_answer(address, f"nothing heard in {_CONNECT_SECONDS:.0f} seconds") from None
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise _no_answer(address, textwrap.shorten(said[-1], 300, placeholder=" ..."))
-
-
-def _no_answer(address: str, why: str) -> UserError:
-    where = "on this machine" if address == "auto" else f"at {address}"
-    rule = "a cluster that was started with `ray start` answers"
-    do = "start one with `ray start --head` and give the HOST:PORT that it prints, or use --workers N"
-    return UserError("--workers", got=f"no Ray cluster {where} ({why})", rule=rule, do=do)

@@ -31,11 +31,12 @@ class Point:
 def convergence_plot(run: RunData) -> Plot | None:
     """Complete candidates by where they come from and the best so far, against token-passes."""
     costs = np.cumsum([each.tokens for each in run.evaluations])
-    points = [
-        Point(float(cost), math.inf if each.value is None else each.value, each.origin)
-        for cost, each in zip(costs, run.evaluations, strict=True)
-        if each.kind in ("complete", "failed")
-    ]
+    points: list[Point] = []
+    known: set[str] = set()  # a candidate that fails on one window may fail on the next
+    for cost, each in zip(costs, run.evaluations, strict=True):
+        if each.kind in ("complete", "failed") and each.candidate not in known:
+            known.add(each.candidate)
+            points.append(Point(float(cost), math.inf if each.value is None else each.value, each.origin))
     if not points or min(point.value for point in points) == math.inf:
         return None
     best = np.minimum.accumulate([point.value for point in points])
@@ -103,7 +104,7 @@ def _dots(points: Sequence[Point]) -> list[dict[str, Any]]:
             "y": [point.value if math.isfinite(point.value) else None for point in groups[stage][::every]],
             "text": [letters(point.origin) for point in groups[stage][::every]],
             "hovertemplate": "%{text}: %{y:.4f}",
-            "marker": {"color": colour, "symbol": symbol, "size": size, "opacity": 0.6},
+            "marker": {"color": colour, "symbol": symbol, "size": size, "opacity": 0.8},
         }
         for stage, (colour, symbol, size) in DOTS.items()
         if stage in groups

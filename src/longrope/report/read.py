@@ -39,9 +39,9 @@ Kind = Literal["complete", "failed", "partial", "gradient", "unrounded"]
 class Evaluation:
     """One piece of work of a search: its origin and kind, the value that it gave, its cost in token-passes and seconds.
 
-    complete: a candidate's last piece, of which its value is known. failed: that value is not finite. partial: a
-    candidate on some of the windows. gradient: a step of a descent. unrounded: a comparison, never a result.
-    candidate: equal for all pieces of a candidate. recomputed: tokens run again to save memory, not among `tokens`.
+    complete: a candidate's last piece, with which its value is known. failed: a loss is not finite. partial: a
+    candidate on some of the windows. gradient: of a descent. unrounded: a comparison, never a result. candidate: equal
+    for all pieces of the same factors. recomputed: tokens run again to save memory, not among `tokens`.
     """
 
     origin: str
@@ -223,8 +223,10 @@ def _evaluation(record: Mapping[str, Any], line: int, path: Path) -> Evaluation:
     kind: Kind = "failed"
     if record.get("gradient") is not None:
         kind = "gradient"
+    elif origin.endswith(" unrounded"):
+        kind = "unrounded"
     elif value is not None:
-        kind = "unrounded" if origin.endswith(" unrounded") else "complete"
+        kind = "complete"
     elif losses is not None and None not in losses:
         kind = "partial"
     return Evaluation(

@@ -63,7 +63,7 @@ def counts(evaluations: Sequence[Evaluation]) -> Counts:
         complete=len(complete),
         failed=len(failed),
         partial=len(candidates("partial") - complete - failed - candidates("unrounded")),
-        gradient=sum(each.kind == "gradient" for each in evaluations),
+        gradient=len(candidates("gradient")),
         tokens=sum(each.tokens for each in evaluations),
         recomputed=sum(each.recomputed for each in evaluations),
     )

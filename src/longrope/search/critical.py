@@ -45,6 +45,12 @@ class LongRope2:
         return 2 * self.low
 
     @property
+    def bounds(self) -> str:
+        """Where the factors of a member are, in words."""
+        first, last = self.critical_pairs[0], self.critical_pairs[-1]
+        return f"within {self.low:g} and {self.high:g} from a pair of {first} to {last} on, and NTK's below it"
+
+    @property
     def critical_pairs(self) -> tuple[int, ...]:
         """What c may be: ceil((d/2) log_b(L / 20 pi)) .. ceil((d/2) log_b(L / 2 pi)), within the model's pairs."""
         first, last = (math.ceil(critical_dimension(self.shape, turns)) for turns in (_TURNS, 1))
@@ -52,16 +58,18 @@ class LongRope2:
         return tuple(range(first, last + 1))
 
     def critical_pair(self, vector: Vector) -> int:
-        """The c of a vector: where NTK below fits best, of equals the lowest."""
-        gaps = [np.abs(self._expand(vector, pair) - vector).max() for pair in self.critical_pairs]
+        """The c of a vector: that of the member nearest to it, of equals the lowest."""
+        # Bounds included: NTK below c is also NTK below any lower pair, only that it is less than s from there on.
+        gaps = [np.abs(self._repair(vector, pair) - vector).max() for pair in self.critical_pairs]
         return self.critical_pairs[int(np.argmin(gaps))]
 
     def repair(self, vector: Vector) -> Vector:
         """The nearest member with the critical pair that fits best: sorted, in the bounds, on the grid, NTK below."""
-        return self._repair(vector, self.critical_pair(np.sort(vector)))
+        ordered = np.sort(vector)
+        return self._repair(ordered, self.critical_pair(ordered))
 
     def _repair(self, vector: Vector, pair: int) -> Vector:
-        above = np.clip(np.sort(vector)[pair:], self.low, self.high)
+        above = np.clip(np.sort(vector[pair:]), self.low, self.high)
         bounded = np.concatenate([np.ones(pair), on_grid(above, self.step)])
         return on_grid(self._expand(bounded, pair), self.step)
 

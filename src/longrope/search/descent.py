@@ -104,10 +104,11 @@ def descend(
     by_x, by_m = Adam(len(x)), Adam(1)
     size, waiting = min(batch_size(len(archive.counts)), len(pool)), list[int]()
     best, stale, path = math.inf, 0, list[Vector]()
+    moves = settings.attention_step > 0
 
     def at(coordinates: Vector, log_factor: float) -> RopeFactors:
-        vector = chart.vector(coordinates)
-        return start.with_values(rescale=tuple(vector.tolist()), attention_factor=math.exp(log_factor))
+        factor = math.exp(log_factor) if moves else start.attention_factor
+        return start.with_values(rescale=tuple(chart.vector(coordinates).tolist()), attention_factor=factor)
 
     for step in range(settings.steps):
         if len(waiting) < size:
@@ -123,12 +124,12 @@ def descend(
         sizes = step_sizes(chart, here.vector, shape, settings)
         by_log = matrix.T @ (by_rescale * here.vector)
         x = chart.project(x - fade * sizes * by_x.direction(by_log))
-        if settings.attention_step:
+        if moves:
             by_log_m = np.array([by_factor * here.attention_factor])
             m -= fade * settings.attention_step * float(by_m.direction(by_log_m)[0])
         path.append(np.append(x, m))
         if (step + 1) % settings.check_every == 0:
-            value = yield from evaluate(rounded(at(x, m), space), archive, f"{origin} check", step)
+            value = yield from evaluate(rounded(at(x, m), space, moves), archive, f"{origin} check", step)
             gained = math.isfinite(value) and math.log(value) < best * (1 - settings.tolerance)
             best, stale = (math.log(value), 0) if gained else (best, stale + 1)
             if stale == settings.patience:
@@ -139,18 +140,21 @@ def descend(
     candidates = [at(x, m), at(mean[:-1], float(mean[-1]))]
     values = []
     for factors in candidates:
-        values.append((yield from evaluate(rounded(factors, space), archive, f"{origin} end", settings.steps)))
+        values.append((yield from evaluate(rounded(factors, space, moves), archive, f"{origin} end", settings.steps)))
     exact = candidates[0 if values[0] <= values[1] else 1]
-    yield from refine(exact, space, archive, origin, settings.steps)
+    yield from refine(exact, space, archive, origin, settings.steps, moves)
 
 
-def refine(exact: RopeFactors, space: Space, archive: Archive, origin: str, iteration: int) -> Steps[None]:
-    """Check that rounding to the grid makes factors no worse, and try finer grids when it does."""
+def refine(exact: RopeFactors, space: Space, archive: Archive, origin: str, iteration: int, moved: bool) -> Steps[None]:
+    """Check that rounding to the grid makes factors no worse, and try finer grids when it does.
+
+    moved: whether the attention factor was, see `rounded`.
+    """
     yield each_window(exact, archive, f"{origin} unrounded", iteration, may_win=False)
     unrounded = archive.value(exact)
     if unrounded is None or not math.isfinite(unrounded):
         return
-    value = archive.value(rounded(exact, space))
+    value = archive.value(rounded(exact, space, moved))
     for step in _FINER:
         if value is not None and math.log(value) <= math.log(unrounded) * (1 + _ROUNDING):
             return
@@ -158,10 +162,10 @@ def refine(exact: RopeFactors, space: Space, archive: Archive, origin: str, iter
         value = yield from evaluate(finer, archive, f"{origin} finer", iteration)
 
 
-def rounded(factors: RopeFactors, space: Space) -> RopeFactors:
-    """Factors on the grid of a space, the attention factor to four digits."""
-    vector = space.repair(factors.vector)
-    return factors.with_values(rescale=tuple(vector.tolist()), attention_factor=round(factors.attention_factor, 4))
+def rounded(factors: RopeFactors, space: Space, moved: bool) -> RopeFactors:
+    """Factors on the grid of a space; where the attention factor was moved, that to four digits."""
+    attention_factor = round(factors.attention_factor, 4) if moved else factors.attention_factor
+    return factors.with_values(rescale=tuple(space.repair(factors.vector).tolist()), attention_factor=attention_factor)
 
 
 def evaluate(factors: RopeFactors, archive: Archive, origin: str, iteration: int) -> Steps[float]:

@@ -70,6 +70,9 @@ def search(
     `keywords` are the fields of SearchSettings and of LoadOptions, which are the command's words. Returns the table of
     two rows that factors.json holds. Raises UserError for bad input.
     """
+    for name in ("start_tokens", "attention_factor"):  # numbers too, from Python
+        if keywords.get(name) is not None:
+            keywords[name] = str(keywords[name])
     chosen = SearchSettings(to=as_length(to), **{name: keywords.pop(name) for name in SETTINGS if name in keywords})
     workers = None if workers is None else str(workers)
     options = options_for(workers, load_options(options, keywords))
@@ -225,7 +228,7 @@ def make_problem(
 def make_steps(problem: methods.Problem, settings: SearchSettings, archive: Archive) -> Steps[None]:
     """The search as a generator of tasks."""
     if settings.method == "evolution":
-        sizes = EvolutionSettings.for_length(settings.to)
+        sizes = EvolutionSettings.for_length(settings.to, race=settings.race)
         return methods.evolution(problem, sizes, archive, settings.race, settings.seed)
     if settings.method == "gradient":
         return methods.gradient(problem, DescentSettings(), archive, settings.seed)
@@ -235,7 +238,7 @@ def make_steps(problem: methods.Problem, settings: SearchSettings, archive: Arch
 def make_budget(settings: SearchSettings, windows: SearchWindows, tried: int) -> Budget:
     """What the search may cost and is going to cost; tried: seeds, each with each attention factor."""
     if settings.method == "evolution":
-        expected = EvolutionSettings.for_length(settings.to).evaluations
+        expected = EvolutionSettings.for_length(settings.to, race=settings.race).evaluations
     else:
         expected = methods.expected_evaluations(
             settings.method, tried, len(settings.start_choices), len(windows.search), DescentSettings()

@@ -14,6 +14,7 @@ from longrope.search.space import Space, Vector, mutate_start
 # A child that is already known is drawn again, this often at most; then its place stays empty.
 _DRAWS = 20
 _HALF_FROM = 512 * 1024
+_RACED_ITERATIONS = 60
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,15 @@ class EvolutionSettings:
     iterations: int = 40
 
     @classmethod
-    def for_length(cls, target: int) -> EvolutionSettings:
-        """The paper's sizes for a target length: half of population and children from 512k on."""
-        return cls(population=32, mutations=8, crossovers=8) if target >= _HALF_FROM else cls()
+    def for_length(cls, target: int, *, race: bool = False) -> EvolutionSettings:
+        """The paper's sizes for a target length: half of population and children from 512k on.
+
+        A raced generation costs about half: then there are half as many generations more.
+        """
+        iterations = _RACED_ITERATIONS if race else cls.iterations
+        if target >= _HALF_FROM:
+            return cls(population=32, mutations=8, crossovers=8, iterations=iterations)
+        return cls(iterations=iterations)
 
     @property
     def evaluations(self) -> int:

@@ -166,7 +166,7 @@ class Loop:
 
     def _is_late(self) -> bool:
         hours = self.earlier_hours + (time.perf_counter() - self.begun) / 3600
-        return self.budget.hours is not None and hours >= self.budget.hours and self.archive.best is not None
+        return self.budget.hours is not None and hours >= self.budget.hours and self.seen.best is not None
 
     def _write(self, index: int, proposal: Proposal, outcome: Outcome) -> None:
         task = proposal.task

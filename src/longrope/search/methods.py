@@ -20,6 +20,8 @@ from longrope.search.tasks import Steps
 METHODS = ("evolution", "gradient", "hybrid")
 # Seeds that `gradient` descends from; `hybrid` descends from the best.
 _DESCENTS = 2
+# The seed that is evaluated first: it is rarely far from the best.
+_LIKELY = ("yarn+su", "yarn")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def expected_evaluations(method: str, seeds: int, starts: int, windows: int, set
 def _from_best_seeds(
     problem: Problem, settings: DescentSettings, archive: Archive, seed: int, descents: int
 ) -> Steps[None]:
-    candidates = [Candidate(row, name, 0) for name, row in problem.seeds]
+    ordered = sorted(problem.seeds, key=lambda seed: seed[0] not in _LIKELY)
+    candidates = [Candidate(row, name, 0) for name, row in ordered]
     yield from race_to_be_best(candidates, archive, keep=descents)
     ranked = sorted((value, index) for index, row in enumerate(problem.seeds) if (value := _known(archive, row[1])))
     starts: Seeds = []

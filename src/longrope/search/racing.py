@@ -16,9 +16,12 @@ from longrope.search.tasks import Proposal, Steps, Task
 
 @dataclass(frozen=True)
 class RaceSettings:
-    """How much a candidate may lag behind its rival before it is dropped, in standard errors of their difference."""
+    """How far ahead of the last parent a candidate must be to stay, in standard errors of their difference.
 
-    errors: float = 1.0
+    Above 0, because the last places among the parents are not worth what finding out exactly would cost.
+    """
+
+    ahead: float = 0.25
 
 
 def whole(candidates: Sequence[Candidate], archive: Archive) -> Steps[list[float]]:
@@ -36,14 +39,18 @@ def _value(archive: Archive, candidate: Candidate) -> float:
 def race_to_be_best(candidates: Sequence[Candidate], archive: Archive, keep: int = 1) -> Steps[None]:
     """Find the best `keep` of some candidates, exactly as if all were evaluated on all windows.
 
-    One window of each comes first, and the best by it run to their end. From then on a candidate is dropped as soon as
-    its loss so far exceeds the whole loss of the keep-th best complete one: losses are not negative, so that it could
-    not become better.
+    The first candidate comes first, on all windows, so that there is a result from the start; then one window of each
+    other, and the best by it run to their end. From then on a candidate is dropped as soon as its loss so far exceeds
+    the whole loss of the keep-th best complete one: losses are not negative, so that it could not become better.
     """
+    likely, *others = candidates
+    if not _complete(archive, likely.factors):
+        yield [Proposal(Task(likely.factors, archive.everything), likely.origin, likely.iteration)]
     first, *rest = archive.everything
-    yield [Proposal(Task(each.factors, (first,)), each.origin, each.iteration) for each in candidates]
-    ordered = sorted(candidates, key=lambda each: archive.losses(each.factors)[first])
-    if rest:
+    if others:
+        yield [Proposal(Task(each.factors, (first,)), each.origin, each.iteration) for each in others]
+    ordered = sorted(others, key=lambda each: archive.losses(each.factors)[first])
+    if rest and ordered:
         yield [Proposal(Task(each.factors, tuple(rest)), each.origin, each.iteration) for each in ordered[:keep]]
     alive = ordered[keep:]
     for window in rest:
@@ -89,28 +96,30 @@ def _lags(archive: Archive, losses: Losses, rival: Losses) -> bool:
 def race_to_be_parent(
     candidates: Sequence[Candidate], archive: Archive, evolution: Evolution, settings: RaceSettings
 ) -> Steps[list[float]]:
-    """Values of a generation's candidates, NaN for those that were dropped because they cannot become parents.
+    """Values of a generation's candidates, NaN for those that were dropped because they would not become parents.
 
-    The rival is the last parent. After each window, taken in an order drawn anew, a candidate is dropped when its mean
-    loss is above the rival's, on the same windows, by more than `errors` standard errors of that difference, which
-    shrinks to nothing at the last window. Until there are as many parents as there may be, all windows are run.
+    After each window, taken in an order drawn anew, parents and candidates are ranked by their loss on the windows so
+    far; a candidate stays when it is ahead of the last place that makes a parent, by `ahead` standard errors of a
+    paired difference, which shrink to nothing at the last window. Until there are as many parents as there may be, all
+    windows are run.
     """
-    parents = [archive.losses(candidate.factors) for _, candidate in evolution.parents]
-    if len(parents) < evolution.settings.parents or len(archive.counts) < 2:
+    parents = np.array([archive.losses(candidate.factors) for _, candidate in evolution.parents])
+    places = evolution.settings.parents
+    if len(parents) < places or len(archive.counts) < 2:
         return (yield from whole(candidates, archive))
-    rival, spread = parents[-1], paired_spread(np.array(parents[:-1]), parents[-1], archive.counts)
+    spread = paired_spread(parents[:-1], parents[-1], archive.counts)
     order = [int(window) for window in evolution.rng.permutation(len(archive.counts))]
     alive = list(candidates)
     for done, window in enumerate(order, start=1):
         yield [Proposal(Task(each.factors, (window,)), each.origin, each.iteration) for each in alive]
         seen = order[:done]
-        error = spread * np.sqrt(1 / done - 1 / len(order))
         counts = archive.counts[seen].sum()
-        alive = [
-            each
-            for each in alive
-            if (archive.losses(each.factors)[seen] - rival[seen]).sum() / counts <= settings.errors * error
-        ]
+        means = [float(archive.losses(each.factors)[seen].sum() / counts) for each in alive]
+        last_place = np.sort(np.append(parents[:, seen].sum(1) / counts, means))[places - 1]
+        margin = settings.ahead * spread * np.sqrt(1 / done - 1 / len(order))
+        alive = [each for each, mean in zip(alive, means, strict=True) if mean <= last_place - margin]
+        if not alive:
+            break
     survived = {id(each) for each in alive}
     return [_value(archive, each) if id(each) in survived else float("nan") for each in candidates]
 

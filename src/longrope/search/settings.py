@@ -58,8 +58,8 @@ class SearchSettings:
         paper = self.method == "evolution"
         return replace(
             self,
-            start_tokens=self.start_tokens or ("search" if paper else "0"),
-            attention_factor=self.attention_factor or ("su" if paper else "search"),
+            start_tokens=("search" if paper else "0") if self.start_tokens is None else self.start_tokens,
+            attention_factor=("su" if paper else "search") if self.attention_factor is None else self.attention_factor,
         )
 
     def check(self, original_length: int) -> None:

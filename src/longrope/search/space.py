@@ -66,6 +66,10 @@ class Space(Protocol):
     def start_tokens(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
     def high(self) -> float: ...  # noqa: D102
+    @property
+    def bounds(self) -> str:
+        """Where the factors of a member are, in words."""
+        ...
 
     def repair(self, vector: Vector) -> Vector:
         """The nearest member on the grid; a member is unchanged."""
@@ -110,6 +114,11 @@ class LongRope:
     def high(self) -> float:
         """Upper bound of a rescale factor, on the grid."""
         return float(np.floor(max(1.25 * self.ratio, 1 + self.ratio) * self.trained / STEP + 1e-9) * STEP)
+
+    @property
+    def bounds(self) -> str:
+        """Where the factors of a member are, in words."""
+        return f"within 1 and {self.high:g}"
 
     def repair(self, vector: Vector) -> Vector:
         """The vector sorted, rounded to the grid and clipped: always a member, and a member is unchanged."""
@@ -168,7 +177,7 @@ def check_seed(space: Space, factors: RopeFactors, name: str) -> None:
         raise UserError(
             "--init",
             got=f"{name} with {len(factors.rescale)} rescale factors from {low:g} to {high:g}",
-            rule=f"a seed has {space.pairs} of them within 1 and {space.high:g}",
+            rule=f"a seed has {space.pairs} of them {space.bounds}",
             do="give factors of this model for a ratio of at most this search's",
         )
 
