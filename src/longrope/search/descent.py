@@ -30,11 +30,11 @@ class DescentSettings:
 
     steps: int = 48
     radians: float = 2.0
-    """The most a step turns a pair further or less, at a distance of the original length."""
+    """About the most a step turns a pair further or less, at a distance of the original length."""
     log_step: float = 0.1
-    """The most a step changes the logarithm of a rescale factor."""
+    """About the most a step changes the logarithm of a rescale factor."""
     attention_step: float = 0.02
-    """The most a step changes the logarithm of the attention factor; 0 leaves it."""
+    """About the most a step changes the logarithm of the attention factor; 0 leaves it."""
     check_every: int = 8
     """Steps between evaluations of the rounded vector on all search windows."""
     patience: int = 3
