@@ -23,9 +23,9 @@ from longrope.checkpoint import LoadOptions, _check_quantize
 from longrope.errors import UserError
 from longrope.factors import RopeFactors
 from longrope.model import LoadedModel, load_model
+from longrope.ray_cluster import parse_workers
 from longrope.search.tasks import Outcome, Task
 from longrope.windows import Window
-from longrope.ray_cluster import parse_workers
 from longrope.workers import Workers, open_workers, options_for, share_out
 from models import ORIGINAL, build, save, tokens
 

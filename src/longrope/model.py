@@ -65,6 +65,8 @@ class LoadedModel:
     """Tokens of short windows that are run together; evaluation halves it when memory runs out."""
     checkpoint_from: int | None = None
     """Windows from so many tokens on are differentiated with activation checkpointing; measured at the first one."""
+    memory_share: float = 1.0
+    """Share of the free memory that is for this model, where several processes use the same."""
 
     @property
     def device(self) -> torch.device:

@@ -112,7 +112,7 @@ class _Worker:
                 do="give every machine the same files and packages",
             )
         assert torch.get_num_threads() == job.options.threads, "results are equal for equal threads"
-        loaded.batch_tokens = job.batch_tokens
+        loaded.batch_tokens, loaded.memory_share = job.batch_tokens, job.memory_share
         if job.sliding_window is not None:
             loaded.widen_window(job.sliding_window)
         # Arrays of Ray's object store cannot be written to, which torch warns of.
@@ -132,6 +132,7 @@ class _Job:
     fingerprint: str
     batch_tokens: int
     sliding_window: int | None
+    memory_share: float = 1.0
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> _Job:
@@ -198,6 +199,8 @@ class RayWorkers:
         try:
             nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
             self.count, each = share_out(nodes, place.count, cuda=cuda, spread=spread, threads=threads)
+            together = 1 / each if 0 < each < 1 else 1 if cuda else math.ceil(self.count / len(nodes))
+            self._job = replace(self._job, memory_share=1 / together)
             if not cuda and any(node.get("GPU") for node in nodes):
                 logger.warning("the cluster's GPUs are not used, because this process runs the model on a CPU")
             # max_restarts=0: a worker is replaced here, where the model can be loaded into the new one.

@@ -142,9 +142,8 @@ def _needs_checkpoints(loaded: LoadedModel, patch: Patch, factors: RopeFactors, 
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             _one(loaded, patch, factors, ids, None, False)
-        loaded.checkpoint_from = max(
-            1, int(_SHARE_OF_MEMORY * free_memory(loaded.device) * ids.shape[1] / max(1, kept))
-        )
+        room = _SHARE_OF_MEMORY * loaded.memory_share * free_memory(loaded.device)
+        loaded.checkpoint_from = max(1, int(room * ids.shape[1] / max(1, kept)))
         logger.debug("activations of windows from %d tokens on are computed twice", loaded.checkpoint_from)
     return len(window.ids) >= loaded.checkpoint_from
 

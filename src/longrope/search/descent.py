@@ -2,7 +2,7 @@
 
 The loss is smooth in every factor, but on very different scales: a pair of period T turns by 2 pi L / T radians over
 the original length L, and its factor matters on the scale on which that angle changes by about one radian. So each
-step is bounded in radians: no pair may turn by more than `radians` further or less at a distance of L.
+step is bounded in radians: no pair turns by more than about `radians` further or less at a distance of L.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Adam:
 
 
 def step_sizes(chart: Chart, vector: Vector, shape: RopeShape, settings: DescentSettings) -> Vector:
-    """The largest step of each coordinate (F,): no pair turns by more than the radians allowed at a distance of L."""
+    """The size of a step in each coordinate (F,): one of it turns no pair by more than `radians` at a distance of L."""
     turns = 2 * math.pi * shape.original_length / (shape.periods * vector)
     reach = (np.abs(chart.matrix) * turns[:, None]).max(0)
     return np.asarray(np.minimum(settings.log_step, settings.radians / np.maximum(reach, 1e-12)))
@@ -95,8 +95,7 @@ def descend(
 ) -> Steps[None]:
     """Descend from some factors; the vectors that count are evaluated on all search windows and in the archive.
 
-    pool: windows that gradients are taken on, in batches of `batch_size` search windows, each window once before any
-    comes again.
+    pool: windows that gradients are taken on, in random batches of `batch_size` that share none until few are left.
     """
     chart = space.chart(start.vector)
     matrix = chart.matrix
