@@ -158,7 +158,7 @@ def race_verdict(cells: Sequence[CellData]) -> list[tuple[str, str, bool]]:
     says = (
         f"tiny 8x, mean of {len(raced)} seeds: the race at Algorithm 1's end value (+0.1%) with half its token-passes"
     )
-    return [(says, told, spent is not None and spent <= LIMITS["race"] * whole)]
+    return [(says, told, spent is not None and bool(spent <= LIMITS["race"] * whole))]
 
 
 def show(folder: Path) -> int:
