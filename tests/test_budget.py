@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from commands import TARGET, longrope, refused, write_checkpoint, write_documents
@@ -14,8 +15,10 @@ from longrope.baselines import baseline
 from longrope.checkpoint import LoadOptions
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel, load_model
+from longrope.runs import RunFolder
 from longrope.search.driver import SearchWindows, make_budget, search
 from longrope.search.settings import SearchSettings
+from longrope.windows import Window
 
 WINDOWS = 3
 EVALUATION = WINDOWS * TARGET
@@ -43,7 +46,7 @@ def searched(loaded: LoadedModel, out: Path, **keywords: Any) -> FactorTable:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "elapsed")} for line in found]
 
 
 def complete(run: Path) -> dict[tuple[Any, ...], float]:
@@ -173,3 +176,40 @@ def test_the_default_evolution_is_the_papers(loaded: LoadedModel, tmp_path: Path
     assert [line["iteration"] for line in found] == [0] * 64 + [1] * 16
     settings = SearchSettings(to=TARGET, method="evolution")
     assert make_budget(settings, SearchWindows([]), 3).expected == 1344
+
+
+def test_a_run_whose_hours_are_over_ends_with_the_same_result_when_it_is_killed_while_that_is_measured(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    def die(self: RunFolder, result: dict[str, Any]) -> None:
+        plain(self, result)
+        raise Killed
+
+    plain = RunFolder.log_result
+    for _ in range(3):  # on its way, and while its result is measured
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "log_result", die)
+            with pytest.raises(Killed):
+                searched(loaded, run, hours=1e-9)
+        before, factors = (run / "evaluations.jsonl").read_bytes(), (run / "factors.json").read_bytes()
+    table = searched(loaded, run, hours=1e-9)
+    assert (run / "evaluations.jsonl").read_bytes() == before
+    assert (run / "factors.json").read_bytes() == factors
+    results = json.loads((run / "metrics.json").read_text())["results"]
+    (told,) = (result["value"] for result in results if result["method"] == "longrope")
+    assert told == pytest.approx(table.provenance["value"], rel=1e-6)
+    assert table == FactorTable.load(run / "factors.json")
+
+
+def test_a_race_costs_at_most_what_algorithm_1_does() -> None:
+    windows = SearchWindows([Window("d", "0", 0, np.arange(64))] * 3)
+    raced, plain = (
+        make_budget(SearchSettings(to=64, method="evolution", race=race), windows, 1) for race in (True, False)
+    )
+    assert (raced.total, plain.total) == (1344, 1344)
+    assert raced.tokens == 1344 * 3 * 64

@@ -963,10 +963,21 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def without_seconds(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(run)]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "elapsed")} for line in lines(run)]
 
 
-KEYS = ["index", "iteration", "origin", "key", "rescale", "start_tokens", "attention_factor", "windows", "value"]
+KEYS = [
+    "index",
+    "iteration",
+    "origin",
+    "key",
+    "rescale",
+    "start_tokens",
+    "attention_factor",
+    "windows",
+    "value",
+    "elapsed",
+]
 
 
 def test_an_evolution_leaves_a_run_folder_of_just_these_files(here: Path) -> None:

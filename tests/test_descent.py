@@ -20,9 +20,11 @@ from longrope.factors import RopeFactors
 from longrope.model import LoadedModel, load_model
 from longrope.patch import ScaledRotary
 from longrope.search.archive import Archive
-from longrope.search.backward import decoder_layers, loss_gradient
+from longrope.search.backward import _measure_kept, _one, decoder_layers, loss_gradient
 from longrope.search.critical import LongRope2
-from longrope.search.descent import DescentSettings, batch_size, descend, refine, step_sizes
+from longrope.search.descent import DescentSettings, batch_size, descend, fine_enough, refine, step_sizes
+from longrope.search.driver import search
+from longrope.search.methods import PolishSettings, Problem, hybrid
 from longrope.search.space import LongRope, Space, Vector
 from longrope.search.tasks import Gradient, Outcome, Task
 from longrope.windows import Window
@@ -492,6 +494,83 @@ def test_little_free_memory_asks_for_checkpoints_before_any_runs_out(
     with fresh.patch() as patch, memory_for(fresh, 64, LENGTH) as tried:
         found = loss_gradient(fresh, patch, some_factors(fresh), [window(1)])
     assert fresh.checkpoint_from is not None
-    assert fresh.checkpoint_from < 64
-    assert tried == [(64, False), (LENGTH, True)], "a probe of a few tokens, and the window"
+    assert fresh.checkpoint_from <= LENGTH
+    assert tried == [(6, False), (12, False), (24, False), (LENGTH, True)], "probes of a few tokens, and the window"
     assert found[3] == LENGTH
+
+
+@pytest.mark.parametrize(("attention", "name"), [("sdpa", "llama"), ("eager", "llama"), ("eager", "gemma2")])
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_what_a_window_keeps_is_told_from_a_few_tokens(tmp_path: Path, attention: str, name: str, dtype: str) -> None:
+    loaded = loaded_model(name, tmp_path, attention=attention, dtype=dtype, rope_precision="float32")
+    with loaded.patch() as patch:
+        kept = _measure_kept(loaded, patch, some_factors(loaded), window(1, 2048))
+        own = {parameter.untyped_storage().data_ptr() for parameter in loaded.model.parameters()}
+        found: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _one(loaded, patch, some_factors(loaded), torch.from_numpy(window(1, 1024).ids)[None], None, False)
+    assert kept(1024) == pytest.approx(sum(found.values()), rel=0.05)
+    assert (kept.quadratic > 0) == (attention == "eager")
+    assert kept(kept.tokens(1e9)) <= 1e9 < kept(kept.tokens(1e9) + 1)
+
+
+def test_a_model_without_a_derivative_is_refused_before_anything_is_evaluated(
+    fresh: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    plain = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(
+        modeling_llama, "apply_rotary_pos_emb", lambda *given, **more: tuple(each.detach() for each in plain(*given))
+    )
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    with pytest.raises(UserError) as caught:
+        search(fresh, to=4 * LENGTH, documents=[str(tmp_path)], out=tmp_path / "run", windows=2, gradient_windows=2)
+    assert str(caught.value).startswith("--method: got ")
+    assert "whose attention passes no derivative on to its RoPE; gradient and hybrid differentiate" in str(caught.value)
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+    texts, out = [str(tmp_path)], tmp_path / "other"
+    assert search(fresh, to=4 * LENGTH, documents=texts, out=out, windows=2, method="evolution", evaluations=2)
+
+
+def test_the_checks_grid_is_as_fine_as_the_original_length_asks_for() -> None:
+    settings = DescentSettings()
+    assert fine_enough(RopeShape(500.0, 32, 128), START.vector, settings) == 0.01
+    assert fine_enough(SHAPE, START.vector, settings) == 0.001
+    long = RopeShape(500_000.0, 128, 8192)
+    step = fine_enough(long, baseline("llama3", long, 65536).vector, settings)
+    assert 8192 * step / 2 <= settings.radians / 2, "of the fastest pair, which turns by one radian a token"
+
+
+def test_a_descent_on_a_fine_grid_leaves_it_neither_at_its_end_nor_in_the_polish() -> None:
+    """A long original length turns the fast pairs so far that the paper's grid costs more than there is to gain."""
+    shape = RopeShape(10_000.0, 64, 4096)
+    space, start = LongRope(shape.pairs, 8.0), baseline("yarn+su", shape, 8 * 4096)
+    wanted = np.clip(np.sort(start.vector * np.random.default_rng(0).uniform(0.95, 1.05, shape.pairs)), 1.0, space.high)
+    turns = 2 * math.pi * shape.original_length / (shape.periods * wanted)
+
+    def loss(factors: RopeFactors) -> float:
+        return float(1 + (0.001 * turns**2 * np.log(factors.vector / wanted) ** 2).sum())
+
+    def answer(task: Task) -> Outcome:
+        by_rescale = 0.002 * turns**2 * np.log(task.factors.vector / wanted) / task.factors.vector
+        count = len(task.windows)
+        gradient = Gradient(tuple((100 * count * by_rescale).tolist()), 0.0)
+        return losses(*[100 * loss(task.factors)] * count, gradient=gradient if task.gradient else None)
+
+    archive, asked = Archive(COUNTS), Asked()
+    problem = Problem(space, [("yarn+su", start)], shape, POOL, search_attention=False)
+    follow(hybrid(problem, DescentSettings(), PolishSettings(), archive, 0), archive, answer, asked)
+    assert archive.best is not None
+    assert loss(archive.best[1]) - 1 < 0.01 * (loss(start) - 1)
+    polished = {each.task.factors.key: each.task.factors for each in asked.proposals if each.origin == "polish"}
+    descended = min(loss(each.task.factors) for each in asked.proposals if each.origin.endswith(("check", "end")))
+    on_the_papers = loss(archive.best[1].with_values(rescale=tuple(space.repair(archive.best[1].vector).tolist())))
+    assert on_the_papers - 1 > 10 * (descended - 1), "or this test shows nothing"
+    assert min(loss(each) for each in polished.values()) < (descended + on_the_papers) / 2

@@ -93,7 +93,7 @@ def ended(process: subprocess.Popen[str]) -> Ran:
 def results(run: Path) -> tuple[bytes, list[dict[str, Any]], Any]:
     """What must not depend on what happened to a run: factors.json, the evaluations, and the measurements."""
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    evaluations = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    evaluations = [{key: value for key, value in line.items() if key not in ("seconds", "elapsed")} for line in lines]
     return (run / "factors.json").read_bytes(), evaluations, json.loads((run / "metrics.json").read_text())["results"]
 
 

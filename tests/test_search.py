@@ -195,7 +195,10 @@ def search(path: Path, total: int, stop_after: int | None = None) -> tuple[list[
     with RunFolder.open(path, CONFIG) as run:
         with contextlib.suppress(KeyboardInterrupt):
             follow(run, workers, total)
-        lines = [{key: value for key, value in line.items() if key != "seconds"} for line in run.evaluations()]
+        lines = [
+            {key: value for key, value in line.items() if key not in ("seconds", "elapsed")}
+            for line in run.evaluations()
+        ]
     return lines, workers.done
 
 

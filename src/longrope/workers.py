@@ -8,7 +8,7 @@ import socket
 import textwrap
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,6 +100,9 @@ class _Worker:
         host = socket.gethostname()
         try:
             loaded = load_model(job.model, replace(job.options))  # replace: checked again, on this machine
+        except torch.OutOfMemoryError:
+            rule, do = "every worker holds the model", "use fewer --workers, --device balanced or --quantize 4bit"
+            raise UserError("--workers", got=f"no memory for one on {host}", rule=rule, do=do) from None
         except UserError as error:
             raise UserError(
                 f"{error.what} of a worker on {host}", got=error.got, rule=error.rule, do=error.do
@@ -177,6 +180,20 @@ def share_out(
     return count, 1 / math.ceil(count / sum(gpus))
 
 
+@contextmanager
+def _set_aside(loaded: LoadedModel) -> Iterator[None]:
+    """This process's copy of the model in host memory, so that a worker has its GPU; quantized ones cannot move."""
+    device = loaded.device
+    if loaded.options.quantize is None:
+        loaded.model.to("cpu")  # type: ignore[arg-type]
+        torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        if loaded.options.quantize is None:
+            loaded.model.to(device)  # type: ignore[arg-type]
+
+
 class RayWorkers:
     """Ray actors that hold the model, each doing one task at a time.
 
@@ -195,7 +212,9 @@ class RayWorkers:
         self._soon: dict[Any, tuple[Any, str]] = {}  # what will say that a worker has started, loaded, or is free
         self._busy: dict[Any, tuple[Any, int]] = {}  # a task's outcome to be, who does it, and its index
         self._failures = 0  # of loading, in a row
-        self._last = "it said nothing"
+        self._aside = ExitStack()
+        if cuda and not spread:
+            self._aside.enter_context(_set_aside(loaded))
         try:
             nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
             self.count, each = share_out(nodes, place.count, cuda=cuda, spread=spread, threads=threads)
@@ -303,6 +322,7 @@ class RayWorkers:
             with suppress(self._ray.exceptions.RayError):
                 self._ray.kill(worker)
         self._cluster.close()
+        self._aside.close()
 
     def __enter__(self) -> RayWorkers:
         return self

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longrope.errors import UserError
 from longrope.evaluate.perplexity import run_if_it_fits, window_too_long
 from longrope.factors import RopeFactors
 from longrope.model import LoadedModel
@@ -41,7 +45,9 @@ def loss_gradient(
     losses = []
     rescale, attention_factor, recomputed = np.zeros(len(factors.rescale)), 0.0, 0
     for window in windows:
-        again = _needs_checkpoints(loaded, patch, factors, window)
+        if loaded.checkpoint_from is None:
+            activation_bytes(loaded, patch, factors, window)
+        again = loaded.checkpoint_from is not None and len(window.ids) >= loaded.checkpoint_from
         found = None
         if not again:
             found = run_if_it_fits(lambda ids, w=window: _one(loaded, patch, factors, ids, w, False), _ids(window))  # type: ignore[misc]
@@ -78,6 +84,8 @@ def _one(
         with torch.enable_grad(), loaded.autocast(), _checkpointed(loaded) if again else nullcontext():
             outputs = loaded.decoder(input_ids=ids, use_cache=False)
             hidden: Tensor = outputs.last_hidden_state
+            if not hidden.requires_grad:
+                raise _no_derivative(loaded)
             by_hidden = torch.empty_like(hidden)
             for start, piece, logits in loaded.tail(outputs, ids):
                 end = start + piece.shape[1]
@@ -85,14 +93,23 @@ def _one(
                 loss = torch.nn.functional.cross_entropy(
                     logits.flatten(0, 1).float(), wanted, ignore_index=_NO_TARGET, reduction="sum"
                 )
-                total += float(loss.detach().double())
+                total += float(loss.detach())
                 # The chunk's logits are done with here, so that those of two chunks are never in memory.
                 by_hidden[:, start:end] = torch.autograd.grad(loss, piece)[0]
                 del loss, logits
             by_rescale, by_scale = torch.autograd.grad(hidden, (rescale, scale), by_hidden)
     finally:
         patch.install(factors)  # lets go of the graph
-    return total, by_rescale.double().cpu().numpy(), float(by_scale)
+    return total, by_rescale.cpu().double().numpy(), float(by_scale)
+
+
+def _no_derivative(loaded: LoadedModel) -> UserError:
+    return UserError(
+        "--method",
+        got=f"{loaded.name}, whose attention passes no derivative on to its RoPE",
+        rule="gradient and hybrid differentiate the loss by the factors",
+        do="use --method evolution, or another --attention",
+    )
 
 
 @contextmanager
@@ -129,23 +146,73 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     return max(lists, key=len, default=[])
 
 
-def _needs_checkpoints(loaded: LoadedModel, patch: Patch, factors: RopeFactors, window: Window) -> bool:
-    """Whether the activations of a window would take too much of the free memory, by those of a few tokens."""
-    if loaded.checkpoint_from is None:
-        ids = _ids(window)[:, :_PROBE]
-        kept = 0
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a forward pass of n tokens keeps for its backward pass: constant + linear n + quadratic n^2.
 
-        def pack(tensor: Tensor) -> Tensor:
-            nonlocal kept
-            kept += 0 if isinstance(tensor, nn.Parameter) else tensor.nbytes
+    The constant are copies of weights under autocast; the quadratic part are attention matrices, of eager attention.
+    """
+
+    constant: float
+    linear: float
+    quadratic: float
+
+    @classmethod
+    def through(cls, lengths: Sequence[int], kept: Sequence[int]) -> Kept:
+        """The parabola through three measurements."""
+        quadratic, linear, constant = np.polyfit(lengths, kept, 2)
+        # Rounding of the fit must not count for a window of a million tokens.
+        return cls(max(0.0, constant), max(1.0, linear), quadratic if quadratic > 0.01 else 0.0)
+
+    def __call__(self, tokens: int) -> float:
+        """Bytes of a window."""
+        return self.constant + self.linear * tokens + self.quadratic * tokens**2
+
+    def tokens(self, room: float) -> int:
+        """The longest window that has room."""
+        rest = max(0.0, room - self.constant)
+        if not self.quadratic:
+            return int(rest / self.linear)
+        return int((math.sqrt(self.linear**2 + 4 * self.quadratic * rest) - self.linear) / (2 * self.quadratic))
+
+
+def activation_bytes(loaded: LoadedModel, patch: Patch, factors: RopeFactors, window: Window) -> int:
+    """About the memory that the gradient of a window takes beyond the weights, and whether layers are computed twice.
+
+    Sets `checkpoint_from` where it is not known yet. Raises UserError when the loss has no derivative by the factors.
+    """
+    kept = _measure_kept(loaded, patch, factors, window)
+    if loaded.checkpoint_from is None:
+        room = _SHARE_OF_MEMORY * loaded.memory_share * free_memory(loaded.device)
+        loaded.checkpoint_from = 1 + kept.tokens(room)
+        logger.debug("activations of windows from %d tokens on are computed twice", loaded.checkpoint_from)
+    tokens = len(window.ids)
+    if tokens < loaded.checkpoint_from:
+        return int(kept(tokens))
+    layers = decoder_layers(loaded.decoder)
+    width = loaded.model.config.get_text_config().hidden_size
+    inputs = len(layers) * tokens * width * torch.finfo(loaded.model.dtype).bits // 8
+    return int(inputs + kept(tokens) / max(1, len(layers)))
+
+
+def _measure_kept(loaded: LoadedModel, patch: Patch, factors: RopeFactors, window: Window) -> Kept:
+    """What a few tokens keep: measured at three lengths."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in loaded.model.parameters()}
+    least = max(4, min(_PROBE, len(window.ids) // 16))
+    lengths, measured = [least, 2 * least, 4 * least], []
+    for length in lengths:
+        storages: dict[int, int] = {}  # each once, however many views of it are kept
+
+        def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _one(loaded, patch, factors, ids, None, False)
-        room = _SHARE_OF_MEMORY * loaded.memory_share * free_memory(loaded.device)
-        loaded.checkpoint_from = max(1, int(room * ids.shape[1] / max(1, kept)))
-        logger.debug("activations of windows from %d tokens on are computed twice", loaded.checkpoint_from)
-    return len(window.ids) >= loaded.checkpoint_from
+            _one(loaded, patch, factors, _ids(window)[:, :length], None, False)
+        measured.append(sum(storages.values()))
+    return Kept.through(lengths, measured)
 
 
 def free_memory(device: torch.device) -> int:
@@ -153,7 +220,23 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, _room_of_group()))
+
+
+def _room_of_group() -> float:
+    """What the control group of a container leaves, on Linux; infinite where there is no limit."""
+    for folder, limit, used, cache in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        group = Path(folder)
+        try:
+            room = int((group / limit).read_text()) - int((group / used).read_text())  # "max" is no number
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            return max(0, room + int(stat.get(cache, 0)))  # what can be dropped at once
+        except (OSError, ValueError):
+            continue
+    return math.inf
 
 
 def peak_memory(device: torch.device) -> int:

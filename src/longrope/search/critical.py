@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,6 +56,10 @@ class LongRope2:
         first, last = (math.ceil(critical_dimension(self.shape, turns)) for turns in (_TURNS, 1))
         first, last = (max(0, min(max(pair, 1), self.pairs - 1)) for pair in (first, last))
         return tuple(range(first, last + 1))
+
+    def with_step(self, step: float) -> LongRope2:
+        """The same space on another grid."""
+        return replace(self, step=step)
 
     def critical_pair(self, vector: Vector) -> int:
         """The c of a vector: that of the member nearest to it, of equals the lowest."""

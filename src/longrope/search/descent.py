@@ -7,6 +7,7 @@ step is bounded in radians: no pair turns by more than about `radians` further o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ import numpy as np
 from longrope.baselines import RopeShape
 from longrope.factors import RopeFactors
 from longrope.search.archive import Archive
-from longrope.search.space import Chart, Space, Vector, on_grid
+from longrope.search.space import GRIDS, Chart, Space, Vector
 from longrope.search.tasks import Proposal, Steps, Task
+
+logger = logging.getLogger(__name__)
 
 # Rounding may cost this share of the loss; if it costs more, a finer grid is tried.
 _ROUNDING = 1e-4
-_FINER = (1e-3, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,13 @@ def descend(
 
     pool: windows that gradients are taken on, in random batches of `batch_size` that share none until few are left.
     """
-    chart = space.chart(start.vector)
+    chart, fine = space.chart(start.vector), space.with_step(fine_enough(shape, start.vector, settings))
     matrix = chart.matrix
     x, m = chart.coordinates(np.maximum(start.vector, 1.0)), math.log(start.attention_factor)
     by_x, by_m = Adam(len(x)), Adam(1)
     size, waiting = min(batch_size(len(archive.counts)), len(pool)), list[int]()
-    best, stale, path = math.inf, 0, list[Vector]()
+    best, rival, start_x, best_x, best_m = archive.value(start) or math.inf, start, x, x, m
+    stale, scale, path = 0, 1.0, list[Vector]()
     moves = settings.attention_step > 0
 
     def at(coordinates: Vector, log_factor: float) -> RopeFactors:
@@ -118,8 +121,9 @@ def descend(
         by_rescale = sum((np.array(each.gradient.rescale) for each in outcomes if each.gradient), np.zeros(len(matrix)))
         by_factor = sum(each.gradient.attention_factor for each in outcomes if each.gradient)
         if not np.isfinite([*by_rescale, by_factor]).all():
+            logger.warning("the %s ends at step %d: a gradient is not finite", origin, step)
             break
-        fade = min(1.0, 2 * (1 - step / settings.steps))
+        fade = scale * min(1.0, 2 * (1 - step / settings.steps))
         sizes = step_sizes(chart, here.vector, shape, settings)
         by_log = matrix.T @ (by_rescale * here.vector)
         x = chart.project(x - fade * sizes * by_x.direction(by_log))
@@ -128,24 +132,30 @@ def descend(
             m -= fade * settings.attention_step * float(by_m.direction(by_log_m)[0])
         path.append(np.append(x, m))
         if (step + 1) % settings.check_every == 0:
-            value = yield from evaluate(rounded(at(x, m), space, moves), archive, f"{origin} check", step)
-            gained = math.isfinite(value) and math.log(value) < best * (1 - settings.tolerance)
-            best, stale = (math.log(value), 0) if gained else (best, stale + 1)
+            here = rounded(at(x, m), fine, moves)
+            value = yield from evaluate(here, archive, f"{origin} check", step)
+            stale = 0 if math.log(value) < math.log(best) * (1 - settings.tolerance) else stale + 1
+            if value < best:
+                best, best_x, best_m, rival = value, x, m, here
+            elif lags(archive, here, rival):  # the steps are too large here: again from the best, with half of them
+                x, m, scale, path = best_x, best_m, scale / 2, []
+                by_x, by_m = Adam(len(x)), Adam(1)
             if stale == settings.patience:
                 break
-    if not path:
-        return
-    mean = np.mean(path[-max(1, settings.steps // 3) :], axis=0)
-    candidates = [at(x, m), at(mean[:-1], float(mean[-1]))]
+    candidates = [] if best_x is start_x else [at(best_x, best_m)]
+    if path:
+        mean = np.mean(path[-max(1, settings.steps // 3) :], axis=0)
+        candidates.append(at(mean[:-1], float(mean[-1])))
     values = []
     for factors in candidates:
-        values.append((yield from evaluate(rounded(factors, space, moves), archive, f"{origin} end", settings.steps)))
-    exact = candidates[0 if values[0] <= values[1] else 1]
-    yield from refine(exact, space, archive, origin, settings.steps, moves)
+        values.append((yield from evaluate(rounded(factors, fine, moves), archive, f"{origin} end", settings.steps)))
+    if values:
+        exact = candidates[int(np.argmin(values))]
+        yield from refine(exact, fine, archive, origin, settings.steps, moves)
 
 
 def refine(exact: RopeFactors, space: Space, archive: Archive, origin: str, iteration: int, moved: bool) -> Steps[None]:
-    """Check that rounding to the grid makes factors no worse, and try finer grids when it does.
+    """Check that rounding to the grid of a space makes factors no worse, and try finer grids when it does.
 
     moved: whether the attention factor was, see `rounded`.
     """
@@ -154,11 +164,26 @@ def refine(exact: RopeFactors, space: Space, archive: Archive, origin: str, iter
     if unrounded is None or not math.isfinite(unrounded):
         return
     value = archive.value(rounded(exact, space, moved))
-    for step in _FINER:
+    for step in GRIDS:
         if value is not None and math.log(value) <= math.log(unrounded) * (1 + _ROUNDING):
             return
-        finer = exact.with_values(rescale=tuple(on_grid(exact.vector, step).tolist()))
-        value = yield from evaluate(finer, archive, f"{origin} finer", iteration)
+        if step < space.step:
+            finer = rounded(exact, space.with_step(step), moved)
+            value = yield from evaluate(finer, archive, f"{origin} finer", iteration)
+
+
+def lags(archive: Archive, factors: RopeFactors, rival: RopeFactors) -> bool:
+    """Whether factors are worse than others by more than a standard error of the difference over all windows."""
+    differences = (archive.losses(factors) - archive.losses(rival)) / archive.counts
+    if not np.isfinite(differences).all() or len(differences) < 2:
+        return False
+    return bool(differences.mean() > differences.std(ddof=1) / math.sqrt(len(differences)))
+
+
+def fine_enough(shape: RopeShape, vector: Vector, settings: DescentSettings) -> float:
+    """The coarsest grid on which rounding turns no pair by more than half a step of the descent, at a distance of L."""
+    turns = (2 * math.pi * shape.original_length / (shape.periods * vector**2)).max()
+    return next((step for step in GRIDS if turns * step / 2 <= settings.radians / 2), GRIDS[-1])
 
 
 def rounded(factors: RopeFactors, space: Space, moved: bool) -> RopeFactors:

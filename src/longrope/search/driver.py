@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from longrope.search.descent import DescentSettings
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.loop import Budget, Loop, OnProgress
 from longrope.search.needle import needle_windows
+from longrope.search.objective import Evaluator
 from longrope.search.settings import BUDGET, SETTINGS, SearchSettings
 from longrope.search.space import LongRope, Space
 from longrope.search.tasks import Steps
@@ -75,7 +76,11 @@ def search(
             keywords[name] = str(keywords[name])
     chosen = SearchSettings(to=as_length(to), **{name: keywords.pop(name) for name in SETTINGS if name in keywords})
     workers = None if workers is None else str(workers)
+    if isinstance(model, LoadedModel) and (options is not None or keywords):
+        rule, do = "a model that is loaded keeps its own options", "give them to load_model"
+        raise UserError("options", got=", ".join(keywords) or "LoadOptions", rule=rule, do=do)
     options = options_for(workers, load_options(options, keywords))
+    chosen.check_words()
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     chosen.check(loaded.rope.original_length)
     searched = read_sources(documents, share="search", tokenizer=loaded.tokenizer)
@@ -108,24 +113,21 @@ def choose_search_windows(
         further = spare_windows(searched, loaded.tokenizer, length=length, count=wanted, seed=seed, taken=plain)
         return SearchWindows(plain, further, judged)
 
-    def needles(number: int, own_seed: int) -> list[Window]:
+    def needles(number: int, seed: int, taken: Sequence[Window] | None = None) -> list[Window]:
         return needle_windows(
             searched,
             loaded.tokenizer,
             length=length,
             count=number,
-            seed=own_seed,
+            seed=seed,
             depth=settings.needle_depth,
             digits=settings.needle_digits,
+            taken=taken,
         )
 
     first = needles(count or default_window_count(length), seed)
-    while wanted:
-        try:
-            return SearchWindows(first, needles(wanted, seed + 1), judged, plain)
-        except UserError:  # the documents hold fewer
-            wanted //= 2
-    return SearchWindows(first, [], judged, plain)
+    # Another seed, so that keys and numbers are others too.
+    return SearchWindows(first, needles(wanted, seed + 1, first) if wanted else [], judged, plain)
 
 
 def search_windows(
@@ -140,6 +142,9 @@ def search_windows(
 ) -> FactorTable:
     """The search on windows already chosen; see `search`."""
     settings.check(loaded.rope.original_length)
+    if workers is not None and loaded.options.threads is None:
+        got, rule = "a model loaded without --threads", "workers and this process have equally many threads"
+        raise UserError("--workers", got=got, rule=rule, do="load it with LoadOptions(threads=1)")
     for table in init:
         loaded.check(table)
     make_problem(loaded, settings, windows, init)  # refuses a seed that does not fit before anything is written
@@ -177,6 +182,9 @@ def run_search(
     archive = Archive([window.scored for window in windows.search])
     everything = [*windows.search, *windows.gradient]
     budget = make_budget(settings, windows, len(problem.seeds))
+    if settings.method != "evolution":
+        with Evaluator(loaded, everything) as evaluator:  # before anything is paid for
+            budget = replace(budget, gradient_bytes=evaluator.gradient_bytes(problem.seeds[0][1]))
     with open_workers(workers, loaded, everything) as opened:
         loop = Loop(run, archive, opened, [len(window.ids) for window in everything], budget)
         loop.go(make_steps(problem, settings, archive), on_progress)
@@ -237,8 +245,11 @@ def make_steps(problem: methods.Problem, settings: SearchSettings, archive: Arch
 
 def make_budget(settings: SearchSettings, windows: SearchWindows, tried: int) -> Budget:
     """What the search may cost and is going to cost; tried: seeds, each with each attention factor."""
+    evaluations = settings.evaluations
     if settings.method == "evolution":
-        expected = EvolutionSettings.for_length(settings.to, race=settings.race).evaluations
+        expected = EvolutionSettings.for_length(settings.to).evaluations
+        if settings.race and evaluations is None:
+            evaluations = expected  # a race that drops little must not cost more than what it replaces
     else:
         expected = methods.expected_evaluations(
             settings.method, tried, len(settings.start_choices), len(windows.search), DescentSettings()
@@ -246,7 +257,7 @@ def make_budget(settings: SearchSettings, windows: SearchWindows, tried: int) ->
     return Budget(
         evaluation=sum(len(window.ids) for window in windows.search),
         expected=expected,
-        evaluations=settings.evaluations,
+        evaluations=evaluations,
         token_passes=settings.token_passes,
         hours=settings.hours,
     )

@@ -44,6 +44,8 @@ class Budget:
     evaluations: int | None = None
     token_passes: int | None = None
     hours: float | None = None
+    gradient_bytes: int | None = None
+    """About the memory of a gradient beyond the weights, where the search takes any."""
 
     @property
     def tokens(self) -> float:
@@ -82,8 +84,10 @@ class Loop:
         self.seen = Archive(archive.counts)  # as outcomes come in, where `archive` has them in the order of the tasks
         lines = run.evaluations()
         self.known = {line["key"]: self._outcome(line) for line in lines}
-        self.earlier_hours = sum(outcome.seconds for outcome in self.known.values()) / 3600 / workers.count
-        self.spent, self.index, self.fresh_tokens = 0, len(lines), 0
+        self.spent, self.fresh_tokens = 0, 0
+        self.index = 1 + max((line.get("index", 0) for line in lines), default=-1)
+        # Seconds that the search went on for, as last written down: what ends it by the hours, here and when resumed.
+        self.earlier = self.elapsed = max((float(line.get("elapsed", 0)) for line in lines), default=0.0)
         self.begun = time.perf_counter()
 
     def _outcome(self, line: Mapping[str, Any]) -> Outcome:
@@ -95,6 +99,8 @@ class Loop:
 
     def go(self, steps: Steps[None], on_progress: OnProgress | None = None) -> None:
         """Follow a search until it ends or the budget does; the archive then knows the best."""
+        if self.known:
+            self._say_cost(next(iter(self.known.values())))
         try:
             proposals = next(steps)
             while True:
@@ -165,11 +171,11 @@ class Loop:
                 self._say_cost(self.known[part[0].task.key])
 
     def _is_late(self) -> bool:
-        hours = self.earlier_hours + (time.perf_counter() - self.begun) / 3600
-        return self.budget.hours is not None and hours >= self.budget.hours and self.seen.best is not None
+        return self.budget.hours is not None and self.elapsed >= 3600 * self.budget.hours and self.seen.best is not None
 
     def _write(self, index: int, proposal: Proposal, outcome: Outcome) -> None:
         task = proposal.task
+        self.elapsed = round(self.earlier + time.perf_counter() - self.begun, 4)
         self.run.log_evaluation(
             {
                 "index": index,
@@ -181,6 +187,7 @@ class Loop:
                 "attention_factor": task.factors.attention_factor,
                 "windows": list(task.windows),
                 "value": self._value(proposal, outcome),
+                "elapsed": self.elapsed,
                 **outcome.to_dict(),
             }
         )
@@ -195,9 +202,11 @@ class Loop:
         seconds = outcome.seconds / outcome.tokens * self.budget.evaluation
         tokens = self.budget.total * self.budget.evaluation
         time_left = self.budget.total * seconds / self.workers.count
-        memory = (
-            "" if outcome.peak_bytes is None else f", peak memory of an evaluation {outcome.peak_bytes / 2**30:.2g} GiB"
-        )
+        if self.budget.hours is not None:
+            time_left = min(time_left, 3600 * self.budget.hours)
+        memory = "" if outcome.peak_bytes is None else f"; peak memory so far {outcome.peak_bytes / 2**30:.2g} GiB"
+        if self.budget.gradient_bytes is not None:
+            memory += f", activations of a gradient about {self.budget.gradient_bytes / 2**30:.2g} GiB"
         logger.info(
             "cost: up to %s evaluations of %s tokens, %s token-passes; one takes %.2g s, all about %s%s",
             f"{self.budget.total:,}",

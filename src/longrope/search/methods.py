@@ -14,7 +14,7 @@ from longrope.search.descent import DescentSettings, descend, step_sizes
 from longrope.search.evolution import Candidate, Evolution, EvolutionSettings
 from longrope.search.racing import RaceSettings, evolve, race_to_be_best, race_to_beat
 from longrope.search.seeds import Seeds
-from longrope.search.space import Space, Vector
+from longrope.search.space import Space, Vector, grid_of
 from longrope.search.tasks import Steps
 
 METHODS = ("evolution", "gradient", "hybrid")
@@ -114,9 +114,8 @@ def _start_tokens(problem: Problem, archive: Archive) -> Steps[None]:
         return
     _, best = archive.best
     tried = [best.with_values(start_tokens=start) for start in problem.space.start_tokens]
-    candidates = [Candidate(row, "start tokens", 0) for row in tried if row.key != best.key]
-    if candidates:
-        yield from race_to_be_best(candidates, archive)
+    candidates = [Candidate(row, "start tokens", 0) for row in (best, *tried) if row is best or row.key != best.key]
+    yield from race_to_be_best(candidates, archive)  # the best, which is known on all windows, is what they must beat
 
 
 def _polish(
@@ -142,11 +141,12 @@ def _polish(
 def _neighbour(
     problem: Problem, descent: DescentSettings, settings: PolishSettings, parent: RopeFactors, rng: np.random.Generator
 ) -> RopeFactors:
-    chart = problem.space.chart(parent.vector)
+    space = problem.space.with_step(grid_of(parent.vector))  # a coarser one would cost more than a change gains
+    chart = space.chart(parent.vector)
     sizes = settings.share * step_sizes(chart, parent.vector, problem.shape, descent)
     x = chart.coordinates(np.maximum(parent.vector, 1.0))
     chosen: Vector = (rng.random(len(x)) < settings.probability) * rng.standard_normal(len(x))
-    child = parent.with_values(rescale=tuple(problem.space.repair(chart.vector(chart.project(x + sizes * chosen)))))
+    child = parent.with_values(rescale=tuple(space.repair(chart.vector(chart.project(x + sizes * chosen)))))
     if problem.search_attention:
         spread = math.exp(settings.attention_spread * rng.standard_normal())
         child = child.with_values(attention_factor=round(parent.attention_factor * spread, 4))

@@ -15,7 +15,7 @@ import numpy as np
 
 from longrope.documents import Document
 from longrope.errors import UserError
-from longrope.windows import Window, choose_windows
+from longrope.windows import Window, choose_windows, spare_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,13 +55,16 @@ def needle_windows(
     seed: int,
     depth: Depth,
     digits: int = DIGITS,
+    taken: Sequence[Window] | None = None,
 ) -> list[Window]:
     """`count` windows of exactly `length` tokens: BOS, introduction, document with a needle, question, answer.
 
     Only the tokens of the answer, a number of `digits` digits, are scored. The seed fixes keys and numbers, and the
     documents' spans by the rules of `choose_windows`. depth: "start" puts the needle before the document, as LongRoPE2
     does; "spread" puts that of window k at (k + 1/2) / count of the document. `Window.start` is where the span of the
-    document begins. Raises UserError when the prompt does not fit, or the documents do not suffice.
+    document begins. With `taken`, the spans are none of those of these windows, and
+    as many of `count` as the documents have. Raises UserError when the prompt does not fit, or the documents do not
+    suffice.
     """
     if depth not in DEPTHS:
         rule = f"it is one of {', '.join(DEPTHS)}"
@@ -79,14 +82,18 @@ def needle_windows(
     # Every span as long as the longest needed: prompts differ by a few tokens.
     longest = length - min((each.size for each in pieces), default=0)
     try:
-        spans = choose_windows(documents, tokenizer, length=longest + bos, count=count, seed=seed)
+        drawn = {"length": longest + bos, "count": count, "seed": seed}
+        if taken is None:
+            spans = choose_windows(documents, tokenizer, **drawn)
+        else:
+            spans = spare_windows(documents, tokenizer, **drawn, taken=taken)
     except UserError as error:
         rule = f"{error.rule} (a needle's prompt takes the rest of {length})"
         raise UserError(error.what, got=error.got, rule=rule, do=error.do) from None
     windows = []
-    for index, (span, prompt) in enumerate(zip(spans, pieces, strict=True)):
+    for index, (span, prompt) in enumerate(zip(spans, pieces, strict=False)):
         text = span.ids[bos:][: length - prompt.size].tolist()
-        cut = 0 if depth == "start" else int((index + 0.5) / count * len(text))
+        cut = 0 if depth == "start" else int((index + 0.5) / len(spans) * len(text))
         ids = prompt.head + text[:cut] + prompt.needle + text[cut:] + prompt.question + prompt.answer
         scored_from = length - len(prompt.answer)
         windows.append(Window(span.document, span.sha256, span.start, np.array(ids, dtype=np.int64), scored_from))

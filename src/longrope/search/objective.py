@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 
 from longrope.evaluate.perplexity import window_losses
+from longrope.factors import RopeFactors
 from longrope.model import LoadedModel
-from longrope.search.backward import loss_gradient, peak_memory
+from longrope.search.backward import activation_bytes, loss_gradient, peak_memory
 from longrope.search.tasks import Gradient, Outcome, Task
 from longrope.windows import Window
 
@@ -44,6 +45,14 @@ class Evaluator:
             recomputed=recomputed,
             peak_bytes=peak_memory(self.loaded.device),
         )
+
+    def gradient_bytes(self, factors: RopeFactors) -> int:
+        """About the memory that the gradient of the longest window takes beyond the weights.
+
+        Raises UserError when the model's loss has no derivative by the factors.
+        """
+        longest = max(self.windows, key=lambda window: len(window.ids))
+        return activation_bytes(self.loaded, self.patch, factors, longest)
 
     def close(self) -> None:
         """Restore the model."""

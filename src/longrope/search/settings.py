@@ -64,6 +64,7 @@ class SearchSettings:
 
     def check(self, original_length: int) -> None:
         """Raise UserError when they make no sense for a model of this original length."""
+        self.check_words()
         if self.to <= original_length:
             raise UserError(
                 "--to",
@@ -71,6 +72,10 @@ class SearchSettings:
                 rule=f"the target is longer than the model's original length of {original_length}",
                 do=f"give a longer target, such as {format_length(8 * original_length)}, or --original-length",
             )
+        self._check_factors(original_length)
+
+    def check_words(self) -> None:
+        """Raise UserError for what makes no sense for any model."""
         words = {
             "--method": (self.method, METHODS),
             "--objective": (self.objective, OBJECTIVES),
@@ -100,7 +105,6 @@ class SearchSettings:
         if self.race and self.method != "evolution":
             rule = f"it is a choice of evolution; {self.method} always races"
             raise UserError("--race", got=f"--method {self.method}", rule=rule, do="leave it out")
-        self._check_factors(original_length)
 
     def _check_factors(self, original_length: int) -> None:
         start, rule = self.resolved().start_tokens or "", self.resolved().attention_factor or ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,8 @@ from longrope.factors import RopeFactors
 Vector = NDArray[np.float64]
 
 STEP = 0.01
+# Of rescale factors: the paper's, and finer ones for long original lengths, where its own turns fast pairs too far.
+GRIDS = (STEP, 0.001, 0.0001)
 # n-hat of the paper's table 4.
 START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 
@@ -57,7 +59,7 @@ def isotonic(values: Vector) -> Vector:
 class Space(Protocol):
     """Where rescale vectors are searched: LongRoPE's space, or LongRoPE2's.
 
-    pairs: P. start_tokens: values of n-hat that are tried. high: the largest rescale factor.
+    pairs: P. start_tokens: values of n-hat that are tried. high: the largest rescale factor. step: of the grid.
     """
 
     @property
@@ -67,8 +69,14 @@ class Space(Protocol):
     @property
     def high(self) -> float: ...  # noqa: D102
     @property
+    def step(self) -> float: ...  # noqa: D102
+    @property
     def bounds(self) -> str:
         """Where the factors of a member are, in words."""
+        ...
+
+    def with_step(self, step: float) -> Space:
+        """The same space on another grid."""
         ...
 
     def repair(self, vector: Vector) -> Vector:
@@ -120,6 +128,10 @@ class LongRope:
         """Where the factors of a member are, in words."""
         return f"within 1 and {self.high:g}"
 
+    def with_step(self, step: float) -> LongRope:
+        """The same space on another grid."""
+        return replace(self, step=step)
+
     def repair(self, vector: Vector) -> Vector:
         """The vector sorted, rounded to the grid and clipped: always a member, and a member is unchanged."""
         return on_grid(np.clip(np.sort(vector), 1.0, self.high), self.step)
@@ -153,6 +165,11 @@ class LongRope:
 def on_grid(vector: Vector, step: float) -> Vector:
     """Rounded to multiples of step, to the last digit as JSON would have them."""
     return np.asarray(np.round(np.round(vector / step) * step, 6), dtype=np.float64)
+
+
+def grid_of(vector: Vector) -> float:
+    """The coarsest grid that a vector lies on; the finest where it lies on none."""
+    return next((step for step in GRIDS if np.array_equal(on_grid(vector, step), vector)), GRIDS[-1])
 
 
 def mutate_between(
