@@ -91,10 +91,11 @@ def rows(cells: Sequence[CellData]) -> list[dict[str, Any]]:
     for cell in cells:
         if cell["method"] == "baselines":
             continue
-        case = {
-            other["method"]: other for other in cells if _case(other) == _case(cell) and other["seed"] == cell["seed"]
-        }
-        base = next((other for other in cells if _case(other) == _case(cell) and other["method"] == "baselines"), None)
+        case = [other for other in cells if _case(other) == _case(cell)]
+        base = next((other for other in case if other["method"] == "baselines"), None)
+        plain = [other for other in case if other["method"] == "evolution"]
+        # That of the same seed; where Algorithm 1 ran only once, that one.
+        first = next((other for other in plain if other["seed"] == cell["seed"]), plain[0] if plain else None)
         row = {
             "model": cell["model"],
             "ratio": cell["ratio"],
@@ -109,7 +110,7 @@ def rows(cells: Sequence[CellData]) -> list[dict[str, Any]]:
             name = best_baseline(base)
             row["best baseline"] = f"{name} {base['unseen'][name]['value']:.4f}"
             row["against baseline"] = paired_difference(cell["unseen"], base["unseen"][name], documents)
-        if (first := case.get("evolution")) and cell["method"] != "evolution":
+        if first and cell["method"] != "evolution":
             spent = reached(cell, first["search"]["value"])
             row["reached"] = spent
             row["share"] = None if spent is None else spent / evaluations(first)

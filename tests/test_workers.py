@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from commands import write_documents
 from longrope.checkpoint import LoadOptions, _check_quantize
 from longrope.errors import UserError
 from longrope.factors import RopeFactors
 from longrope.model import LoadedModel, load_model
 from longrope.ray_cluster import parse_workers
+from longrope.search.driver import SearchWindows, search, search_windows
+from longrope.search.loop import Progress
+from longrope.search.settings import SearchSettings
 from longrope.search.tasks import Outcome, Task
 from longrope.windows import Window
 from longrope.workers import Workers, open_workers, options_for, share_out
@@ -126,6 +131,46 @@ def test_two_workers_compute_what_one_process_does_and_again_when_one_is_killed(
     assert psutil.wait_procs(started, timeout=30)[1] == []
     assert signal.getsignal(signal.SIGTERM) is handler
     assert "".join(capfd.readouterr()) == ""
+
+
+def test_a_search_with_two_workers_of_which_one_is_killed_writes_the_same_factors(
+    mistral: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_documents(tmp_path / "texts", count=6)
+    caplog.set_level(logging.INFO, logger="longrope")
+    settings: dict[str, Any] = {"to": LENGTH, "documents": [str(tmp_path / "texts")], "windows": 3}
+    settings |= {"gradient_windows": 6, "start_tokens": "search"}
+    search(mistral.name, out=tmp_path / "here", threads=1, device="cpu", **settings)
+    killed: list[int] = []
+
+    def kill_one(progress: Progress) -> None:
+        if not killed and "descent" in progress.origin:
+            (first, *_) = processes(psutil.Process(), "ray::_Worker")
+            killed.append(first.pid)
+            first.kill()
+
+    search(mistral.name, out=tmp_path / "two", workers=2, device="cpu", on_progress=kill_one, **settings)
+    assert killed
+    assert "a worker died" in caplog.text
+    for name in ("config.json", "factors.json"):
+        written = [json.loads((tmp_path / run / name).read_text()) for run in ("here", "two")]
+        for each in written:
+            each.pop("ignored", None)  # the command line
+        assert written[0] == written[1], name
+
+    def told(run: str) -> list[Any]:
+        lines = [json.loads(line) for line in (tmp_path / run / "evaluations.jsonl").read_text().splitlines()]
+        return sorted((line["key"], line["losses"], line.get("gradient")) for line in lines)
+
+    assert told("here") == told("two")
+
+
+def test_a_loaded_model_is_not_searched_with_options_or_threads_that_it_has_not(mistral: LoadedModel) -> None:
+    with pytest.raises(UserError, match="options: got dtype; a model that is loaded keeps its own options; give them"):
+        search(mistral, to=LENGTH, documents=["texts"], dtype="float32")
+    free = replace(mistral, options=LoadOptions(device="cpu"))
+    with pytest.raises(UserError, match=r"--workers: got a model loaded without --threads; .*threads=1"):
+        search_windows(free, SearchSettings(to=LENGTH), SearchWindows(windows(LENGTH)), workers="2")
 
 
 def test_a_cluster_is_used_and_left_running(
