@@ -155,7 +155,7 @@ def window_memory(sizes: Sizes, *, seed: int, threads: int, device: str) -> Figu
 
 def gradient_memory(sizes: Sizes, *, seed: int, threads: int, device: str) -> Figure:
     """Peak memory of a gradient step on one long window over that of evaluating it."""
-    used = {side: _memory_of(side, sizes, seed, threads, device) for side in ("gradient", "ours")}
+    used = {side: _memory_of(side, sizes, seed, threads, device) for side in ("gradient", "ours", "kept")}
     model = llama_name(VOCABULARY, sizes.memory_hidden, sizes.memory_layers)
     return Figure(
         "peak memory of a gradient step / candidate evaluation",

@@ -1,6 +1,6 @@
 """Peak memory of one long window: run by evaluation.py, each side in a process of its own.
 
-    python benchmarks/memory.py {ours,labels,gradient} --tokens 32768 ...
+    python benchmarks/memory.py {ours,labels,gradient,kept} --tokens 32768 ...
 
 Prints one JSON object: bytes in use before the call, the peak during it, and their difference. On CPU the first is the
 process's resident set and the second its highest, as getrusage has it; on CUDA both are those of torch's allocator. A
@@ -35,14 +35,19 @@ def ours(loaded: LoadedModel, window: Window) -> float:
         return evaluate(Task(factors, windows=(0,))).losses[0] / window.scored
 
 
-def gradient(loaded: LoadedModel, window: Window) -> float:
-    """The loss of the window in one gradient step with activation checkpointing, in nats a scored token."""
-    loaded.checkpoint_from = 1
+def gradient(loaded: LoadedModel, window: Window, checkpoints: bool = True) -> float:
+    """The loss of the window in one gradient step, with activation checkpointing or without, in nats a scored token."""
+    loaded.checkpoint_from = 1 if checkpoints else 1 + len(window.ids)
     factors = baseline("yarn", loaded.rope.shape, len(window.ids))
     with Evaluator(loaded, [window]) as evaluate:
         outcome = evaluate(Task(factors, windows=(0,), gradient=True))
-    assert outcome.recomputed == len(window.ids), "the activations were kept"
+    assert outcome.recomputed == (len(window.ids) if checkpoints else 0)
     return outcome.losses[0] / window.scored
+
+
+def kept(loaded: LoadedModel, window: Window) -> float:
+    """The same without checkpointing: all activations are kept."""
+    return gradient(loaded, window, checkpoints=False)
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def labels(loaded: LoadedModel, window: Window) -> float:
     return float(loss)
 
 
-SIDES = {"ours": ours, "labels": labels, "gradient": gradient}
+SIDES = {"ours": ours, "labels": labels, "gradient": gradient, "kept": kept}
 
 
 def resident(device: torch.device) -> int:

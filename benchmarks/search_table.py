@@ -25,6 +25,7 @@ Vector = NDArray[np.float64]
 CellData = Mapping[str, Any]
 
 LIMITS = {"cost": 1 / 20, "race": 0.5, "race value": 1.001}
+AIMS = {8: 0.015, 16: 0.02, 32: 0.03}  # below Algorithm 1 and the best baseline on unseen windows, by ratio
 NAMES = {
     "evolution": "Algorithm 1",
     "race": "Algorithm 1, raced",
@@ -143,6 +144,44 @@ def verdicts(cells: Sequence[CellData]) -> list[tuple[str, str, bool]]:
     return found + race_verdict(cells)
 
 
+def aims(cells: Sequence[CellData]) -> list[tuple[str, str, bool]]:
+    """What is aimed at beyond the verdicts, as they are: the mean over seeds against Algorithm 1's and the baseline."""
+    found = []
+    for model, ratio in sorted({_case(cell) for cell in cells}):
+        of_case = [row for row in rows(cells) if (row["model"], row["ratio"]) == (model, ratio)]
+        ours = [row for row in of_case if row["method"] == "hybrid"]
+        if ratio not in AIMS or not ours:
+            continue
+        for key in ("against algorithm 1", "against baseline"):
+            gaps = [row[key].value for row in ours if key in row]
+            if gaps:
+                says = f"{model} {ratio}x, mean of {len(gaps)} seeds, unseen {key}: aim -{100 * AIMS[ratio]:.1f}%"
+                found.append((says, f"{100 * np.mean(gaps):+.2f}%", bool(np.mean(gaps) <= -AIMS[ratio])))
+    return found
+
+
+def spreads(cells: Sequence[CellData]) -> list[dict[str, Any]]:
+    """Of each method with several seeds: mean, least and largest perplexity on the unseen windows."""
+    found = []
+    for case in sorted({_case(cell) for cell in cells}):
+        for method in NAMES:
+            values = [
+                row["unseen"] for row in rows(cells) if (row["model"], row["ratio"], row["method"]) == (*case, method)
+            ]
+            if len(values) > 1:
+                found.append(
+                    {
+                        "case": f"{case[0]} {case[1]}x",
+                        "method": method,
+                        "seeds": len(values),
+                        "mean": float(np.mean(values)),
+                        "least": min(values),
+                        "largest": max(values),
+                    }
+                )
+    return found
+
+
 def race_verdict(cells: Sequence[CellData]) -> list[tuple[str, str, bool]]:
     """Whether the race ends where Algorithm 1 does, in the mean over seeds, with half of its token-passes."""
     plain, raced = (
@@ -192,11 +231,23 @@ def show(folder: Path) -> int:
     judged = verdicts(cells)
     for says, told, holds in judged:
         console.print(f"{'ok    ' if holds else 'MISSED'} {says}: {told}")
+    aimed, spread = aims(cells), spreads(cells)
+    for says, told, holds in aimed:
+        console.print(f"{'met   ' if holds else 'short '} {says}: {told}")
+    for each in spread:
+        gap = (each["largest"] - each["least"]) / each["mean"]
+        console.print(
+            f"spread {each['case']}, {NAMES[each['method']]}, {each['seeds']} seeds, unseen: mean {each['mean']:.4f}, "
+            f"{each['least']:.4f} to {each['largest']:.4f} ({100 * gap:.2f}%)"
+        )
     plain = [
         {key: vars(value) if isinstance(value, Difference) else value for key, value in row.items()} for row in made
     ]
-    told_all = [{"what": says, "found": told, "holds": holds} for says, told, holds in judged]
-    write_results(folder / "summary.json", {"rows": plain, "verdicts": told_all})
+    told_all, told_aims = (
+        [{"what": says, "found": told, "holds": holds} for says, told, holds in each] for each in (judged, aimed)
+    )
+    summary = {"rows": plain, "verdicts": told_all, "aims": told_aims, "spreads": spread}
+    write_results(folder / "summary.json", summary)
     plot(cells, folder / "search.svg")
     return 0 if all(holds for *_, holds in judged) else 1
 
