@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench docs clean
+.PHONY: demo test test-browser lint format bench docs clean
 
 # torch first and by itself: its range admits the CPU build where one is offered, and no newer CUDA build.
 $(VENV)/installed: pyproject.toml
@@ -19,6 +19,15 @@ demo: $(VENV)/installed
 # One thread a worker: the tests' models are too small to share.
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# The page in a real Chromium: Debian's where it is or may be installed, else playwright's own.
+test-browser: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[browser]"
+	command -v chromium || command -v chromium-browser \
+		|| { test "$$(id -u)" = 0 && command -v apt-get && apt-get update && apt-get install --yes chromium; } \
+		|| $(BIN)/python -m playwright install chromium \
+		|| { echo "no Chromium here, and none can be installed: install one, or run as root on Debian" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

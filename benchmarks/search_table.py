@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib import pyplot
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from common import write_results
+from longrope.evaluate.paired import Difference, perplexity_difference
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "longrope"  # the same cells give the same file
 
-Vector = NDArray[np.float64]
 CellData = Mapping[str, Any]
 
 LIMITS = {"cost": 1 / 20, "race": 0.5, "race value": 1.001}
@@ -32,19 +30,6 @@ NAMES = {
     "hybrid": "hybrid (default)",
     "same-windows": "hybrid, gradients on the search windows",
 }
-_RESAMPLES = 5000
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Relative difference in perplexity on the same windows, with its paired 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:+.2f}% ({100 * self.low:+.2f} to {100 * self.high:+.2f})"
 
 
 def read_cells(folder: Path) -> list[CellData]:
@@ -53,15 +38,8 @@ def read_cells(folder: Path) -> list[CellData]:
 
 
 def paired_difference(ours: CellData, theirs: CellData, documents: Sequence[str]) -> Difference:
-    """exp of the difference in mean loss, less 1; resampled are documents, or windows where there is one document."""
-    gaps = np.array(ours["losses"]) - np.array(theirs["losses"])
-    counts = np.array(ours["counts"], dtype=np.float64)
-    units = np.unique(documents, return_inverse=True)[1] if len(set(documents)) > 1 else np.arange(len(gaps))
-    summed, counted = np.bincount(units, weights=gaps), np.bincount(units, weights=counts)
-    draws = np.random.default_rng(0).integers(len(summed), size=(_RESAMPLES, len(summed)))
-    means = np.expm1(summed[draws].sum(1) / counted[draws].sum(1))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(np.expm1(gaps.sum() / counts.sum())), float(low), float(high))
+    """Relative difference in perplexity on the same windows, with its paired 95% interval."""
+    return perplexity_difference(ours["losses"], theirs["losses"], ours["counts"], documents)
 
 
 def reached(cell: CellData, value: float) -> float | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from common import RESULTS, Figure, machine, print_table, spread, timed, today, 
 from longrope.checkpoint import TINY, LoadOptions
 from longrope.documents import read_sources
 from longrope.model import load_model
+from longrope.search.objective import Evaluator
 from longrope.search.space import LongRope
 from longrope.search.tasks import Task
 from longrope.windows import windows_of
@@ -48,7 +50,7 @@ def main() -> int:
     for block in range(args.blocks + 1):  # the first loads the models, and is not counted
         tasks = list(itertools.islice(drawn, args.candidates))
         for count in (1, 2) if block % 2 else (2, 1):
-            with open_workers(str(count), loaded, windows) as workers:
+            with open_workers(str(count), loaded, partial(Evaluator, windows=windows)) as workers:
                 list(workers.run(tasks[:count]))
                 took = timed(lambda tasks=tasks, workers=workers: list(workers.run(tasks)))  # type: ignore[misc]
             if block:

@@ -24,7 +24,7 @@ from commands import write_documents as write_documents_to
 from longrope import __version__
 from longrope.baselines import RopeShape
 from longrope.console import describe_progress, format_seconds, measuring_progress, search_progress
-from longrope.evaluate.methods import Step
+from longrope.evaluate.execute import Step
 from longrope.factors import FactorTable, RopeFactors
 from longrope.search.loop import Progress
 from models import ORIGINAL, build, save

@@ -19,12 +19,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from byte_tokenizer import BOS
-from commands import TARGET, longrope, table, write_checkpoint, write_documents
+from commands import TARGET, table, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
 from longrope.compare import compare
 from longrope.errors import UserError
 from longrope.evaluate.methods import Result, Step
-from longrope.evaluate.passkey import PAPER, SHORT, passkey, wilson_interval
 from longrope.evaluate.perplexity import bootstrap_interval, measure, measure_sliding, sliding_spans, summarize
 from longrope.evaluate.run import evaluate
 from longrope.model import LoadedModel, load_model
@@ -385,101 +384,3 @@ def test_an_interval_of_many_documents_is_that_of_the_central_limit() -> None:
 
 def test_a_loss_that_is_not_finite_has_no_interval() -> None:
     assert bootstrap_interval(np.array([1.0, math.nan]), np.array([1, 1]), ["a", "b"]) is None
-
-
-def test_wilson_intervals_are_the_closed_form() -> None:
-    square = 1.96**2
-    assert wilson_interval(10, 10) == pytest.approx((10 / (10 + square), 1.0))
-    assert wilson_interval(0, 10) == pytest.approx((0.0, square / (10 + square)))
-    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-
-
-@given(st.integers(1, 500).flatmap(lambda tries: st.tuples(st.integers(0, tries), st.just(tries))))
-def test_a_wilson_interval_solves_its_equation_and_mirrors(drawn: tuple[int, int]) -> None:
-    found, tries = drawn
-    low, high = wilson_interval(found, tries)
-    assert 0 <= low < high <= 1
-    assert low - 1e-12 <= found / tries <= high + 1e-12
-    for bound in (low, high):
-        if 1e-9 < bound < 1 - 1e-9:  # at 0 and 1 the other root is cut off
-            assert abs(found / tries - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / tries), abs=1e-9)
-    assert wilson_interval(tries - found, tries) == pytest.approx((1 - high, 1 - low))
-
-
-# Passkey
-
-
-def prompts_of(loaded: LoadedModel, length: int, tries: int, **options: Any) -> tuple[list[list[int]], Any]:
-    """The token ids that `passkey` runs through the model, and what it returns."""
-    seen: list[list[int]] = []
-
-    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.extend(kwargs["input_ids"].tolist())
-
-    hook = loaded.model.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        return seen, passkey(loaded, length, tries=tries, **options)
-    finally:
-        hook.remove()
-
-
-@pytest.mark.parametrize(("length", "template"), [(112, SHORT), (256, SHORT), (1023, SHORT), (1024, PAPER)])
-def test_a_prompt_has_the_length_asked_for_and_holds_its_key_at_its_depth(
-    small: LoadedModel, length: int, template: Any
-) -> None:
-    tries = 4
-    prompts, retrieval = prompts_of(small, length, tries, seed=3)
-    assert len(prompts) == retrieval.tries == tries
-    keys = set()
-    for index, (prompt, depth) in enumerate(zip(prompts, retrieval.depths, strict=True)):
-        assert len(prompt) == length
-        assert prompt[0] == BOS
-        text = bytes(prompt[1:]).decode()
-        key = text[-5:]
-        assert key.isdecimal()
-        keys.add(key)
-        statement = template.statement.format(key=key)
-        before, found, after = text.partition(statement)
-        assert found
-        assert before.startswith(template.intro)
-        assert after.endswith(f"{template.question} {key}")
-        assert text.count(key) == 3, "twice in its statement, and in the answer"
-        filler = before.removeprefix(template.intro) + after.removesuffix(f"{template.question} {key}")
-        assert filler == (template.filler * 20)[: len(filler)]
-        assert len(before.removeprefix(template.intro)) == int(depth * len(filler))
-        assert index / tries <= depth < (index + 1) / tries
-    assert len(keys) == tries
-
-
-def test_the_seed_fixes_keys_and_depths(small: LoadedModel) -> None:
-    first, again, other = (prompts_of(small, 256, 3, seed=seed)[0] for seed in (0, 0, 1))
-    assert first == again != other
-
-
-@pytest.mark.parametrize("length", [200, 256, 1024])
-def test_a_key_counts_as_found_exactly_when_greedy_decoding_writes_it(tiny: LoadedModel, length: int) -> None:
-    prompts, retrieval = prompts_of(tiny, length, 6)
-    written = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt[:-6]])  # the answer is a space and five digits
-        out = tiny.model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=258
-        )
-        written.append(out[0, -6:].tolist() == prompt[-6:])
-    assert retrieval.found.tolist() == written
-    assert retrieval.value == sum(written) / 6
-    assert retrieval.ci == wilson_interval(sum(written), 6)
-
-
-def test_random_weights_find_no_key(small: LoadedModel) -> None:
-    retrieval = passkey(small, 150, tries=5)
-    assert (retrieval.value, retrieval.found.tolist()) == (0.0, [False] * 5)
-
-
-def test_passkey_on_the_command_line_is_that_of_the_library(ground: Path, small: LoadedModel) -> None:
-    command = ["evaluate", "passkey", ground / "model", "--lengths", "128,192", "--tries", 3, "--dtype", "float32"]
-    document = longrope(*command, "--json").document
-    expected = [passkey(small, length, tries=3) for length in (128, 192)]
-    assert [result["value"] for result in document["results"]] == [each.value for each in expected]
-    assert [result["tokens"] for result in document["results"]] == [3 * 128, 3 * 192]
-    assert [tuple(result["ci"]) for result in document["results"]] == [each.ci for each in expected]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import math
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -16,67 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longrope.baselines import METHODS, RopeShape, baseline, critical_dimension
+from longrope.baselines import METHODS, baseline, critical_dimension
 from longrope.errors import UserError
-from longrope.factors import FactorTable, RopeFactors, unscaled
-from longrope.report import write_report
+from longrope.report import write_csv, write_png, write_report, write_tensorboard
+from longrope.report.by_length import log_ticks
 from longrope.report.facts import Card, cards, command_line, headline, missing, settings, table_rows
-from longrope.report.plots import log_ticks, plots
+from longrope.report.plots import plots
 from longrope.report.read import read_run
 from longrope.report.searched import search_facts
 from longrope.report.style import count_text, duration_text, look, percent_text, value_text
-from longrope.runs import RunFolder
-
-SHAPE = RopeShape(rope_theta=200.0, rotary_dim=64, original_length=256)
-LENGTHS = [256, 1024, 2048]
-VALUES: dict[str, list[float | None]] = {
-    "none": [5.1, 35.0, math.inf],
-    "pi": [5.1, 6.9, 9.1],
-    "dynamic-ntk": [5.1, 4.95, 5.4],
-    "yarn": [5.1, 4.6, 4.49],
-    "yarn+su": [5.1, 4.61, 4.52],
-    "searched": [5.1, 4.5, 4.268],
-}
-CONFIG: dict[str, Any] = {
-    "command": "search",
-    "longrope": "0.1.0",
-    "model": {"name": "tiny", "rope_theta": 200.0, "rotary_dim": 64, "original_length": 256, "fingerprint": "f00d"},
-    "settings": {"to": 2048, "seed": 3, "documents": ["stdlib", "my texts"], "hours": None},
-    "documents": {
-        "search": [{"name": "asyncio/events.py", "sha256": "ab" * 32, "start": 17}],
-        "unseen": [{"name": "typing.py", "sha256": "cd" * 32, "start": 0}],
-    },
-    "ignored": {"workers": 2, "command_line": ["longrope", "search", "tiny", "--documents", "my texts"]},
-}
-
-
-def interval(value: float | None) -> list[float] | None:
-    return None if value is None else [value * 0.9, value * 1.1]
-
-
-def results(values: dict[str, list[float | None]]) -> list[dict[str, Any]]:
-    return [
-        {"method": method, "length": length, "value": value, "tokens": 4096, "ci": interval(value)}
-        for method, row in values.items()
-        for length, value in zip(LENGTHS, row, strict=True)
-    ]
-
-
-def make_run(path: Path, name: str = "tiny", document: str = "asyncio/events.py", method: str = "searched") -> Path:
-    """A finished run written by the run folder itself, with names that a file could hold."""
-    documents = {**CONFIG["documents"], "search": [{**CONFIG["documents"]["search"][0], "name": document}]}
-    config = {**CONFIG, "model": {**CONFIG["model"], "name": name}, "documents": documents}
-    searched = tuple(np.linspace(1, 9, 32).tolist())
-    rows = (unscaled(32, 256), RopeFactors(2048, searched, start_tokens=4, attention_factor=1.17))
-    values = {method if key == "searched" else key: row for key, row in VALUES.items()}
-    with RunFolder.open(path, config) as run:
-        run.save_factors(FactorTable(200.0, 64, 256, rows, model=name))
-        for index, value in enumerate([9.1, 4.49, math.nan, 4.6, 4.3, 4.35, 4.268]):
-            origin = {0: "pi", 1: "yarn", 3: document}.get(index, "mutation")
-            run.log_evaluation({"index": index, "origin": origin, "value": value, "tokens": 2048, "seconds": 0.5})
-        run.save_metrics({"command": "search", "model": name, "measure": "perplexity", "results": results(values)})
-        run.finish()
-    return path
+from report_runs import CONFIG, LENGTHS, SHAPE, add_positions, further, make_run, measured, results
 
 
 class Page(HTMLParser):
@@ -161,7 +111,7 @@ def test_plotly_is_in_the_page_once_and_every_plot_has_its_place(run: Path, page
     assert (run / "report.html").read_text().count("plotly.js v") == 1
     figures = json.loads(page.json)
     places = [value for _, key, value in page.attributes if key == "data-figure"]
-    assert places == ["results", "gap", "factors", "convergence"]
+    assert places == ["results", "gap", "factors", "wavelengths", "convergence"]
     assert sorted(figures) == sorted(places)
 
 
@@ -191,9 +141,10 @@ def test_the_page_says_what_was_asked(page: Page) -> None:
     assert "Missing" not in page.text
 
 
+@pytest.mark.usefixtures("page")
 def test_the_page_follows_light_and_dark_screens_and_paper(run: Path) -> None:
     text = (run / "report.html").read_text()
-    assert "@media (prefers-color-scheme: dark)" in text
+    assert "@media screen and (prefers-color-scheme: dark)" in text
     assert "@media print" in text
     assert 'matchMedia("(prefers-color-scheme: dark)")' in text
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
@@ -230,7 +181,8 @@ def test_a_hostile_measure_is_text_too(run: Path, page: Page, tmp_path: Path) ->
     metrics = json.loads((path / "metrics.json").read_text())
     (path / "metrics.json").write_text(json.dumps({**metrics, "measure": "<a href=x>passkey</a>"}))
     hostile = Page(write_report(path))
-    assert hostile.tags == page.tags
+    assert hostile.tags - page.tags == Counter()
+    assert page.tags - hostile.tags == Counter({"button": 1}), "only the logarithmic axis of a perplexity"
     title = json.loads(hostile.json)["results"]["layout"]["yaxis"]["title"]["text"]
     assert title == "&lt;a href=x&gt;passkey&lt;/a&gt;"
 
@@ -653,3 +605,232 @@ def test_numbers_read_well() -> None:
     ]
     assert [percent_text(share) for share in (-0.05, 0.1, 0.0)] == ["−5.0%", "+10.0%", "+0.0%"]
     assert [duration_text(seconds).replace("\xa0", " ") for seconds in (83, 720, 12240)] == ["83 s", "12 min", "3.4 h"]
+
+
+# --- every measure, several runs, other files ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with every measurement."""
+    return add_positions(further(make_run(tmp_path_factory.mktemp("full") / "run")))
+
+
+@pytest.fixture(scope="module")
+def pair(full: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return [full, make_run(tmp_path_factory.mktemp("other") / "run", method="<b>other")]
+
+
+def test_every_measure_of_a_run_has_its_plots_and_its_table(full: Path) -> None:
+    page = Page(write_report(full))
+    assert list(read_run(full).measures) == ["perplexity", "passkey", "needle", "ruler", "harness", "nonuniformity"]
+    places = [value for _, key, value in page.attributes if key == "data-figure"]
+    assert len(places) == len(set(places))
+    assert {"position", "passkey-depth-1", "needle-depth-3", "ruler-tasks-1", "harness-short"} <= set(places)
+    assert ["searched at 2048", "1.000", "0.900"] in page.rows, "RULER by task"
+    assert ["pairs 0 to 7", "40.10", "5.000"] in page.rows
+    assert "Not measured" not in page.text
+    assert (full / "report.html").stat().st_size < 6_000_000
+
+
+def test_perplexity_by_position_is_that_of_the_longest_windows(full: Path) -> None:
+    figure = figures_of(full)["position"]
+    traces = {trace["name"]: trace for trace in figure["data"]}
+    assert traces["searched"]["x"] == [64, 256, 2048]
+    assert traces["searched"]["y"] == [9.0, 5.0, 4.268]
+    assert traces["unscaled"]["y"] == [9.0, 5.0, None]
+    assert figure["layout"]["xaxis"]["type"] == "log"
+
+
+def test_a_heat_map_has_lengths_by_depth_with_the_share_in_each_cell(full: Path) -> None:
+    figures = {plot.title: plot.figure for plot in plots(read_run(full)) if plot.name.startswith("passkey-depth")}
+    (trace,) = figures["YaRN, by length and depth"]["data"]
+    assert (trace["x"], trace["y"]) == (["256", "1024", "2048"], ["0–50%", "50–100%"])
+    assert trace["z"] == [[0.9, 0.5, 0.1], [1.0, 1.0, 1.0]]
+    assert trace["text"] == [["90%", "50%", "10%"], ["100%", "100%", "100%"]]
+    assert trace["customdata"][0][2] == "2048 tokens, depth 0–50%: 10% of 5 tries"
+    (needle,) = (plot for plot in plots(read_run(full)) if plot.name == "needle-depth-1")
+    assert needle.figure["data"][0]["y"] == ["0%", "25%", "50%", "75%", "100%"]
+    assert needle.figure["data"][0]["customdata"][0][0].endswith("depth 0%: 90% of 4 tries, mean loss 1.500")
+
+
+def test_a_depth_without_tries_is_an_empty_cell(full: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(full, tmp_path / "run")
+    rows = [[0.0, 0.5, None, 0], [0.5, 1.0, 1.0, 3]]
+    further(path, passkey=measured("passkey", {"by_depth": lambda _: rows}, methods=["none"]))
+    assert figures_of(path)["passkey-depth-1"]["data"][0]["y"] == ["50–100%"]
+
+
+def test_short_benchmarks_stand_beside_the_unscaled_model(full: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(full, tmp_path / "run")
+    data = json.loads((path / "metrics-harness.json").read_text())
+    shares = dict(zip(("none", "yarn", "searched"), (0.5, 0.4375, 0.5), strict=True))
+    for result in data["results"]:
+        result["details"]["tasks"]["arc_easy"]["acc,none"] = shares[result["method"]]
+    (path / "metrics-harness.json").write_text(json.dumps(data))
+    page = Page(write_report(path))
+    assert ["method", "arc_easy acc", "wiki ppl"] in page.rows
+    assert "−0.062" in page.text
+    (plot,) = (plot for plot in plots(read_run(path)) if plot.name == "harness-short")
+    bars = {trace["name"]: trace for trace in plot.figure["data"]}
+    assert bars["YaRN"]["y"] == [0.4375], "what is no share is in the table only"
+    assert bars["YaRN"]["error_y"]["array"] == [0.01]
+
+
+def test_the_studies_of_non_uniformity_are_drawn(full: Path) -> None:
+    figures = figures_of(full)
+    groups = {trace["name"]: trace for trace in figures["nonuniformity-groups"]["data"]}
+    assert groups["only these rescaled"]["x"] == [3.5, 19.5]
+    assert groups["only these rescaled"]["y"] == [40.1, 5.0]
+    assert groups["all but these"]["y"] == [5.0, 40.0]
+    starts = {trace["name"]: (trace["x"], trace["y"]) for trace in figures["nonuniformity-start"]["data"]}
+    assert starts == {"pi": ([0, 4], [9.0, 8.5]), "yarn": ([0, 4], [4.6, 4.6])}
+    (attention,) = figures["nonuniformity-attention"]["data"]
+    assert (attention["x"], attention["y"]) == (["none", "su"], [5.0, 4.6])
+
+
+def test_wavelengths_are_the_periods_times_the_factors(run: Path) -> None:
+    figure = figures_of(run)["wavelengths"]
+    traces = {trace["name"]: trace["y"] for trace in figure["data"]}
+    assert traces["unscaled"] == pytest.approx(SHAPE.periods)
+    assert traces["this run"] == pytest.approx(SHAPE.periods * np.linspace(1, 9, 32))
+    assert [shape["y0"] for shape in figure["layout"]["shapes"]] == [256, 2048]
+
+
+def test_what_was_not_measured_is_said_in_one_line_with_what_measures_it(run: Path, page: Page) -> None:
+    assert "Not measured: passkey, needle, ruler, harness, nonuniformity" in page.text
+    assert f"longrope evaluate passkey tiny --factors {run} --lengths 256,1k,2k --out {run}-passkey" in page.text
+
+
+def test_a_later_measurement_of_the_same_measure_has_the_word(run: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(run, tmp_path / "run")
+    later = {"measure": "perplexity", "results": [{"method": "yarn", "length": 2048, "value": 3.5, "unknown": {}}]}
+    (path / "metrics-later.json").write_text(json.dumps(later))
+    read = read_run(path)
+    found = read.result("yarn", 2048)
+    assert found is not None
+    assert found.value == 3.5
+    assert len(read.results) == 18
+
+
+def test_a_run_of_further_measurements_only_is_a_run(tmp_path: Path) -> None:
+    further(tmp_path)
+    (tmp_path / "metrics-needle.json").unlink()
+    page = Page(write_report(tmp_path))
+    assert "Not measured: perplexity, needle" in page.text
+    assert "What was asked: there is no config.json." in page.text
+
+
+@pytest.mark.parametrize(
+    ("measure", "details", "message"),
+    [
+        ("passkey", [3], "details is an object"),
+        ("passkey", {"by_depth": {}}, "details.by_depth is a list of rows of number, number, number, number"),
+        ("passkey", {"by_depth": [[0, 1]]}, "details.by_depth is a list of rows"),
+        ("needle", {"by_depth": [[0, "x", 1, 1]]}, "details.by_depth: a number"),
+        ("perplexity", {"by_position": [3]}, "details.by_position is a list of rows of number, number"),
+        ("ruler", {"tasks": []}, "details.tasks is an object of objects, by task"),
+        ("ruler", {"tasks": {"vt": 3}}, "details.tasks is an object of objects, by task"),
+        ("nonuniformity", {"start_tokens": [[0, 1, 2]]}, "details.start_tokens is a list of rows of number, text"),
+    ],
+)
+def test_details_of_another_shape_are_refused_naming_the_file(
+    tmp_path: Path, measure: str, details: object, message: str
+) -> None:
+    record = {"method": "none", "length": 256, "value": 0.5, "details": details}
+    file = tmp_path / "metrics-x.json"
+    file.write_text(json.dumps({"measure": measure, "results": [record]}))
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        write_report(tmp_path)
+    assert str(file) in str(caught.value)
+
+
+def test_several_runs_stand_side_by_side(pair: list[Path], tmp_path: Path) -> None:
+    page = Page(write_report(pair, tmp_path / "both.html"))
+    assert "2 runs side by side" in page.text
+    assert ["run-2: <b>other", "5.100", "4.500", "4.268"] in page.rows
+    assert ["run: YaRN", "5.100", "4.600", "4.490"] in page.rows
+    figures = json.loads(page.json)
+    assert len(figures["results"]["data"]) == 12
+    assert [trace["name"] for trace in figures["factors"]["data"]] == ["PI", "NTK", "YaRN", "run", "run-2"]
+    assert {trace["name"]: min(trace["y"]) for trace in figures["convergence"]["data"]} == {
+        "run": 4.268,
+        "run-2": 4.268,
+    }
+    ours = [trace for trace in figures["results"]["data"] if "other" in trace["name"] or "searched" in trace["name"]]
+    assert len({trace["line"]["color"] for trace in ours}) == 2
+    assert page.text.count("What was asked:") == 2
+    assert "passkey" not in page.text.partition("Not measured")[2], "the first run has it"
+
+
+def test_several_runs_are_written_here_by_default(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert write_report(pair) == Path("report.html")
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_tables_and_plots_are_written_as_csv(full: Path, tmp_path: Path) -> None:
+    written = write_csv(full, tmp_path / "csv")
+    names = {path.stem for path in written}
+    assert {f"plot-{plot.name}" for plot in plots(read_run(full))} <= names
+    assert {"perplexity", "passkey", "needle", "ruler", "ruler-tasks", "harness-tasks"} <= names
+    table = list(csv.reader((tmp_path / "csv" / "perplexity.csv").read_text().splitlines()))
+    assert table[:2] == [
+        ["method", "256", "1024", "2048"],
+        ["searched", *(f"{v:.3f} ({0.9 * v:.3f} – {1.1 * v:.3f})" for v in (5.1, 4.5, 4.268))],
+    ]
+    points = list(csv.DictReader((tmp_path / "csv" / "plot-results.csv").read_text().splitlines()))
+    (point,) = (point for point in points if (point["trace"], point["x"]) == ("YaRN", "2048"))
+    assert float(point["y"]) == 4.49
+    assert float(point["low"]) == pytest.approx(0.9 * 4.49)
+    cells = list(csv.DictReader((tmp_path / "csv" / "plot-passkey-depth-1.csv").read_text().splitlines()))
+    assert [(cell["x"], cell["y"], cell["value"]) for cell in cells][-1] == ("2048", "50–100%", "1.0")
+
+
+def test_a_name_that_a_spreadsheet_would_run_is_text_in_a_csv(tmp_path: Path) -> None:
+    write_csv(make_run(tmp_path / "run", method="=1+1"), tmp_path / "csv")
+    assert "'=1+1" in [row[0] for row in csv.reader((tmp_path / "csv" / "perplexity.csv").read_text().splitlines())]
+
+
+def test_every_plot_is_written_as_a_picture(full: Path, tmp_path: Path) -> None:
+    written = write_png(full, tmp_path / "png")
+    assert [path.stem for path in written] == [f"plot-{plot.name}" for plot in plots(read_run(full))]
+    for path in written:
+        data = path.read_bytes()
+        width, height = struct.unpack(">II", data[16:24])
+        assert data.startswith(b"\x89PNG")
+        assert (width, height > 200) == (1280, True)
+
+
+def test_a_name_with_dollars_is_a_name_in_a_picture(tmp_path: Path) -> None:
+    assert write_png(make_run(tmp_path / "run", method=r"$\frac{$ <b>"), tmp_path / "png")
+
+
+def test_event_files_hold_the_best_value_and_the_results(full: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):  # a second report replaces what the first one wrote
+        (file,) = write_tensorboard(full, tmp_path)
+    events = EventAccumulator(str(file))
+    events.Reload()
+    best = [(event.step, event.value) for event in events.Scalars("search/best")]
+    assert best == [(2048 * n, pytest.approx(v)) for n, v in ((1, 9.1), (2, 4.49), (5, 4.3), (7, 4.268))]
+    assert [(e.step, e.value) for e in events.Scalars("passkey/yarn")] == [
+        (256, pytest.approx(0.9)),
+        (1024, pytest.approx(0.5)),
+        (2048, pytest.approx(0.1)),
+    ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "factors.json", "evaluations.jsonl"])
+def test_a_file_that_ends_in_a_half_line_is_said(run: Path, tmp_path: Path, name: str) -> None:
+    path = shutil.copytree(run, tmp_path / "run")
+    data = (path / name).read_bytes()
+    (path / name).write_bytes(data[: len(data) - 20])
+    if name == "evaluations.jsonl":  # of which a search that is killed leaves half a line
+        assert len(read_run(path).evaluations) == 6
+        return
+    with pytest.raises(UserError, match=re.escape(str(path / name))):
+        write_report(path)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from longrope.model import LoadedModel, load_model
 from longrope.ray_cluster import parse_workers
 from longrope.search.driver import SearchWindows, search, search_windows
 from longrope.search.loop import Progress
+from longrope.search.objective import Evaluator
 from longrope.search.settings import SearchSettings
 from longrope.search.tasks import Outcome, Task
 from longrope.windows import Window
@@ -53,14 +55,14 @@ def numbers(outcomes: Sequence[Outcome]) -> list[Any]:
     return [(each.losses, each.tokens, each.gradient, each.recomputed) for each in outcomes]
 
 
-def in_order(workers: Workers, wanted: Sequence[Task]) -> list[Any]:
+def in_order(workers: Workers[Task, Outcome], wanted: Sequence[Task]) -> list[Any]:
     found = dict(workers.run(wanted))
     assert sorted(found) == list(range(len(wanted)))
     return numbers([found[index] for index in range(len(wanted))])
 
 
 def here(loaded: LoadedModel, spans: Sequence[Window], wanted: Sequence[Task]) -> list[Any]:
-    with open_workers(None, loaded, spans) as workers:
+    with open_workers(None, loaded, partial(Evaluator, windows=spans)) as workers:
         assert workers.count == 1
         return in_order(workers, wanted)
 
@@ -113,7 +115,7 @@ def test_two_workers_compute_what_one_process_does_and_again_when_one_is_killed(
     reference = here(mistral, spans, wanted)
     handler = signal.getsignal(signal.SIGTERM)
     caplog.set_level(logging.INFO, logger="longrope")
-    with open_workers("2", mistral, spans) as workers:
+    with open_workers("2", mistral, partial(Evaluator, windows=spans)) as workers:
         assert workers.count == 2
         assert in_order(workers, wanted) == reference
         assert "died" not in caplog.text
@@ -182,12 +184,12 @@ def test_a_cluster_is_used_and_left_running(
     spans = windows(LENGTH, LENGTH, LENGTH)
     reference = here(loaded, spans, tasks(4))
     assert reference != here(mistral, spans, tasks(4)), "the window is not widened here"
-    with open_workers(f"ray:{cluster}", loaded, spans) as workers:
+    with open_workers(f"ray:{cluster}", loaded, partial(Evaluator, windows=spans)) as workers:
         assert workers.count == 2
         assert in_order(workers, tasks(4)) == reference
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     save(build("mistral", rms_norm_eps=1e-3), folder)
-    with pytest.raises(UserError) as caught, open_workers("ray", loaded, spans):
+    with pytest.raises(UserError) as caught, open_workers("ray", loaded, partial(Evaluator, windows=spans)):
         pass
     assert str(caught.value).startswith(f"model of a worker on {socket.gethostname()}: got another checkpoint")
 
@@ -236,7 +238,7 @@ def test_errors_of_a_task_are_told_here_and_a_task_that_kills_every_worker_ends_
     with pytest.raises(UserError) as expected:
         here(loaded, spans, [too_long])
     assert "use at most 36 tokens" in str(expected.value)
-    with open_workers(f"ray:{cluster}", loaded, spans) as workers:
+    with open_workers(f"ray:{cluster}", loaded, partial(Evaluator, windows=spans)) as workers:
         with pytest.raises(UserError) as caught:
             in_order(workers, [good, too_long])
         assert (type(caught.value), str(caught.value)) == (UserError, str(expected.value))
@@ -254,11 +256,13 @@ def test_a_driver_that_is_interrupted_leaves_no_process(tmp_path: Path) -> None:
         "from longrope.checkpoint import LoadOptions\n"
         "from longrope.model import load_model\n"
         "from longrope.windows import Window\n"
+        "from functools import partial\n"
+        "from longrope.search.objective import Evaluator\n"
         "from longrope.workers import open_workers, options_for\n"
         "from transformers.utils import logging; logging.disable_progress_bar()\n"
         "end_at_once_on_signals()\n"
         f"loaded = load_model({str(folder)!r}, options_for('1', LoadOptions(device='cpu')))\n"
-        "with open_workers('1', loaded, [Window('d', '0', 0, np.arange(9))]):\n"
+        "with open_workers('1', loaded, partial(Evaluator, windows=[Window('d', '0', 0, np.arange(9))])):\n"
         "    print('ready', flush=True)\n"
         "    sys.stdin.read()\n"
     )
@@ -318,7 +322,7 @@ def test_an_address_that_is_not_rays_is_refused(mistral: LoadedModel, monkeypatc
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(UserError) as caught:
-            open_workers(f"ray:{address}", mistral, windows(LENGTH))
+            open_workers(f"ray:{address}", mistral, partial(Evaluator, windows=windows(LENGTH)))
     assert f"got no Ray cluster at {address} (nothing heard in 3 seconds)" in str(caught.value)
 
 

@@ -289,17 +289,48 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="By default RUN/report.html.")] = None,
+    run: Annotated[list[Path], typer.Argument(metavar="RUN..", help="Run folders; several are shown side by side.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="By default RUN/report.html; of several report.html here."),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="DIR", help="Write the plots as pictures, too; needs matplotlib.")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="DIR", help="Write the tables and the points of the plots, too.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write TensorBoard event files, too.")
+    ] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """One self-contained HTML page from a run folder."""
+    """One self-contained HTML page from run folders."""
     begin(verbose, quiet)
     from longrope.console import err
-    from longrope.report import write_report
+    from longrope.report import write_csv, write_png, write_report, write_tensorboard
 
     err.print(f"report: {write_report(run, out)}", soft_wrap=True)
+    for folder, write in ((png, write_png), (csv, write_csv), (tensorboard, write_tensorboard)):
+        if folder is not None:
+            err.print(f"{len(write(run, folder))} files in {folder}", soft_wrap=True)
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, being written or not.")],
+    once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and end.")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks at the files.")] = 1.0,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """A live view of a run, from its files; Ctrl-C ends the view, not the run."""
+    begin(verbose, quiet)
+    from longrope.console import err
+    from longrope.watch import watch as run_watch
+
+    run_watch(run, once=once, every=every, console=err)
 
 
 def main() -> NoReturn:

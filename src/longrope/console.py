@@ -26,7 +26,7 @@ from longrope.lengths import format_length
 from longrope.report.style import stage_of
 
 if TYPE_CHECKING:
-    from longrope.evaluate.methods import OnStep, Step
+    from longrope.evaluate.execute import OnStep, Step
     from longrope.factors import FactorTable
     from longrope.search.loop import OnProgress, Progress
 
@@ -161,7 +161,8 @@ def measuring_progress(quiet: bool) -> Iterator[OnStep | None]:
     """Progress of measurements, each told before it is made: a bar on a terminal, elsewhere a line each."""
 
     def text(step: Step) -> str:
-        return f"{step.method} at {format_length(step.length)}"
+        left = "" if step.seconds_left is None else f", {format_seconds(step.seconds_left)} left"
+        return f"{step.method} at {format_length(step.length)}{left}"
 
     if quiet:
         yield None

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from longrope.checkpoint import TINY, LoadOptions
 from longrope.describe import metrics
 from longrope.documents import Document, hold_out, read_sources
-from longrope.evaluate.methods import Result, measure_methods
+from longrope.evaluate.recorded import measure_methods
 from longrope.export.transformers import export
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel, load_model
@@ -87,14 +87,7 @@ def demo(
         table = run_search(run, loaded, settings, chosen, on_progress=on_progress)
 
         on_stage(f"measuring {len(METHODS) + 1} methods at {len(unseen)} lengths on documents the search has not seen")
-        results = measure_methods(
-            loaded,
-            unseen,
-            METHODS,
-            {"longrope": table},
-            known=[Result.from_dict(line) for line in run.results()],
-            on_result=lambda result: run.log_result(result.to_dict()),
-        )
+        results = measure_methods(loaded, unseen, METHODS, {"longrope": table}, run)
         measured = metrics("demo", loaded, config["settings"], results)
         run.save_metrics(measured)
 

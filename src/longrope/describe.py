@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longrope import __version__
 from longrope.model import LoadedModel
-from longrope.windows import Window
+from longrope.windows import Window, fingerprint
 
 if TYPE_CHECKING:
     from longrope.evaluate.methods import Result
@@ -45,12 +47,16 @@ def metrics(
     settings: Mapping[str, Any],
     results: Sequence[Result],
     measure: str = "perplexity",
+    documents: Sequence[Window] = (),
 ) -> dict[str, Any]:
     """The JSON document of a command that measures: metrics.json, and stdout under --json."""
     return {
         "command": command,
         "model": loaded.name,
+        "fingerprint": loaded.fingerprint,
         "settings": dict(settings),
+        "documents": fingerprint(documents) if documents else None,
+        "versions": {"longrope": __version__} | {name: version(name) for name in ("torch", "transformers")},
         "measure": measure,
         "results": [result.to_dict() for result in results],
     }

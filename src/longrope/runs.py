@@ -35,7 +35,7 @@ CONFIG, FACTORS, METRICS, DONE = "config.json", "factors.json", "metrics.json", 
 EVALUATIONS, RESULTS = "evaluations.jsonl", "results.jsonl"
 _NUMBER = int | float | None
 _EVALUATION_KEYS: dict[str, type | UnionType] = {"key": str, "value": _NUMBER}
-_RESULT_KEYS: dict[str, type | UnionType] = {"method": str, "length": int, "value": _NUMBER, "tokens": int}
+_RESULT_KEYS: dict[str, type | UnionType] = {"method": str, "length": int, "item": str, "record": dict}
 _LOCK = ".lock"
 
 

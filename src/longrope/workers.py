@@ -1,17 +1,18 @@
-"""Where the tasks of a search are done: in this process, or by Ray workers on this machine or on a cluster."""
+"""Where tasks on a model are done: in this process, or by Ray workers on this machine or on a cluster."""
 
 from __future__ import annotations
 
 import logging
 import math
+import pickle
 import socket
 import textwrap
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -19,9 +20,6 @@ from longrope.checkpoint import TINY, LoadOptions
 from longrope.errors import UserError
 from longrope.model import LoadedModel, load_model
 from longrope.ray_cluster import Cluster, Place, check_listens, import_ray, parse_workers
-from longrope.search.objective import Evaluator
-from longrope.search.tasks import Outcome, Runner, Task
-from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
 
@@ -31,32 +29,61 @@ _START_SECONDS = 300.0
 """How long a cluster may take to give the first worker a process; loading the model is not counted."""
 
 
-class Workers(Runner, Protocol):
-    """Something that does tasks, and a context manager."""
+TaskT = TypeVar("TaskT")
+OutcomeT = TypeVar("OutcomeT")
+TaskIn = TypeVar("TaskIn", contravariant=True)
+OutcomeOut = TypeVar("OutcomeOut", covariant=True)
 
-    def __enter__(self) -> Workers: ...
+
+class Doer(Protocol[TaskIn, OutcomeOut]):
+    """Does tasks on a model that it may change; `close` puts that back."""
+
+    def __call__(self, task: TaskIn) -> OutcomeOut:
+        """Do a task. Raises UserError for what the user can mend."""
+        ...
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        ...
+
+
+# What makes a doer of a model; picklable, because each worker is sent it.
+Make = Callable[[LoadedModel], Doer[TaskT, OutcomeT]]
+
+
+class Workers(Protocol[TaskIn, OutcomeOut]):
+    """Something that does tasks, and a context manager. count: how many can go on at once."""
+
+    @property
+    def count(self) -> int: ...  # noqa: D102
+
+    def run(self, tasks: Sequence[TaskIn]) -> Iterator[tuple[int, OutcomeOut]]:
+        """Do tasks in any order: (index into tasks, outcome) as each ends."""
+        ...
+
+    def __enter__(self) -> Workers[TaskIn, OutcomeOut]: ...
 
     def __exit__(self, *exception: object) -> None: ...
 
 
-class InProcess:
+class InProcess(Generic[TaskT, OutcomeT]):
     """Does tasks in this process, one after the other."""
 
     count = 1
 
-    def __init__(self, loaded: LoadedModel, windows: Sequence[Window]) -> None:
-        self._evaluator = Evaluator(loaded, windows)
+    def __init__(self, loaded: LoadedModel, make: Make[TaskT, OutcomeT]) -> None:
+        self._doer = make(loaded)
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Outcome]]:
+    def run(self, tasks: Sequence[TaskT]) -> Iterator[tuple[int, OutcomeT]]:
         """Do the tasks in their order; yields (index into tasks, outcome) as each ends."""
         for index, task in enumerate(tasks):
-            yield index, self._evaluator(task)
+            yield index, self._doer(task)
 
-    def __enter__(self) -> InProcess:
+    def __enter__(self) -> InProcess[TaskT, OutcomeT]:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._evaluator.close()
+        self._doer.close()
 
 
 def options_for(workers: str | None, options: LoadOptions) -> LoadOptions:
@@ -78,15 +105,15 @@ def options_for(workers: str | None, options: LoadOptions) -> LoadOptions:
     return options if options.threads is not None else replace(options, threads=1)
 
 
-def open_workers(workers: str | None, loaded: LoadedModel, windows: Sequence[Window]) -> Workers:
-    """The workers that --workers asks for, ready to do tasks on these windows; to be used as a context.
+def open_workers(workers: str | None, loaded: LoadedModel, make: Make[TaskT, OutcomeT]) -> Workers[TaskT, OutcomeT]:
+    """The workers that --workers asks for, ready to do tasks as `make` does them; to be used as a context.
 
     None is this process; `N` that many local Ray workers; `ray` or `ray:HOST:PORT` those of a cluster that runs.
     Raises UserError for a cluster that does not answer, and for workers that cannot load the model or load another.
     """
     if workers is None:
-        return InProcess(loaded, windows)
-    return RayWorkers(parse_workers(workers), loaded, windows)
+        return InProcess(loaded, make)
+    return RayWorkers(parse_workers(workers), loaded, make)
 
 
 class _Worker:
@@ -95,7 +122,7 @@ class _Worker:
     def ping(self) -> None:
         """Answer."""
 
-    def load(self, job: _Job, windows: Sequence[Window]) -> None:
+    def load(self, job: _Job, make: Make[Any, Any]) -> None:
         """Load the model. Raises UserError when it cannot be loaded here, or is another one than the driver's."""
         host = socket.gethostname()
         try:
@@ -118,12 +145,11 @@ class _Worker:
         loaded.batch_tokens, loaded.memory_share = job.batch_tokens, job.memory_share
         if job.sliding_window is not None:
             loaded.widen_window(job.sliding_window)
-        # Arrays of Ray's object store cannot be written to, which torch warns of.
-        self._evaluator = Evaluator(loaded, [replace(window, ids=window.ids.copy()) for window in windows])
+        self._doer = make(loaded)
 
-    def run(self, task: Task) -> Outcome:
+    def run(self, task: Any) -> Any:
         """Do a task."""
-        return self._evaluator(task)
+        return self._doer(task)
 
 
 @dataclass(frozen=True)
@@ -194,19 +220,19 @@ def _set_aside(loaded: LoadedModel) -> Iterator[None]:
             loaded.model.to(device)  # type: ignore[arg-type]
 
 
-class RayWorkers:
+class RayWorkers(Generic[TaskT, OutcomeT]):
     """Ray actors that hold the model, each doing one task at a time.
 
     A worker that dies is replaced and its task done again by whichever is free.
     """
 
-    def __init__(self, place: Place, loaded: LoadedModel, windows: Sequence[Window]) -> None:
+    def __init__(self, place: Place, loaded: LoadedModel, make: Make[TaskT, OutcomeT]) -> None:
         self._ray = import_ray()
         self._job = _Job.of(loaded)
         cuda, spread = loaded.device.type == "cuda", self._job.options.device in ("balanced", "sequential")
         threads = self._job.options.threads or 1
         gpus = torch.cuda.device_count() if cuda else 0
-        stored = sum(window.ids.nbytes for window in windows)
+        stored = len(pickle.dumps(make))
         self._cluster = Cluster(self._ray, place, (place.count or 0) * threads, gpus, stored)
         self._idle: list[Any] = []
         self._soon: dict[Any, tuple[Any, str]] = {}  # what will say that a worker has started, loaded, or is free
@@ -225,7 +251,7 @@ class RayWorkers:
             # max_restarts=0: a worker is replaced here, where the model can be loaded into the new one.
             resources = {"num_cpus": 0 if cuda else threads, "num_gpus": each, "max_restarts": 0}
             self._actor = self._ray.remote(**resources)(_Worker)
-            self._windows = self._ray.put(list(windows))
+            self._make = self._ray.put(make)
             for _ in range(self.count):
                 self._start()
             while not self._idle:  # a model that cannot be loaded is told before the search begins
@@ -235,7 +261,7 @@ class RayWorkers:
             raise
         logger.debug("%d workers, %g GPUs each", self.count, each)
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Outcome]]:
+    def run(self, tasks: Sequence[TaskT]) -> Iterator[tuple[int, OutcomeT]]:
         """Do the tasks in any order; yields (index into tasks, outcome) as each ends.
 
         Raises a UserError of a task as it is, and one when workers keep dying. Left early, what is still being done is
@@ -254,7 +280,7 @@ class RayWorkers:
             self._soon |= {ref: (worker, "free") for ref, (worker, _) in self._busy.items()}
             self._busy = {}
 
-    def _hand_out(self, tasks: Sequence[Task], waiting: deque[int]) -> None:
+    def _hand_out(self, tasks: Sequence[TaskT], waiting: deque[int]) -> None:
         while waiting and self._idle:
             worker, index = self._idle.pop(), waiting.popleft()
             self._busy[worker.run.remote(tasks[index])] = worker, index
@@ -263,7 +289,9 @@ class RayWorkers:
         worker = self._actor.remote()
         self._soon[worker.ping.remote()] = worker, "started"
 
-    def _step(self, waiting: deque[int] | None = None, deaths: Counter[int] | None = None) -> list[tuple[int, Outcome]]:
+    def _step(
+        self, waiting: deque[int] | None = None, deaths: Counter[int] | None = None
+    ) -> list[tuple[int, OutcomeT]]:
         """Wait for something to happen, and take note of it; the outcomes that came."""
         outcomes, refs = [], [*self._busy, *self._soon]
         only_started = not self._busy and all(stage == "started" for _, stage in self._soon.values())
@@ -284,7 +312,7 @@ class RayWorkers:
                     if deaths[task[1]] == _DEATHS:
                         raise _deadly(death)
             elif stage == "started":
-                self._soon[worker.load.remote(self._job, self._windows)] = worker, "loaded"
+                self._soon[worker.load.remote(self._job, self._make)] = worker, "loaded"
             else:
                 self._failures = 0
                 self._idle.append(worker)
@@ -324,7 +352,7 @@ class RayWorkers:
         self._cluster.close()
         self._aside.close()
 
-    def __enter__(self) -> RayWorkers:
+    def __enter__(self) -> RayWorkers[TaskT, OutcomeT]:
         return self
 
     def __exit__(self, *exception: object) -> None:

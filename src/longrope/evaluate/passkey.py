@@ -2,55 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from longrope.errors import UserError
-from longrope.evaluate.perplexity import in_batches
+from longrope.evaluate.answers import answers
+from longrope.evaluate.measures import Item, Record, Summary
+from longrope.evaluate.prompts import inner_ids
+from longrope.evaluate.templates import INTRO_FROM, PAPER, SHORT, PasskeyTemplate, describe_template
 from longrope.model import LoadedModel
+
+__all__ = ["PAPER", "SHORT", "PasskeyMeasure", "PasskeyTemplate", "Retrieval", "make_prompts", "passkey"]
+
+_DECILES = 10
 
 
 @dataclass(frozen=True)
-class PasskeyTemplate:
-    """The pieces of a prompt; {key} stands for the key. The answer is the key after the question."""
+class PasskeyMeasure:
+    """Passkey as a measure: `tries` prompts a length, at depths spread evenly and uniform inside their share.
 
-    intro: str
-    filler: str
-    statement: str
-    question: str
+    template: by default the paper's, without its introduction below 1024 tokens. chat: prompts are turns of the
+    tokenizer's chat template.
+    """
 
-    def pieces(self, tokenizer: PreTrainedTokenizerBase, key: str) -> dict[str, list[int]]:
-        """Token ids of every piece, and of the answer as it follows the question."""
+    tries: int = 10
+    seed: int = 0
+    template: PasskeyTemplate | None = None
+    chat: bool = False
 
-        def ids(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    @property
+    def name(self) -> str:
+        """As in `Measure`."""
+        return "passkey"
 
-        question = ids(self.question)
-        answer = ids(f"{self.question} {key}")[len(question) :]
-        statement = ids(self.statement.format(key=key))
-        return {
-            "intro": ids(self.intro) if self.intro else [],
-            "filler": ids(self.filler),
-            "statement": statement,
-            "question": question,
-            "answer": answer,
-        }
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """As in `Measure`."""
+        template = describe_template(self.template)
+        return {"tries": self.tries, "seed": self.seed, "chat": self.chat, "template": template}
 
+    def items(self, loaded: LoadedModel, length: int) -> Sequence[Item]:
+        """The prompts of exactly `length` tokens, answer included. Raises UserError when they do not fit."""
+        rng = np.random.default_rng(self.seed)
+        template = self.template or (SHORT if length < INTRO_FROM else PAPER)
+        prompts, depths = [], []
+        for index in range(self.tries):
+            key = str(rng.integers(10_000, 100_000))
+            depths.append((index + float(rng.random())) / self.tries)
+            prompts.append(template.prompt(loaded.tokenizer, key, chat=self.chat))
+        fixed = max(prompt.size for prompt in prompts)
+        if length < fixed:
+            raise UserError(
+                "passkey",
+                got=f"a window of {length} tokens",
+                rule=f"the prompt without filler takes {fixed}",
+                do=f"measure at {fixed} tokens or more",
+            )
+        unit = inner_ids(loaded.tokenizer, template.filler.format())
+        filler = unit * (length // len(unit) + 1)
+        return [
+            Item(
+                str(index),
+                prompt.around(filler[: length - prompt.size], depth),
+                {"depth": depth, "answer": len(prompt.answer)},
+            )
+            for index, (prompt, depth) in enumerate(zip(prompts, depths, strict=True))
+        ]
 
-PAPER = PasskeyTemplate(
-    intro="There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-    "I will quiz you about the important information there.\n",
-    filler="The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n",
-    statement="The pass key is {key}. Remember it. {key} is the pass key.\n",
-    question="\nWhat is the pass key? The pass key is",
-)
-# Without the introduction, for windows of a few hundred tokens.
-SHORT = PasskeyTemplate(intro="", filler=PAPER.filler, statement=PAPER.statement, question=PAPER.question)
+    def run(self, loaded: LoadedModel, items: Sequence[Item]) -> Sequence[Record]:
+        """{"depth": within 0 to 1, "found": whether the model would write the key} of each."""
+        found, _ = answers(loaded, np.stack([item.ids for item in items]), [item.data["answer"] for item in items])
+        return [{"depth": item.data["depth"], "found": bool(each)} for item, each in zip(items, found, strict=True)]
+
+    def summarize(self, length: int, records: Sequence[Record]) -> Summary:
+        """The share of keys found, with its Wilson interval; details: `by_depth` [[from, to, share, tries], ...]."""
+        found = [bool(record["found"]) for record in records]
+        by_depth = []
+        for decile in range(_DECILES):
+            inside = [bool(record["found"]) for record in records if min(int(record["depth"] * _DECILES), 9) == decile]
+            share = sum(inside) / len(inside) if inside else None
+            by_depth.append([decile / _DECILES, (decile + 1) / _DECILES, share, len(inside)])
+        interval = wilson_interval(sum(found), len(found))
+        return Summary(sum(found) / len(found), len(found) * length, interval, {"by_depth": by_depth})
 
 
 @dataclass(frozen=True)
@@ -69,11 +106,12 @@ def passkey(
 ) -> Retrieval:
     """Passkey accuracy with prompts of exactly `length` tokens, answer included, under the factors the model carries.
 
-    The key counts as found when every one of its tokens is the most likely one after the right ones before it, which
-    is when greedy decoding writes it. Raises UserError when the prompt does not fit.
+    Raises UserError when the prompt does not fit.
     """
-    prompts, answers, depths = make_prompts(loaded, length, tries=tries, seed=seed, template=template)
-    found = _found(loaded, prompts, answers)
+    measure = PasskeyMeasure(tries, seed, template)
+    records = measure.run(loaded, measure.items(loaded, length))
+    found = np.array([bool(record["found"]) for record in records])
+    depths = np.array([float(record["depth"]) for record in records])
     return Retrieval(float(found.mean()), tries, wilson_interval(int(found.sum()), tries), depths, found)
 
 
@@ -84,51 +122,9 @@ def make_prompts(
 
     Raises UserError when the prompt does not fit.
     """
-    rng = np.random.default_rng(seed)
-    chosen = template or (SHORT if length < 1024 else PAPER)
-    prompts, depths, answers = [], [], []
-    for index in range(tries):
-        key = str(rng.integers(10_000, 100_000))
-        depth = (index + float(rng.random())) / tries  # uniform, and spread evenly
-        prompt, answer = _prompt(chosen.pieces(loaded.tokenizer, key), loaded.tokenizer, length, depth)
-        prompts.append(prompt)
-        answers.append(answer)
-        depths.append(depth)
-    return np.array(prompts), answers, np.array(depths)
-
-
-def _prompt(
-    pieces: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, length: int, depth: float
-) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt with its answer, `length` in all, and the answer's."""
-    head = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    fixed = sum(len(pieces[name]) for name in ("intro", "statement", "question", "answer")) + len(head)
-    free = length - fixed
-    if free < 0:
-        raise UserError(
-            "passkey",
-            got=f"a window of {length} tokens",
-            rule=f"the prompt without filler takes {fixed}",
-            do=f"measure at {fixed} tokens or more",
-        )
-    filler = (pieces["filler"] * (free // len(pieces["filler"]) + 1))[:free]
-    cut = int(depth * free)
-    body = filler[:cut] + pieces["statement"] + filler[cut:]
-    return head + pieces["intro"] + body + pieces["question"] + pieces["answer"], pieces["answer"]
-
-
-def _found(loaded: LoadedModel, prompts: NDArray[np.int64], answers: Sequence[list[int]]) -> NDArray[np.bool_]:
-    """Whether each prompt (N, T) ends in the answer that the model would write."""
-    longest = max(len(answer) for answer in answers)
-
-    def run(ids: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode(), loaded.autocast():
-            ids = ids.to(loaded.device)
-            logits: torch.Tensor = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1).logits
-            return (logits[:, :-1].argmax(-1) == ids[:, -longest:]).cpu()
-
-    right = in_batches(loaded, run, torch.from_numpy(prompts))
-    return np.array([bool(row[-len(answer) :].all()) for row, answer in zip(right, answers, strict=True)])
+    items = PasskeyMeasure(tries, seed, template).items(loaded, length)
+    ends = [item.ids[-item.data["answer"] :].tolist() for item in items]
+    return np.stack([item.ids for item in items]), ends, np.array([item.data["depth"] for item in items])
 
 
 def wilson_interval(successes: int, tries: int, z: float = 1.96) -> tuple[float, float]:

@@ -59,12 +59,21 @@ def token_losses(loaded: LoadedModel, ids: Tensor) -> Tensor:
 
 def window_losses(loaded: LoadedModel, windows: Sequence[Window]) -> NDArray[np.float64]:
     """Summed loss in nats of each of some windows of one length, by batches that halve when memory runs out."""
+    return scored_sums(losses_by_token(loaded, windows), windows)
+
+
+def losses_by_token(loaded: LoadedModel, windows: Sequence[Window]) -> Tensor:
+    """Losses (N, T - 1), float64 nats, of all tokens but the first of windows of one length T, on the CPU."""
     ids = torch.from_numpy(np.stack([window.ids for window in windows]))
 
     def run(batch: Tensor) -> Tensor:
         return token_losses(loaded, batch.to(loaded.device)).cpu()
 
-    losses = in_batches(loaded, run, ids).double()
+    return in_batches(loaded, run, ids).double()
+
+
+def scored_sums(losses: Tensor, windows: Sequence[Window]) -> NDArray[np.float64]:
+    """Sums (N,) of the losses (N, T - 1) of what each window scores."""
     scored = [row[window.scored_from - 1 :].sum() for row, window in zip(losses, windows, strict=True)]
     return torch.stack(scored).numpy()
 
@@ -133,21 +142,23 @@ def measure_sliding(loaded: LoadedModel, documents: Sequence[Window], *, length:
     Every token but the first of a document is scored once, with at least length - stride tokens before it (fewer at
     the document's start).
     """
-    losses, counts, names = [], [], []
-    for document in documents:
-        total, count = 0.0, 0
-        for start, end, first_scored in sliding_spans(len(document.ids), length, stride):
-            unscored = first_scored - start - 1
+    found = [sliding_loss(loaded, document, length=length, stride=stride) for document in documents]
+    losses, counts = zip(*found, strict=True)
+    return summarize(np.array(losses), np.array(counts), [document.sha256 for document in documents])
 
-            def run(batch: Tensor, unscored: int = unscored) -> Tensor:
-                return token_losses(loaded, batch.to(loaded.device))[:, unscored:].double().sum(1).cpu()
 
-            total += float(in_batches(loaded, run, torch.from_numpy(document.ids[None, start:end])))
-            count += end - first_scored
-        losses.append(total)
-        counts.append(count)
-        names.append(document.sha256)
-    return summarize(np.array(losses), np.array(counts), names)
+def sliding_loss(loaded: LoadedModel, document: Window, *, length: int, stride: int) -> tuple[float, int]:
+    """(summed loss in nats, scored tokens) of a whole document, as in `measure_sliding`."""
+    total, count = 0.0, 0
+    for start, end, first_scored in sliding_spans(len(document.ids), length, stride):
+        unscored = first_scored - start - 1
+
+        def run(batch: Tensor, unscored: int = unscored) -> Tensor:
+            return token_losses(loaded, batch.to(loaded.device))[:, unscored:].double().sum(1).cpu()
+
+        total += float(in_batches(loaded, run, torch.from_numpy(document.ids[None, start:end])))
+        count += end - first_scored
+    return total, count
 
 
 def sliding_spans(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -2,118 +2,149 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longrope import __version__
 from longrope.checkpoint import LoadOptions, load_options
 from longrope.convert import factors_file, read_factors
-from longrope.describe import describe_model, describe_options, describe_windows, metrics
-from longrope.documents import Document, read_sources
+from longrope.describe import describe_options
+from longrope.documents import read_sources
 from longrope.errors import UserError
-from longrope.evaluate.methods import OnStep, Result, measure_each
-from longrope.evaluate.passkey import make_prompts, passkey
-from longrope.evaluate.perplexity import check_stride, measure, measure_sliding
+from longrope.evaluate.execute import OnStep
+from longrope.evaluate.measures import Measure
+from longrope.evaluate.needle import NeedleMeasure
+from longrope.evaluate.passkey import PasskeyMeasure
+from longrope.evaluate.perplexity import check_stride
+from longrope.evaluate.perplexity_measure import PerplexityMeasure
+from longrope.evaluate.recorded import measure_run
+from longrope.evaluate.templates import read_needle_template, read_passkey_template
 from longrope.factors import FactorTable
 from longrope.lengths import as_length
 from longrope.model import LoadedModel, load_model
-from longrope.runs import METRICS, RunFolder, command_line
 from longrope.windows import Window, whole_documents, windows_of
+from longrope.workers import options_for
 
-logger = logging.getLogger(__name__)
 
-MEASURES = ("perplexity", "passkey")
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured and how: the words of the command. None is the measure's own default.
+
+    windows: of each length, for perplexity. stride: slides a window over whole documents. tries: prompts a length
+    (passkey) or a cell (needle). template: a TOML file with the prompt's texts.
+    """
+
+    documents: Sequence[str] = ()
+    windows: int | None = None
+    stride: int | None = None
+    tries: int | None = None
+    depths: int = 10
+    digits: int = 7
+    template: str | Path | None = None
+    chat: bool = False
+    seed: int = 0
+
+
+Made = tuple[Measure, list[Window]]
+"""A measure, and the windows of documents it is on, where it is on windows."""
+
+
+def _perplexity(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+    found = read_sources(given.documents, share="unseen", tokenizer=loaded.tokenizer)
+    chosen: dict[int, list[Window]] = {}
+    for length in lengths:
+        if given.stride is None:
+            chosen[length] = windows_of(loaded, found, length, given.windows, given.seed)
+        else:
+            check_stride(length, given.stride)
+            chosen[length] = whole_documents(loaded, found, length, given.windows)
+    return PerplexityMeasure(chosen, given.stride), [window for length in chosen for window in chosen[length]]
+
+
+def _passkey(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+    template = None if given.template is None else read_passkey_template(given.template)
+    return PasskeyMeasure(tries=given.tries or 10, seed=given.seed, template=template, chat=given.chat), []
+
+
+def _needle(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+    template = None if given.template is None else read_needle_template(given.template)
+    found = read_sources(given.documents, share="unseen", tokenizer=loaded.tokenizer)
+    numbers = {"depths": given.depths, "tries": given.tries or 3, "digits": given.digits, "seed": given.seed}
+    return NeedleMeasure(found, template=template, chat=given.chat, **numbers), []
+
+
+_MAKERS: Mapping[str, Callable[[LoadedModel, Sequence[int], MeasureSettings], Made]] = {
+    "perplexity": _perplexity,
+    "passkey": _passkey,
+    "needle": _needle,
+}
+MEASURES = tuple(_MAKERS)
+_OF_DOCUMENTS = ("perplexity", "needle")
+
+
+def make_measure(name: str, loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+    """The measure of a name with its settings. Raises UserError when it cannot be made."""
+    return _MAKERS[name](loaded, lengths, given)
+
+
+def check_measure(name: str, given: MeasureSettings) -> None:
+    """Raise UserError, before a model is loaded, for a measure that does not exist or lacks its documents."""
+    if name not in _MAKERS:
+        rule = f"it is one of {', '.join(MEASURES)}"
+        raise UserError("measure", got=repr(name), rule=rule, do="choose one of them")
+    if name in _OF_DOCUMENTS and not given.documents:
+        raise UserError("--documents", got="none", rule=f"{name} is measured on documents", do="give at least one")
+    for what, value in (("--tries", given.tries), ("--depths", given.depths), ("--windows", given.windows)):
+        if value is not None and value < 1:
+            raise UserError(what, got=value, rule="it is at least 1", do="give a larger number")
 
 
 def evaluate(
-    measure_name: str,
+    measure: str,
     model: str | LoadedModel,
     *,
     lengths: Sequence[int | str],
     factors: FactorTable | str | Path | None = None,
-    documents: Sequence[str] = (),
-    windows: int | None = None,
-    stride: int | None = None,
-    tries: int = 10,
-    seed: int = 0,
     out: str | Path | None = None,
+    workers: str | int | None = None,
     options: LoadOptions | None = None,
     on_step: OnStep | None = None,
-    **load: Any,
+    **keywords: Any,
 ) -> dict[str, Any]:
-    """Measure `perplexity` or `passkey` at lengths; returns the document that --json prints, and metrics.json holds.
+    """Measure `perplexity`, `passkey` or `needle` at lengths; returns the document that --json prints.
 
     factors: a table or its file, by default the checkpoint's own factors.json; "none" ignores that one. Writes a run
-    folder where `out` names one, and resumes one that is there; a finished one is read, not measured again. on_step is
-    called before each measurement. `load` are the fields of LoadOptions. Raises UserError for bad input.
+    folder where `out` names one, and resumes one that is there item by item; a finished one is read, not measured
+    again. workers: as for `search`. on_step is called before each piece. `keywords` are the fields of MeasureSettings
+    and of LoadOptions. Raises UserError for bad input.
     """
-    if measure_name not in MEASURES:
-        rule = f"it is one of {', '.join(MEASURES)}"
-        raise UserError("measure", got=repr(measure_name), rule=rule, do="choose one of them")
+    given = MeasureSettings(**{name: keywords.pop(name) for name in vars(MeasureSettings()) if name in keywords})
+    check_measure(measure, given)
     wanted = sorted({as_length(length) for length in lengths})
     if not wanted:
         raise UserError("lengths", got="none", rule="there is at least one", do="give lengths in tokens")
-    options = load_options(options, load)
+    place = None if workers is None else str(workers)
+    options = options_for(place, load_options(options, keywords))
     if factors == "none":
         options = replace(options, own_factors=False)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     table = _table(loaded, factors)
-    rows = {length: table.row_for(length) if table else None for length in wanted}
-    loaded.widen_window(wanted[-1])
-    for note in loaded.notes:
-        logger.info(note)
-    settings: dict[str, Any] = {"lengths": wanted, "seed": seed, **describe_options(loaded)}
+    rows = {("factors" if table else "none", length): table.row_for(length) if table else None for length in wanted}
+    made, documents = make_measure(measure, loaded, wanted, given)
+    settings = {"lengths": wanted, "seed": given.seed, **describe_options(loaded)}
     settings |= {"factors": [row.key if row else None for row in rows.values()]}
-    chosen: dict[int, list[Window]] = {}
-    if measure_name == "passkey":
-        settings |= {"tries": tries}
-        for length in wanted:
-            make_prompts(loaded, length, tries=tries, seed=seed)  # refuses one too short before anything is paid
-    else:
-        settings |= {"windows": windows, "stride": stride}
-        found = read_sources(documents, share="unseen", tokenizer=loaded.tokenizer)
-        chosen = {length: _windows(loaded, found, length, windows, stride, seed) for length in wanted}
-    command, steps = f"evaluate {measure_name}", [("factors" if table else "none", length) for length in wanted]
-
-    def measure_one(method: str, length: int) -> Result:
-        with loaded.patch() as patch:
-            patch.install(rows[length])
-            if measure_name == "passkey":
-                keys = passkey(loaded, length, tries=tries, seed=seed)
-                return Result(method, length, keys.value, keys.tries * length, keys.ci, windows=None)
-            if stride:
-                slid = measure_sliding(loaded, chosen[length], length=length, stride=stride)
-                return Result.of(method, length, slid, windows=None)
-            return Result.of(method, length, measure(loaded, chosen[length]), windows=None)
-
-    if out is None:
-        results = measure_each(steps, measure_one, on_step=on_step)
-        return metrics(command, loaded, settings, results, measure_name)
-    config = {
-        "command": command,
-        "longrope": __version__,
-        "model": describe_model(loaded),
-        "settings": settings,
-        "documents": {"unseen": [one for group in chosen.values() for one in describe_windows(group)]},
-        "ignored": {"command_line": command_line()},
-    }
-    with RunFolder.open(Path(out), config) as run:
-        if run.finished:
-            logger.info("%s is finished: its measurements are in %s", out, Path(out) / METRICS)
-        else:
-            results = measure_each(
-                steps,
-                measure_one,
-                known=[Result.from_dict(record) for record in run.results()],
-                on_step=on_step,
-                on_result=lambda result: run.log_result(result.to_dict()),
-            )
-            run.save_metrics(metrics(command, loaded, settings, results, measure_name))
-            run.finish()
-        return run.metrics()
+    return measure_run(
+        f"evaluate {measure}",
+        loaded,
+        made,
+        rows,
+        settings,
+        documents=documents,
+        out=out,
+        workers=place,
+        on_step=on_step,
+    )
 
 
 def _table(loaded: LoadedModel, factors: FactorTable | str | Path | None) -> FactorTable | None:
@@ -125,12 +156,3 @@ def _table(loaded: LoadedModel, factors: FactorTable | str | Path | None) -> Fac
     table = factors if isinstance(factors, FactorTable) else read_factors(factors_file(factors))
     loaded.check(table)
     return table
-
-
-def _windows(
-    loaded: LoadedModel, documents: Sequence[Document], length: int, count: int | None, stride: int | None, seed: int
-) -> list[Window]:
-    if stride:
-        check_stride(length, stride)
-        return whole_documents(loaded, documents, length, count)
-    return windows_of(loaded, documents, length, count, seed)

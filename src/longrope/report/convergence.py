@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from longrope.report.figures import Figure, Plot, letters, make_axis, make_figure, make_trace
 from longrope.report.read import RunData
 from longrope.report.searched import counts, plural
-from longrope.report.style import DOTS, OURS_COLOUR, count_text, is_ours, look, stage_of, value_text
+from longrope.report.style import DOTS, OURS_COLOUR, count_text, is_ours, look, run_colour, stage_of, value_text
 
 _MOST_DOTS = 2000  # a page stays readable and below 6 MB
+TITLE = "Best value by token-passes"
 _RULES = ("none", "su", "yarn")
 
 
@@ -30,6 +31,39 @@ class Point:
 
 def convergence_plot(run: RunData) -> Plot | None:
     """Complete candidates by where they come from and the best so far, against token-passes."""
+    points, spent = _points(run)
+    if not points or min(point.value for point in points) == math.inf:
+        return None
+    best = np.minimum.accumulate([point.value for point in points])
+    frame = _frame(points, float(best[-1]))
+    made = _figure(run, points, best, spent, frame)
+    return Plot("convergence", TITLE, _caption(run, points, spent, frame[1]), made, log="x")
+
+
+def convergences_plot(runs: Sequence[RunData]) -> Plot | None:
+    """The best so far of each of several runs."""
+    traces, objectives = [], set()
+    for rank, run in enumerate(runs):
+        points, spent = _points(run)
+        if points and min(point.value for point in points) < math.inf:
+            best = np.minimum.accumulate([point.value for point in points])
+            line = {"color": run_colour(rank), "width": 3, "shape": "hv"}
+            traces.append(_steps(letters(run.name), points, best, spent) | {"line": line})
+            objectives.add(letters(str(run.settings.get("objective", "value"))))
+    if not traces:
+        return None
+    figure = make_figure(
+        traces,
+        xaxis=make_axis("token-passes", rangemode="tozero", nticks=6),
+        yaxis=make_axis(" or ".join(sorted(objectives)), type="log"),
+        showlegend=True,
+    )
+    caption = "The best candidate on all windows so far. Runs on other windows, models or lengths have other values."
+    return Plot("convergence", TITLE, caption, figure, log="xy")
+
+
+def _points(run: RunData) -> tuple[list[Point], float]:
+    """Candidates on all windows in order, and the token-passes spent in all."""
     costs = np.cumsum([each.tokens for each in run.evaluations])
     points: list[Point] = []
     known: set[str] = set()  # a candidate that fails on one window may fail on the next
@@ -37,12 +71,7 @@ def convergence_plot(run: RunData) -> Plot | None:
         if each.kind in ("complete", "failed") and each.candidate not in known:
             known.add(each.candidate)
             points.append(Point(float(cost), math.inf if each.value is None else each.value, each.origin))
-    if not points or min(point.value for point in points) == math.inf:
-        return None
-    best = np.minimum.accumulate([point.value for point in points])
-    frame = _frame(points, float(best[-1]))
-    made = _figure(run, points, best, float(costs[-1]), frame)
-    return Plot("convergence", "Best value by token-passes", _caption(run, points, float(costs[-1]), frame[1]), made)
+    return points, float(costs[-1]) if len(costs) else 0.0
 
 
 def _caption(run: RunData, points: Sequence[Point], spent: float, top: float) -> str:
@@ -71,16 +100,7 @@ def _frame(points: Sequence[Point], low: float) -> tuple[float, float]:
 def _figure(
     run: RunData, points: Sequence[Point], best: NDArray[np.float64], spent: float, frame: tuple[float, float]
 ) -> Figure:
-    better = [i for i in range(len(best)) if math.isfinite(best[i]) and (i == 0 or best[i] < best[i - 1])]
-    steps = {
-        "type": "scatter",
-        "mode": "lines",
-        "name": "best so far",
-        "x": [*(points[i].cost for i in better), spent],
-        "y": [*best[better].tolist(), float(best[-1])],
-        "hovertemplate": "%{y:.4f} at %{x:.4s}",
-        "line": {"color": OURS_COLOUR, "width": 3, "shape": "hv"},
-    }
+    steps = _steps("best so far", points, best, spent)
     rule = run.settings.get("attention_factor")
     seeds = _seed_lines(points, rule, (points[0].cost, spent), frame)
     one = "" if run.evaluation_tokens is None else f", {count_text(run.evaluation_tokens)} an evaluation"
@@ -88,6 +108,19 @@ def _figure(
     objective = letters(str(run.settings.get("objective", "value")))
     vertical = make_axis(objective, range=list(frame))
     return make_figure([*_dots(points), *seeds, steps], xaxis=horizontal, yaxis=vertical)
+
+
+def _steps(name: str, points: Sequence[Point], best: NDArray[np.float64], spent: float) -> dict[str, Any]:
+    better = [i for i in range(len(best)) if math.isfinite(best[i]) and (i == 0 or best[i] < best[i - 1])]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": [*(points[i].cost for i in better), spent],
+        "y": [*best[better].tolist(), float(best[-1])],
+        "hovertemplate": "%{y:.4f} at %{x:.4s}",
+        "line": {"color": OURS_COLOUR, "width": 3, "shape": "hv"},
+    }
 
 
 def _dots(points: Sequence[Point]) -> list[dict[str, Any]]:

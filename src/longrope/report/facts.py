@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from longrope.report.read import Result, RunData
+from longrope.lengths import format_length
+from longrope.report.read import RunData
+from longrope.report.results import MEASURES, Result
 from longrope.report.searched import counts, evaluations_text, number_text
 from longrope.report.style import (
     Look,
@@ -20,6 +22,14 @@ from longrope.report.style import (
     percent_text,
     value_text,
 )
+
+# What a measure must be told beside the model, its factors and lengths.
+_FURTHER = {
+    "perplexity": ["--documents", "D"],
+    "needle": ["--documents", "D"],
+    "harness": ["--tasks", "A,B"],
+    "nonuniformity": ["--documents", "D"],
+}
 
 
 @dataclass(frozen=True)
@@ -201,10 +211,29 @@ def seen_rows(run: RunData) -> list[Row]:
 
 
 def measured_on(run: RunData) -> str:
-    """Which windows the results come from."""
+    """Which windows the results come from, as a sentence; nothing of measures that make their own prompts."""
+    if run.measure not in ("perplexity", "nonuniformity"):
+        return ""
     if any(result.seen for result in run.results):
-        return "the windows that the search itself used"
-    return "windows that the search did not see" if run.documents.get("search") else "the windows listed below"
+        return "Measured on the windows that the search itself used."
+    of = "windows that the search did not see" if run.documents.get("search") else "the windows listed below"
+    return f"Measured on {of}."
+
+
+def not_measured(runs: Sequence[RunData]) -> dict[str, str]:
+    """The measures that no run has, each with the command that makes it."""
+    run = next((run for run in runs if run.table), runs[0])
+    lengths = sorted({*run.lengths, *([run.target_length] if run.target_length else [])})
+    there = {measure for each in runs for measure in each.measures}
+    made = {}
+    for measure in MEASURES:
+        if measure not in there:
+            words = ["longrope", "evaluate", measure, str(run.model.get("name", "MODEL"))]
+            words += ["--factors", run.path] if run.table else []
+            words += ["--lengths", ",".join(format_length(length) for length in lengths) or "N"]
+            words += _FURTHER.get(measure, [])
+            made[measure] = shlex.join([*words, "--out", f"{run.path}-{measure}"])
+    return made
 
 
 def missing(run: RunData) -> list[str]:

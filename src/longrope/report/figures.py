@@ -6,23 +6,28 @@ plotly reads some HTML in its texts, so every name that comes from a file is esc
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longrope.report.style import Look
+from longrope.report.style import GREY, Look
 
 Figure = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its place on the page and what to read in it."""
+    """A figure with its place on the page and what to read in it.
+
+    log: the axes, of x and y, that readers may turn from logarithmic to linear and back.
+    """
 
     name: str
     title: str
     caption: str
     figure: Figure
+    log: str = ""
 
 
 def letters(name: str) -> str:
@@ -66,3 +71,52 @@ def make_trace(x: Sequence[float], y: Sequence[float | None], style: Look, **mor
         "marker": {"color": style.colour, "symbol": style.symbol, "size": 9 if style.ours else 7},
         **more,
     }
+
+
+def make_heat_map(
+    columns: Sequence[str], rows: Sequence[str], cells: Mapping[tuple[str, str], tuple[float, str, str]], **axes: str
+) -> Figure:
+    """Shares by column and row, the first row on top; a cell is its share of 0 to 1, its text and its hover text.
+
+    axes: the titles `x` and `y`. A cell that is not there stays empty.
+    """
+    found = [[cells.get((column, row)) for column in columns] for row in rows]
+    trace = {
+        "type": "heatmap",
+        "x": [letters(column) for column in columns],
+        "y": [letters(row) for row in rows],
+        "z": [[cell[0] if cell else None for cell in line] for line in found],
+        "text": [[cell[1] if cell else "" for cell in line] for line in found],
+        "customdata": [[letters(cell[2]) if cell else "" for cell in line] for line in found],
+        "texttemplate": "%{text}",
+        "hovertemplate": "%{customdata}<extra></extra>",
+        "colorscale": "Cividis",  # the same to the colour-blind, from dark for 0 to bright for 1
+        "zmin": 0,
+        "zmax": 1,
+        "showscale": False,
+        "xgap": 2,
+        "ygap": 2,
+    }
+    plain = {"type": "category", "showgrid": False, "ticks": ""}
+    return make_figure(
+        [trace],
+        height=min(130 + 26 * len(rows), 520),
+        xaxis=make_axis(axes["x"], **plain),
+        yaxis=make_axis(axes["y"], autorange="reversed", **plain),
+    )
+
+
+def make_mark(x: float, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A dotted vertical line with words beside its top. On a log axis a shape takes x itself, a note its logarithm."""
+    line = {"color": GREY, "width": 1, "dash": "dot"}
+    shape = {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "below"}
+    note = {"x": x, "y": 1, "yref": "paper", "text": text, "showarrow": False, "xanchor": "left", "yanchor": "top"}
+    return shape, note | {"xshift": 4, "font": {"size": 11, "color": GREY}}
+
+
+def make_level(y: float, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A dotted level line with words above its left end, on a log axis."""
+    line = {"color": GREY, "width": 1, "dash": "dot"}
+    shape = {"type": "line", "y0": y, "y1": y, "x0": 0, "x1": 1, "xref": "paper", "line": line, "layer": "below"}
+    note = {"x": 0, "xref": "paper", "y": math.log10(y), "text": text, "showarrow": False}
+    return shape, note | {"xanchor": "left", "yanchor": "bottom", "font": {"size": 11, "color": GREY}}

@@ -2,6 +2,7 @@
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const places = [...document.querySelectorAll("[data-figure]")];
+  const root = document.documentElement;
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const themes = {
     light: { ink: "#1c1e21", line: "#dedfdc", panel: "#ffffff" },
@@ -17,16 +18,59 @@
     "hoverlabel.bgcolor": theme.panel,
     "hoverlabel.font.color": theme.ink,
   });
-  const screen = () => colours(dark.matches ? themes.dark : themes.light);
-  const repaint = (change) => places.forEach((place) => Plotly.relayout(place, change));
+  const themeName = () => root.dataset.theme || (dark.matches ? "dark" : "light");
+  const screen = () => colours(themes[themeName()]);
+  const first = (place) => figures[place.dataset.figure].layout;
+  const repaint = (change) => places.forEach((place) => Plotly.relayout(place, change(place)));
 
   for (const place of places) {
-    const { data, layout } = figures[place.dataset.figure];
+    const { data, layout } = structuredClone(figures[place.dataset.figure]);
     Plotly.newPlot(place, data, layout, { displayModeBar: false, responsive: true });
   }
-  repaint(screen());
-  dark.addEventListener("change", () => repaint(screen()));
+  repaint(screen);
+
+  const theme = document.getElementById("theme");
+  const nameTheme = () => (theme.textContent = themeName() === "dark" ? "light" : "dark");
+  theme.addEventListener("click", () => {
+    root.dataset.theme = themeName() === "dark" ? "light" : "dark";
+    nameTheme();
+    repaint(screen);
+  });
+  dark.addEventListener("change", () => {
+    nameTheme();
+    repaint(screen);
+  });
+  nameTheme();
+  theme.hidden = false;
+
+  // A shape stands at its value on any axis, a note on a logarithmic one at the logarithm.
+  const switchAxis = (place, axis) => {
+    const name = `${axis}axis`;
+    const log = place.layout[name].type !== "log";
+    const ours = first(place)[name];
+    const own = (ours.type === "log") === log;
+    const notes = (place.layout.annotations || []).map((note) =>
+      note[`${axis}ref`] ? note : { ...note, [axis]: log ? Math.log10(note[axis]) : 10 ** note[axis] },
+    );
+    Plotly.relayout(place, {
+      [`${name}.type`]: log ? "log" : "linear",
+      [`${name}.autorange`]: true,
+      [`${name}.tickmode`]: (own && ours.tickmode) || null,
+      [`${name}.dtick`]: (own && ours.dtick) || null,
+      annotations: notes,
+    });
+    return log;
+  };
+  for (const button of document.querySelectorAll("[data-axis]")) {
+    const place = button.closest("figure").querySelector("[data-figure]");
+    button.setAttribute("aria-pressed", first(place)[`${button.dataset.axis}axis`].type === "log");
+    button.addEventListener("click", () => button.setAttribute("aria-pressed", switchAxis(place, button.dataset.axis)));
+    button.hidden = false;
+  }
+
   // Paper is white and narrower than a screen, whatever the screen.
-  addEventListener("beforeprint", () => repaint({ ...colours(themes.light), width: 680, height: 330 }));
-  addEventListener("afterprint", () => repaint({ ...screen(), width: null, height: 400, autosize: true }));
+  const paper = (place) => ({ ...colours(themes.light), width: 680, height: Math.min(first(place).height, 330) });
+  const back = (place) => ({ ...screen(), width: null, height: first(place).height, autosize: true });
+  addEventListener("beforeprint", () => repaint(paper));
+  addEventListener("afterprint", () => repaint(back));
 })();

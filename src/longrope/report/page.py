@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -10,45 +11,58 @@ from markupsafe import Markup
 
 from longrope import __version__
 from longrope.report import facts
-from longrope.report.plots import plots
+from longrope.report.plots import measure_sections, search_plots
 from longrope.report.read import RunData
 from longrope.report.searched import search_facts
-from longrope.report.style import length_text, lower_is_better
+from longrope.report.style import length_text, run_colour
 
 
-def page(run: RunData) -> str:
-    """The whole HTML page of a run."""
+def page(runs: Sequence[RunData]) -> str:
+    """The whole HTML page of a run, or of several side by side."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    return environment.from_string(_resource("page.html")).render(**_content(run))
+    return environment.from_string(_resource("page.html")).render(**_content(runs))
 
 
-def _content(run: RunData) -> dict[str, Any]:
-    made = plots(run)
+def _content(runs: Sequence[RunData]) -> dict[str, Any]:
+    sections, searched = measure_sections(runs), search_plots(runs)
+    made = [*(plot for section in sections for plot in section.plots), *searched]
+    alone = len(runs) == 1
     return {
-        "run": run,
-        "headline": facts.headline(run),
-        "model": facts.model_name(run),
-        "cards": facts.cards(run),
-        "missing": facts.missing(run),
-        "rows": facts.table_rows(run),
-        "seen_rows": facts.seen_rows(run),
-        "measured_on": facts.measured_on(run),
-        "lengths": [length_text(length) for length in run.lengths],
-        "seen_lengths": [length_text(length) for length in sorted({result.length for result in run.seen})],
-        "lower": lower_is_better(run.measure),
-        "factor_rows": [(row, length_text(row.up_to)) for row in run.table.rows] if run.table else [],
-        "search_facts": search_facts(run),
-        "settings": facts.settings(run),
-        "command_line": facts.command_line(run),
-        "plots": {plot.name: plot for plot in made},
+        "runs": [_asked(run, rank) for rank, run in enumerate(runs)],
+        "headline": facts.headline(runs[0]) if alone else f"{len(runs)} runs side by side",
+        "finished": all(run.finished for run in runs),
+        "cards": facts.cards(runs[0]) if alone else [],
+        "missing": facts.missing(runs[0]) if alone else [],
+        "sections": sections,
+        "not_measured": facts.not_measured(runs),
+        "factor_tables": [
+            ("" if alone else run.name, [(row, length_text(row.up_to)) for row in run.table.rows])
+            for run in runs
+            if run.table
+        ],
+        "factor_plots": [plot for plot in searched if plot.name != "convergence"],
+        "convergence": [plot for plot in searched if plot.name == "convergence"],
         "figures": {plot.name: plot.figure for plot in made},
         "version": __version__,
         "style": Markup(_resource("page.css")),
         "script": Markup(_resource("page.js")),
         "plotly": Markup(_plotly()) if made else None,
+    }
+
+
+def _asked(run: RunData, rank: int) -> dict[str, Any]:
+    """What the page says of each run."""
+    return {
+        "run": run,
+        "colour": run_colour(rank),
+        "headline": facts.headline(run),
+        "model": facts.model_name(run),
+        "search_facts": search_facts(run),
+        "settings": facts.settings(run),
+        "command_line": facts.command_line(run),
     }
 
 

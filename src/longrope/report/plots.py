@@ -1,165 +1,82 @@
-"""The plots of results and factors; that of the search is in `convergence`."""
+"""What the page shows of figures, in order: a section a measure, the factors, the convergence; and all its plots."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
+from longrope.report.by_length import gap_plot, results_plot
+from longrope.report.convergence import convergence_plot, convergences_plot
+from longrope.report.depths import depth_plots, position_plot, task_plots
+from longrope.report.facts import measured_on
+from longrope.report.figures import Plot
+from longrope.report.merge import merge
+from longrope.report.nonuniform import nonuniformity_plots, nonuniformity_tables
+from longrope.report.pairs import factors_plot, wavelengths_plot
+from longrope.report.read import RunData
+from longrope.report.style import lower_is_better, slug, title_of
+from longrope.report.tables import Table, length_tables
+from longrope.report.tasks import harness_plot, harness_table, ruler_table
 
-from longrope.baselines import baseline, critical_dimension
-from longrope.factors import FactorTable
-from longrope.report.convergence import convergence_plot
-from longrope.report.facts import measured_on, methods_of, verdict
-from longrope.report.figures import Plot, letters, make_axis, make_figure, make_trace
-from longrope.report.read import RunData, shape_of
-from longrope.report.style import GREY, OURS_COLOUR, Look, length_text, look, lower_is_better, value_text
+__all__ = ["Section", "measure_sections", "plots", "plots_of", "search_plots"]
 
-_WIDEST_GAP = 25.0  # percent: beyond it a method is simply far off
-_BESIDE = ("pi", "ntk", "yarn")
+
+@dataclass(frozen=True)
+class Section:
+    """One measure on the page."""
+
+    title: str
+    tables: tuple[Table, ...]
+    plots: tuple[Plot, ...]
 
 
 def plots(run: RunData) -> list[Plot]:
-    """All plots that the run has the data for."""
-    made = [_results_plot(run), _gap_plot(run), _factors_plot(run.table), convergence_plot(run)]
-    return [plot for plot in made if plot]
+    """All plots that a run has the data for."""
+    return plots_of([run])
 
 
-def _mark(x: float, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A dotted vertical line with words beside its top. On a log axis a shape takes x itself, a note its logarithm."""
-    line = {"color": GREY, "width": 1, "dash": "dot"}
-    shape = {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "below"}
-    note = {"x": x, "y": 1, "yref": "paper", "text": text, "showarrow": False, "xanchor": "left", "yanchor": "top"}
-    return shape, note | {"xshift": 4, "font": {"size": 11, "color": GREY}}
+def plots_of(runs: Sequence[RunData]) -> list[Plot]:
+    """All plots of one run or of several side by side."""
+    return [*(plot for section in measure_sections(runs) for plot in section.plots), *search_plots(runs)]
 
 
-def _length_marks(run: RunData) -> dict[str, Any]:
-    """Where the trained window ends and where the wanted one does."""
-    inside = (min(run.lengths), max(run.lengths))
-    wanted = [(run.original_length, "original"), (run.target_length, "target")]
-    marks = [_mark(at, text) for at, text in wanted if at is not None and inside[0] < at < inside[1]]
-    notes = [note | {"x": math.log10(note["x"])} for _, note in marks]
-    return {"shapes": [shape for shape, _ in marks], "annotations": notes}
+def measure_sections(runs: Sequence[RunData]) -> list[Section]:
+    """A section of each measure that any of the runs has, the first run's first measure first."""
+    merged = merge(runs)
+    return [_section(merged.of(measure), first=not index) for index, measure in enumerate(merged.measures)]
 
 
-def _length_axis(lengths: Sequence[int]) -> dict[str, Any]:
-    texts = [length_text(length) for length in lengths]
-    return make_axis("length in tokens", type="log", tickmode="array", tickvals=list(lengths), ticktext=texts)
+def search_plots(runs: Sequence[RunData]) -> list[Plot]:
+    """Factors, wavelengths and convergence of one run or of several."""
+    searched = convergence_plot(runs[0]) if len(runs) == 1 else convergences_plot(runs)
+    return [plot for plot in (factors_plot(runs), wavelengths_plot(runs), searched) if plot]
 
 
-def _results_plot(run: RunData) -> Plot | None:
-    if not run.results:
-        return None
-    traces = [_result_trace(run, method) for method in reversed(methods_of(run))]
-    positive = [result.value for result in run.results if result.value is not None and result.value > 0]
-    vertical: dict[str, Any] = {}
-    if lower_is_better(run.measure) and positive:
-        ticks = log_ticks(min(positive), max(positive))
-        texts = [f"{tick:g}" for tick in ticks]
-        vertical = {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": texts}
-    figure = make_figure(
-        traces,
-        xaxis=_length_axis(run.lengths),
-        yaxis=make_axis(letters(run.measure), **vertical),
-        legend_traceorder="reversed",
-        **_length_marks(run),
-    )
-    better = "lower" if lower_is_better(run.measure) else "higher"
-    title = f"{run.measure.capitalize()} by length"
-    caption = f"Measured on {measured_on(run)}; {better} is better. A missing point is not finite."
-    return Plot("results", title, caption, figure)
+def _section(run: RunData, *, first: bool) -> Section:
+    better = "Lower" if lower_is_better(run.measure) else "Higher"
+    note = f"{better} is better; the best of each length is bold; — is not finite. {measured_on(run)}".rstrip()
+    tables, made = length_tables(run, note), [*_by_length(run, first=first)]
+    if run.measure == "perplexity":
+        made += [position_plot(run)]
+    elif run.measure in ("passkey", "needle"):
+        made += depth_plots(run)
+    elif run.measure == "ruler":
+        tables += [table for table in (ruler_table(run),) if table]
+        made += task_plots(run)
+    elif run.measure == "harness" and (by_task := harness_table(run)):
+        # The mean over tasks by length says little; each task beside the unscaled model says what extension costs.
+        tables, made = [by_task], [harness_plot(run)]
+    elif run.measure == "nonuniformity":
+        tables += nonuniformity_tables(run)
+        made += nonuniformity_plots(run)
+    return Section(title_of(run.measure), tuple(tables), tuple(plot for plot in made if plot))
 
 
-def _result_trace(run: RunData, method: str) -> dict[str, Any]:
-    results = [run.result(method, length) for length in run.lengths]
-    found = [result for result in results if result]
-    trace = make_trace([r.length for r in found], [r.value for r in found], look(method, methods_of(run)))
-    trace["text"] = [value_text(result.value) for result in found]
-    trace["hovertemplate"] = "%{text} at %{x:,} tokens"
-    if any(result.ci for result in found):
-        ends = [(r.value, *r.ci) if r.ci and r.value is not None else (0.0, 0.0, 0.0) for r in found]
-        above, below = [high - value for value, _, high in ends], [value - low for value, low, _ in ends]
-        trace["error_y"] = {"symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 3}
-    return trace
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers for a log axis from `low` to `high`: sparse over decades, dense within one."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ([1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8], np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
-        ticks = [float(f"{digit * 10.0**decade:.3g}") for decade in decades for digit in digits]
-        inside = [tick for tick in ticks if low * 0.98 <= tick <= high * 1.02]
-        if len(inside) >= 5:
-            break
-    return inside[:: math.ceil(len(inside) / 9)] if inside else [low]
-
-
-def _gap_plot(run: RunData) -> Plot | None:
-    """Every method relative to the best baseline at the length of the verdict, which squeezes nothing."""
-    found = verdict(run)
-    if not found or not found.baseline or len(run.lengths) == 1:
-        return None
-    reference = {length: run.result(found.baseline.method, length) for length in run.lengths}
-    against = [(length, result.value) for length, result in reference.items() if result and result.value]
-    traces = [_gap_trace(run, method, against) for method in reversed(methods_of(run))]
-    gaps = [gap for trace in traces for gap in trace["y"] if gap is not None and abs(gap) <= _WIDEST_GAP]
-    margin = 0.1 * (max(gaps) - min(gaps)) or 1.0
-    label = look(found.baseline.method).label
-    title = letters(f"difference from {label} in %")
-    vertical = make_axis(title, range=[min(gaps) - margin, max(gaps) + margin], ticksuffix="%")
-    lengths = [length for length, _ in against]
-    figure = make_figure(
-        traces, xaxis=_length_axis(lengths), yaxis=vertical, legend_traceorder="reversed", **_length_marks(run)
-    )
-    better = "below" if lower_is_better(run.measure) else "above"
-    caption = (
-        f"{better.capitalize()} zero is better than {label}. More than {_WIDEST_GAP:.0f}% off is outside the plot."
-    )
-    return Plot("gap", f"Against {label}", caption, figure)
-
-
-def _gap_trace(run: RunData, method: str, against: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    results = [run.result(method, length) for length, _ in against]
-    gaps = [
-        100 * (result.value / value - 1) if result and result.value is not None else None
-        for result, (_, value) in zip(results, against, strict=True)
-    ]
-    trace = make_trace([length for length, _ in against], gaps, look(method, methods_of(run)))
-    return trace | {"hovertemplate": "%{y:+.1f}% at %{x:,} tokens"}
-
-
-def _factors_plot(table: FactorTable | None) -> Plot | None:
-    if table is None:
-        return None
-    shape, row = shape_of(table), table.rows[-1]
-    pairs, hover = list(range(shape.pairs)), "pair %{x}: %{y:.3f}"
-    searched = Look("this run", ours=True, colour=OURS_COLOUR, dash="solid", symbol="circle", width=3)
-    lines = [(look(name), list(baseline(name, shape, row.up_to).rescale)) for name in _BESIDE]
-    lines.append((searched, list(row.rescale)))
-    traces = [make_trace(pairs, values, style, hovertemplate=hover) for style, values in lines]
-    for trace, (style, _) in zip(traces, lines, strict=True):
-        trace["mode"] = "lines+markers" if style.ours else "lines"
-        trace["marker"]["size"] = 5
-    largest = max(value for _, values in lines for value in values)
-    critical = critical_dimension(shape)
-    shown = [_mark(critical, f"critical dimension {critical:.1f}")] if 0 <= critical <= shape.pairs - 1 else []
-    figure = make_figure(
-        traces,
-        xaxis=make_axis("pair i (fast pairs left)"),
-        yaxis=make_axis("rescale factor λ", type="log", **_ratio_ticks(largest)),
-        legend_traceorder="reversed",
-        shapes=[line for line, _ in shown],
-        annotations=[note | {"y": 0.04, "yanchor": "bottom"} for _, note in shown],
-    )
-    caption = (
-        f"What divides the frequency of each pair, for up to {length_text(row.up_to)} tokens. Beyond the theoretical "
-        "critical dimension one turn is longer than the original window."
-    )
-    return Plot("factors", "Rescale factors by pair", caption, figure)
-
-
-def _ratio_ticks(largest: float) -> dict[str, Any]:
-    step = max(1, math.ceil(math.log2(max(largest, 2.0)) / 8))
-    ticks = [2**power for power in range(0, math.ceil(math.log2(max(largest, 2.0))) + 1, step)]
-    return {"tickmode": "array", "tickvals": ticks, "ticktext": [str(tick) for tick in ticks]}
+def _by_length(run: RunData, *, first: bool) -> list[Plot | None]:
+    """The first measure has its plots in any case; others where there is more than one length."""
+    if first:
+        return [results_plot(run), gap_plot(run)]
+    if len(run.lengths) == 1:
+        return []
+    name = slug(run.measure)
+    return [results_plot(run, f"{name}-results"), gap_plot(run, f"{name}-gap") if run.measure == "perplexity" else None]

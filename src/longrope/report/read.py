@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,25 +11,8 @@ from longrope.baselines import RopeShape
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.files import read_json, read_lines
+from longrope.report.results import RUN_SEPARATOR, Result, check, metrics_files, number, read_mapping, read_metrics
 from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, METRICS
-
-_INTERVAL = 2  # an interval is its two ends
-
-
-@dataclass(frozen=True)
-class Result:
-    """The value of one method at one length; None when it is not finite. tokens: how many were measured.
-
-    seen: measured on the windows of the search itself rather than on held-out ones.
-    """
-
-    method: str
-    length: int
-    value: float | None
-    tokens: int | None
-    ci: tuple[float, float] | None
-    seen: bool
-
 
 Kind = Literal["complete", "failed", "partial", "gradient", "unrounded"]
 
@@ -66,7 +48,8 @@ class Document:
 class RunData:
     """What a run folder holds; empty or None where a file is not there.
 
-    results: on held-out windows where there are some, else on all. seen: beside those, on the windows of the search.
+    results: of the first measure, on held-out windows where there are some, else on all. seen: beside those, on the
+    windows of the search. measures: all results by measure. path: as it was given.
     """
 
     name: str
@@ -80,6 +63,15 @@ class RunData:
     table: FactorTable | None
     evaluations: tuple[Evaluation, ...]
     finished: bool
+    measures: Mapping[str, tuple[Result, ...]] = field(default_factory=dict)
+    path: str = "RUN"
+
+    def of(self, measure: str) -> RunData:
+        """The same run with the results of another of its measures."""
+        results = self.measures.get(measure, ())
+        unseen = tuple(result for result in results if not result.seen)
+        seen = tuple(result for result in results if result.seen) if unseen else ()
+        return replace(self, measure=measure, results=unseen or results, seen=seen)
 
     @property
     def original_length(self) -> int | None:
@@ -116,59 +108,48 @@ class RunData:
 def read_run(run: Path) -> RunData:
     """Read a run folder. Raises UserError for a folder that is no run and for a corrupt file, naming it."""
     files = (CONFIG, METRICS, FACTORS, EVALUATIONS)
-    if not any((run / name).is_file() for name in files):
+    if not any((run / name).is_file() for name in files) and not metrics_files(run):
         got = f"{run}, which has none of {', '.join(files)}" if run.is_dir() else f"{run}, which is no folder"
         raise UserError("run", got=got, rule="a run is a folder that a command wrote", do="give the --out of a command")
-    config, metrics = _object(run / CONFIG), _object(run / METRICS)
+    config = read_mapping(run / CONFIG)
+    metrics, measures = read_metrics(run)
     if "command" not in config and (run / CONFIG).exists():  # a checkpoint has a config.json too
         got = f"{run}, whose {CONFIG} names no command"
         raise UserError("run", got=got, rule="a run is a folder that a command wrote", do="give the --out of a command")
     model = config.get("model", metrics.get("model", {}))
     if isinstance(model, str):
         model = {"name": model}
-    _check(isinstance(model, Mapping), run / CONFIG, "model is an object or a name")
+    check(isinstance(model, Mapping), run / CONFIG, "model is an object or a name")
     settings = config.get("settings", metrics.get("settings", {}))
-    _check(isinstance(settings, Mapping), run / CONFIG, "settings is an object")
-    results = _results(metrics.get("results", []), run / METRICS)
-    unseen = tuple(result for result in results if not result.seen)
-    return RunData(
-        name=run.resolve().name,
+    check(isinstance(settings, Mapping), run / CONFIG, "settings is an object")
+    data = RunData(
+        name=run.resolve().name.replace(RUN_SEPARATOR, " "),
         config=config,
         model=model,
         settings=settings,
         documents=_documents(config.get("documents", {}), run / CONFIG),
-        measure=str(metrics.get("measure", "perplexity")),
-        results=unseen or results,
-        seen=tuple(result for result in results if result.seen) if unseen else (),
+        measure="",
+        results=(),
+        seen=(),
         table=_table(run / FACTORS),
         evaluations=tuple(
             _evaluation(record, line, run / EVALUATIONS)
             for line, record in enumerate(read_lines(run / EVALUATIONS), start=1)
         ),
         # The page of a demo is part of the demo, so it is made before DONE; by then everything is measured.
-        finished=(run / DONE).exists() or bool(results),
+        finished=(run / DONE).exists() or bool(measures),
+        measures=measures,
+        path=str(run),
     )
-
-
-def _object(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
-        return {}
-    data = read_json(path, "file of the run")
-    _check(isinstance(data, Mapping), path, "it is a JSON object")
-    return cast(Mapping[str, Any], data)
-
-
-def _check(good: bool, path: Path, rule: str) -> None:
-    if not good:
-        raise UserError("file of the run", got=f"{path}, not as expected", rule=rule, do="restore it or run again")
+    return data.of(next(iter(measures), str(metrics.get("measure", "perplexity"))))
 
 
 def _documents(data: object, path: Path) -> dict[str, tuple[Document, ...]]:
     rule = "documents are lists of objects"
-    _check(isinstance(data, Mapping), path, rule)
+    check(isinstance(data, Mapping), path, rule)
     documents = {}
     for use, entries in cast(Mapping[str, Any], data).items():
-        _check(isinstance(entries, list) and all(isinstance(entry, Mapping) for entry in entries), path, rule)
+        check(isinstance(entries, list) and all(isinstance(entry, Mapping) for entry in entries), path, rule)
         documents[use] = tuple(_document(entry) for entry in entries)
     return documents
 
@@ -180,46 +161,13 @@ def _document(entry: Mapping[str, Any]) -> Document:
     )
 
 
-def _results(data: object, path: Path) -> tuple[Result, ...]:
-    _check(isinstance(data, list) and all(isinstance(item, Mapping) for item in data), path, "results is a list")
-    return tuple(_result(item, path) for item in cast(list[Mapping[str, Any]], data))
-
-
-def _result(item: Mapping[str, Any], path: Path) -> Result:
-    method, length, ci = item.get("method"), item.get("length"), item.get("ci")
-    _check(isinstance(method, str), path, "a method is a name")
-    _check(type(length) is int and length > 0, path, "a length is a positive whole number")
-    tokens = _number(item.get("tokens"), path, "tokens")
-    _check(ci is None or (isinstance(ci, list) and len(ci) == _INTERVAL), path, "ci is null or two numbers")
-    ends = [_number(end, path, "ci") for end in ci or []]
-    low, high = ends if ends else (None, None)
-    return Result(
-        method=cast(str, method),
-        length=cast(int, length),
-        value=_number(item.get("value"), path, "value"),
-        tokens=None if tokens is None else int(tokens),
-        ci=None if low is None or high is None else (low, high),
-        seen=item.get("windows") == "search",
-    )
-
-
-def _number(value: object, path: Path, name: str) -> float | None:
-    """A finite number, or None for null and for what is not finite."""
-    _check(value is None or (isinstance(value, int | float) and not isinstance(value, bool)), path, f"{name}: a number")
-    try:
-        number = math.nan if value is None else float(cast(float, value))
-    except OverflowError:  # a whole number with more digits than a float holds
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _evaluation(record: Mapping[str, Any], line: int, path: Path) -> Evaluation:
     """A line of evaluations.jsonl; those of the first longrope have neither windows nor losses, and are all whole."""
     factors = [record.get(name) for name in ("rescale", "start_tokens", "attention_factor")]
-    value = _number(record.get("value"), path, "value")
+    value = number(record.get("value"), path, "value")
     origin = str(record.get("origin", ""))
     losses = record.get("losses")
-    _check(losses is None or isinstance(losses, list), path, "losses is a list")
+    check(losses is None or isinstance(losses, list), path, "losses is a list")
     kind: Kind = "failed"
     if record.get("gradient") is not None:
         kind = "gradient"
@@ -234,9 +182,9 @@ def _evaluation(record: Mapping[str, Any], line: int, path: Path) -> Evaluation:
         kind=kind,
         candidate=f"line {line}" if factors[0] is None else str(factors),
         value=value,
-        tokens=_number(record.get("tokens"), path, "tokens") or 0.0,
-        seconds=_number(record.get("seconds"), path, "seconds") or 0.0,
-        recomputed=_number(record.get("recomputed"), path, "recomputed") or 0.0,
+        tokens=number(record.get("tokens"), path, "tokens") or 0.0,
+        seconds=number(record.get("seconds"), path, "seconds") or 0.0,
+        recomputed=number(record.get("recomputed"), path, "recomputed") or 0.0,
     )
 
 

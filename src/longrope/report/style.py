@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longrope.baselines import METHODS
 from longrope.lengths import format_length
+from longrope.report.results import RUN_SEPARATOR
 
 UNSCALED = "none"
 _LABELS = {
@@ -47,6 +49,8 @@ DOTS = {
 }
 _STAGES = {"mutation": "mutations", "crossover": "crossovers", "start tokens": "start tokens", "polish": "polish"}
 _OURS_DASHES = ("solid", "dash", "dot", "dashdot")
+# Of several runs each has a colour for what is its own, the first that of a single run.
+_RUN_COLOURS = (OURS_COLOUR, _PURPLE, "#1F86C7", "#009E73", "#CC79A7", "#B8860B")
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,20 @@ class Look:
     width: float
 
 
+def of_run(rank: int, run: str, method: str) -> str:
+    """A method of one of several runs, which `look` tells apart; rank: the run's place among them."""
+    return RUN_SEPARATOR.join((str(rank), run, method))
+
+
+def parts_of(method: str) -> tuple[str, str]:
+    """The run of a method, empty where only one is shown, and the method."""
+    parts = method.split(RUN_SEPARATOR)
+    return ("", method) if len(parts) == 1 else (parts[1], parts[2])
+
+
 def is_ours(method: str) -> bool:
     """Whether a method is a result of this project rather than a baseline."""
-    stem, _, _ = method.partition("+")
+    stem, _, _ = parts_of(method)[1].partition("+")
     return stem not in METHODS and stem != UNSCALED
 
 
@@ -73,7 +88,25 @@ def stage_of(origin: str) -> str:
 
 
 def look(method: str, methods: Iterable[str] = ()) -> Look:
-    """The look of a method beside the others of its run."""
+    """The look of a method beside the others of its run, or of its runs where there are several."""
+    if RUN_SEPARATOR not in method:
+        return _look(method, methods)
+    run, name = parts_of(method)
+    rank = int(method.partition(RUN_SEPARATOR)[0])
+    made = _look(name, [other for its_run, other in map(parts_of, methods) if its_run == run])
+    if made.ours:
+        made = replace(made, colour=run_colour(rank))
+    else:
+        made = replace(made, dash=_OURS_DASHES[rank % len(_OURS_DASHES)])
+    return replace(made, label=f"{run}: {made.label}")
+
+
+def run_colour(rank: int) -> str:
+    """The colour of what is a run's own, of several by their order."""
+    return _RUN_COLOURS[rank % len(_RUN_COLOURS)]
+
+
+def _look(method: str, methods: Iterable[str]) -> Look:
     if is_ours(method):
         rank = [name for name in dict.fromkeys([*methods, method]) if is_ours(name)].index(method)
         dash = _OURS_DASHES[rank % len(_OURS_DASHES)]
@@ -87,7 +120,17 @@ def look(method: str, methods: Iterable[str] = ()) -> Look:
 
 def lower_is_better(measure: str) -> bool:
     """Perplexity falls when a method is better; every other measure is a share of right answers."""
-    return measure == "perplexity"
+    return measure in ("perplexity", "nonuniformity")
+
+
+def slug(name: str) -> str:
+    """A name as part of the name of a file or of an element."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-") or "measure"
+
+
+def title_of(measure: str) -> str:
+    """A measure as a heading."""
+    return "RULER" if measure == "ruler" else f"{measure[:1].upper()}{measure[1:]}"
 
 
 def length_text(length: int) -> str:

@@ -65,7 +65,7 @@ def loss_gradient(
 
 
 def _ids(window: Window) -> Tensor:
-    return torch.from_numpy(window.ids)[None]
+    return torch.from_numpy(window.ids.copy())[None]  # a worker's windows cannot be written to, which torch warns of
 
 
 def _one(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from longrope.checkpoint import LoadOptions, load_options
 from longrope.describe import describe_model, describe_options, describe_windows, metrics
 from longrope.documents import Document, read_sources
 from longrope.errors import UserError
-from longrope.evaluate.methods import Result, measure_methods
+from longrope.evaluate.methods import Result
+from longrope.evaluate.recorded import measure_methods
 from longrope.factors import FactorTable, RopeFactors, last_row
 from longrope.lengths import as_length
 from longrope.model import LoadedModel, load_model
@@ -185,7 +187,7 @@ def run_search(
     if settings.method != "evolution":
         with Evaluator(loaded, everything) as evaluator:  # before anything is paid for
             budget = replace(budget, gradient_bytes=evaluator.gradient_bytes(problem.seeds[0][1]))
-    with open_workers(workers, loaded, everything) as opened:
+    with open_workers(workers, loaded, partial(Evaluator, windows=everything)) as opened:
         loop = Loop(run, archive, opened, [len(window.ids) for window in everything], budget)
         loop.go(make_steps(problem, settings, archive), on_progress)
     if archive.best is None:
@@ -291,19 +293,11 @@ def measure_result(
     run: RunFolder, loaded: LoadedModel, table: FactorTable, target: int, windows: SearchWindows
 ) -> list[Result]:
     """The table and the baselines at the target length in perplexity, on the searched documents and on unseen ones."""
-    known = [Result.from_dict(line) for line in run.results()]
     results = []
     for name, chosen in (("search", windows.measured or windows.search), ("unseen", windows.unseen)):
         if chosen:
-            results += measure_methods(
-                loaded,
-                {target: chosen},
-                METHODS_BESIDE,
-                {"longrope": table},
-                windows_name=name,
-                known=known,
-                on_result=lambda result: run.log_result(result.to_dict()),
-            )
+            tables = {"longrope": table}
+            results += measure_methods(loaded, {target: chosen}, METHODS_BESIDE, tables, run, windows_name=name)
     return results
 
 

@@ -7,12 +7,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longrope.errors import UserError
 from longrope.runs import EVALUATIONS, RunFolder
 from longrope.search.archive import Archive
-from longrope.search.tasks import Outcome, Proposal, Runner, Steps
+from longrope.search.tasks import Outcome, Proposal, Steps, Task
+
+if TYPE_CHECKING:
+    from longrope.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ class Loop:
     """
 
     def __init__(
-        self, run: RunFolder, archive: Archive, workers: Runner, lengths: Sequence[int], budget: Budget
+        self, run: RunFolder, archive: Archive, workers: Workers[Task, Outcome], lengths: Sequence[int], budget: Budget
     ) -> None:
         self.run, self.archive, self.workers, self.budget = run, archive, workers, budget
         self.lengths = lengths

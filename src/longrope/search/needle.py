@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from longrope.documents import Document
 from longrope.errors import UserError
+from longrope.evaluate.prompts import shared_start
+from longrope.evaluate.templates import FIRST, INTRO_FROM, SECOND
+from longrope.evaluate.templates import NEEDLE as NEEDLE_PROMPT
 from longrope.windows import Window, choose_windows, spare_windows
 
 if TYPE_CHECKING:
@@ -23,13 +25,8 @@ if TYPE_CHECKING:
 Depth = Literal["start", "spread"]
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
 
-INTRO = "In the text below a magic number is given for a name. Remember both: you will be asked for it at the end.\n"
-NEEDLE = "\nFor {key} the magic number is {number}. Remember it.\n"
-QUESTION = "\nWhat is the magic number for {key}? For {key} the magic number is"
+INTRO, NEEDLE, QUESTION = NEEDLE_PROMPT.intro, NEEDLE_PROMPT.needle, NEEDLE_PROMPT.question + NEEDLE_PROMPT.lead
 DIGITS = 7
-_INTRO_FROM = 1024  # tokens; a shorter window has better use for its space
-_FIRST = "amber bold calm distant early gentle hollow idle jolly keen lonely mellow narrow patient quiet rusty".split()
-_SECOND = "anchor bridge candle dolphin engine forest garden hammer island jacket kettle ladder mirror needle".split()
 
 
 @dataclass(frozen=True)
@@ -108,20 +105,15 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: 
 
     rng = np.random.default_rng(seed)
     head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    head += ids(INTRO) if length >= _INTRO_FROM else []
+    head += ids(INTRO) if length >= INTRO_FROM else []
     prompts = []
     for _ in range(count):
-        key = f"{_FIRST[rng.integers(len(_FIRST))]}-{_SECOND[rng.integers(len(_SECOND))]}"
+        key = f"{FIRST[rng.integers(len(FIRST))]}-{SECOND[rng.integers(len(SECOND))]}"
         number = int(rng.integers(10 ** (digits - 1), 10**digits))
         asked = QUESTION.format(key=key)
         whole = ids(f"{asked} {number}")
         # The space is scored only where it is one token with the number, or the tokenizer joins even more than that.
-        known = max(_shared(ids(text), whole) for text in (asked, f"{asked} "))
+        known = max(shared_start(ids(text), whole) for text in (asked, f"{asked} "))
         prompts.append(_Pieces(head, ids(NEEDLE.format(key=key, number=number)), whole[:known], whole[known:]))
         assert prompts[-1].answer, "a text with a number has more tokens than without it"
     return prompts
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

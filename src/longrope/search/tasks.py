@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from longrope.factors import RopeFactors
 
@@ -103,14 +103,3 @@ class Proposal:
 # sent their outcomes in the order of the tasks. Sent the same outcomes it asks for the same tasks, so that a search is
 # resumed by being told again what it was told.
 Steps = Generator[Sequence[Proposal], Sequence[Outcome], Result]
-
-
-class Runner(Protocol):
-    """Who does tasks. count: how many can go on at once."""
-
-    @property
-    def count(self) -> int: ...  # noqa: D102
-
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Outcome]]:
-        """Do tasks in any order: (index into tasks, outcome) as each ends."""
-        ...

@@ -1,0 +1,208 @@
+"""lm-evaluation-harness as a library, on a model with its factors: short prompts get short factors."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+import importlib
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from longrope.errors import UserError
+from longrope.factors import FactorTable
+from longrope.model import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+_NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
+
+
+def harness(
+    loaded: LoadedModel,
+    table: FactorTable | None,
+    tasks: Sequence[str],
+    *,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | None = None,
+    include_path: str | Path | None = None,
+    seed: int | None = None,
+    chat: bool = False,
+    unsafe_code: bool = False,
+    answers: Path | None = None,
+) -> dict[str, Any]:
+    """Results of lm-eval's tasks, groups, tags or patterns (`mmlu_*`), each request under the row its length asks for.
+
+    table: None is the checkpoint as it is. Prompts longer than its last row are cut from the left, as lm-eval does
+    beyond a model's length; the result counts them. limit: first examples of each task, below 1 a share of them.
+    num_fewshot: None is each task's own. batch_size: None is by length and memory. include_path: a folder of tasks
+    as YAML files, beside the catalogue. seed: of few-shot examples and sampling, for Python's, numpy's and torch's
+    global generators too; None are lm-eval's defaults, which published figures have. chat: prompts go through the
+    tokenizer's chat template. unsafe_code: run tasks that execute what the model writes. answers: a file in which every
+    answer is kept and found again by a later call with the same model, factors and settings.
+
+    Returns {"tasks": {task: {metric: value, metric_stderr: value}}, ...}; a metric of a filter other than lm-eval's
+    default is named `metric,filter`. "requests" says how many of each task were cut, and how many used which row.
+    Raises UserError for what does not exist or cannot be read, and when lm-eval is not installed.
+    """
+    _check_numbers(limit, num_fewshot, batch_size)
+    if chat and loaded.tokenizer.chat_template is None:
+        rule = "its tokenizer has a chat template"
+        raise UserError("--chat", got=f"{loaded.name}, which has none", rule=rule, do="leave --chat out")
+    _check_folder(include_path)
+    lm_eval = _lm_eval()
+    from longrope.evaluate.harness_model import RegimeModel  # imports lm_eval
+
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    # What lm-eval and its tasks print is no result.
+    with redirect_stdout(sys.stderr), loaded.patch() as patch:
+        manager, names = _find_tasks(tasks, include_path)
+        model = RegimeModel(loaded, table, patch, batch_size)
+        if note := patch.widen_window(model.max_length):
+            logger.info(note)
+        # Loaded here, because whatever goes wrong in a task's files and data sets is for its user to mend.
+        loaded_tasks = _load(manager, names, unsafe_code)
+        manager.load = lambda _: loaded_tasks
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=names,
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat,
+            use_cache=str(answers) if answers else None,
+            log_samples=False,
+            confirm_run_unsafe_code=unsafe_code,
+            **(dict.fromkeys(seeds, seed) if seed is not None else {}),
+        )
+        requests = {name: _requests(model, task.instances) for name, task in loaded_tasks["tasks"].items()}
+    if cut := sum(each["cut"] for each in requests.values()):
+        logger.warning("%d prompts were cut from the left to %d tokens, where the factors end", cut, model.max_length)
+    return {
+        "tasks": {name: _metrics(values) for name, values in results["results"].items()},
+        "num_fewshot": dict(results["n-shot"]),
+        "examples": {name: count["effective"] for name, count in results["n-samples"].items()},
+        "limit": limit,
+        "max_length": model.max_length,
+        "requests": requests,
+        "versions": {"lm_eval": results["lm_eval_version"], "tasks": dict(results["versions"])},
+    }
+
+
+def _check_numbers(limit: float | None, num_fewshot: int | None, batch_size: int | None) -> None:
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
+        rule = "it is a number of examples, or a share of them between 0 and 1"
+        raise UserError("--limit", got=limit, rule=rule, do="leave it out for all examples")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(
+            "--num-fewshot", got=num_fewshot, rule="it is not negative", do="leave it out for the tasks' own"
+        )
+    if batch_size is not None and batch_size < 1:
+        rule = "it is at least 1"
+        raise UserError("--batch-size", got=batch_size, rule=rule, do="leave it out to have it chosen by length")
+
+
+def _lm_eval() -> Any:
+    try:
+        return importlib.import_module("lm_eval")
+    except ImportError as error:
+        rule, do = "this measure runs lm-evaluation-harness", 'pip install "longrope[harness]"'
+        raise UserError("lm-eval", got=f"no such package ({error})", rule=rule, do=do) from error
+
+
+def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
+    """Raise UserError for what `harness` would refuse of tasks by their names, before a model is loaded."""
+    _check_folder(include_path)
+    _lm_eval()
+    _find_tasks(tasks, include_path)
+
+
+def _check_folder(include_path: str | Path | None) -> None:
+    if include_path is not None and not Path(include_path).is_dir():
+        rule = "it is a folder of tasks as YAML files"
+        raise UserError("--include-path", got=include_path, rule=rule, do="give the folder that holds them")
+
+
+def _find_tasks(wanted: Sequence[str], include_path: str | Path | None) -> tuple[Any, list[str]]:
+    """A TaskManager of lm-eval's that knows these tasks, and their names. Raises UserError for one that is nowhere."""
+    if include_path is not None:  # reading the whole catalogue takes many seconds; a local group may name tasks of it
+        local = _manager(include_path, catalogue=False)
+        if wanted and set(wanted) <= set(local.all_subtasks):
+            return local, list(dict.fromkeys(wanted))
+    logger.info("reading lm-eval's catalogue of tasks")
+    manager = _catalogue() if include_path is None else _manager(include_path)
+    return copy.copy(manager), task_names(wanted, manager.all_tasks)
+
+
+def _manager(include_path: str | Path | None, *, catalogue: bool = True) -> Any:
+    folder = None if include_path is None else str(include_path)
+    return importlib.import_module("lm_eval.tasks").TaskManager(include_path=folder, include_defaults=catalogue)
+
+
+@cache
+def _catalogue() -> Any:
+    return _manager(None)
+
+
+def task_names(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Names of tasks, patterns resolved, each once. Raises UserError for one that is not known, with those near it."""
+    if not wanted:
+        raise UserError("--tasks", got="none", rule="there is at least one", do="name tasks, as lm-eval ls tasks lists")
+    names: list[str] = []
+    for each in wanted:
+        found = [each] if each in known else sorted(fnmatch.filter(known, each))
+        if not found:
+            near = difflib.get_close_matches(each, known, n=3, cutoff=0.5)
+            do = f"did you mean {' or '.join(near)}?" if near else "choose one that `lm-eval ls tasks` lists"
+            rule = "lm-eval and --include-path have no such task"
+            raise UserError("--tasks", got=repr(each), rule=rule, do=do)
+        names += found
+    return list(dict.fromkeys(names))
+
+
+def _load(manager: Any, names: Sequence[str], unsafe_code: bool) -> Any:
+    """The tasks with their data sets. Raises UserError when one cannot be had, or is not for such a model."""
+    try:
+        loaded = manager.load(list(names))
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        got, rule = f"{', '.join(names)}: {text[:300]}", "a task needs its files and its data set"
+        raise UserError(
+            "--tasks", got=got, rule=rule, do="mend the task, or go online once to fetch its data"
+        ) from error
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "MULTIMODAL", False):
+            rule = "tasks are of text alone"
+            raise UserError("--tasks", got=f"{name}, with images or sound", rule=rule, do="choose another task")
+        if getattr(task, "UNSAFE_CODE", False) and not unsafe_code:
+            got, rule = f"{name}, which runs code that the model writes", "that is not done unasked"
+            raise UserError("--tasks", got=got, rule=rule, do="give --unsafe-code on a machine where it can do no harm")
+    return loaded
+
+
+def _requests(model: Any, instances: Sequence[Any]) -> dict[str, Any]:
+    """How many requests of a task were cut, and how many used the row of which length."""
+    cut, rows = 0, dict[str, int]()
+    for instance in instances:
+        length = model.length(instance.request_type, instance.args)
+        cut += length > model.max_length and instance.request_type != "loglikelihood_rolling"  # that one has windows
+        row = model.row(length)
+        name = str(row.up_to) if row else "none"
+        rows[name] = rows.get(name, 0) + 1
+    return {"cut": cut, "rows": dict(sorted(rows.items(), key=lambda pair: (len(pair[0]), pair[0])))}
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """lm-eval's figures of a task by metric; what is not a finite number is None."""
+    named = {key.removesuffix(",none"): value for key, value in values.items() if key not in _NOT_METRICS}
+    return {
+        key: float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        for key, value in named.items()
+    }

@@ -1,0 +1,99 @@
+"""A measurement as a run: settings and documents in config.json, items in results.jsonl, results in metrics.json."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope import __version__
+from longrope.describe import describe_model, describe_windows, metrics
+from longrope.evaluate.execute import OnStep, Rows, execute
+from longrope.evaluate.measures import Item, Measure
+from longrope.evaluate.methods import Result, rows_of
+from longrope.evaluate.perplexity_measure import PerplexityMeasure
+from longrope.factors import FactorTable
+from longrope.model import LoadedModel
+from longrope.runs import METRICS, RunFolder, command_line
+from longrope.windows import Window
+
+logger = logging.getLogger(__name__)
+
+
+def measure_methods(
+    loaded: LoadedModel,
+    windows: Mapping[int, Sequence[Window]],
+    methods: Sequence[str],
+    tables: Mapping[str, FactorTable],
+    run: RunFolder,
+    *,
+    windows_name: str | None = "unseen",
+) -> list[Result]:
+    """Perplexity of methods and tables on windows by length, inside a run of another command; resumes there.
+
+    Baselines are set up for the longest length, tables are measured where they reach.
+    """
+    measure, rows = PerplexityMeasure(windows), rows_of(loaded, list(windows), methods, tables)
+    items = {length: measure.items(loaded, length) for length in windows}
+    # Of another table, where the factors of a run have changed since: those are other items.
+    keys = {key: row.key if row else "" for key, row in rows.items()}
+    known = [line for line in run.results() if line.get("factors") == keys.get((line["method"], line["length"]))]
+
+    def log(line: dict[str, Any]) -> None:
+        run.log_result(line | {"factors": keys[line["method"], line["length"]]})
+
+    return execute(loaded, measure, rows, items, windows=windows_name, known=known, on_record=log)
+
+
+def measure_run(
+    command: str,
+    loaded: LoadedModel,
+    measure: Measure,
+    rows: Rows,
+    settings: Mapping[str, Any],
+    *,
+    documents: Sequence[Window] = (),
+    out: str | Path | None = None,
+    workers: str | None = None,
+    on_step: OnStep | None = None,
+) -> dict[str, Any]:
+    """Measure all rows; what metrics.json holds. Writes a run folder where `out` names one, and resumes one there.
+
+    documents: the windows of documents that items are made of, for config.json. Raises UserError as the measure does,
+    before anything is written for prompts that do not fit.
+    """
+    lengths = sorted({length for _, length in rows})
+    loaded.widen_window(lengths[-1])
+    items: dict[int, Sequence[Item]] = {length: measure.items(loaded, length) for length in lengths}
+    for note in loaded.notes:
+        logger.info(note)
+    told = {**settings, **measure.settings}
+    if out is None:
+        results = execute(loaded, measure, rows, items, workers=workers, on_step=on_step)
+        return metrics(command, loaded, told, results, measure.name, documents)
+    config = {
+        "command": command,
+        "longrope": __version__,
+        "model": describe_model(loaded),
+        "settings": told,
+        "documents": {"unseen": describe_windows(documents)},
+        "ignored": {"command_line": command_line()},
+    }
+    with RunFolder.open(Path(out), config) as run:
+        if run.finished:
+            logger.info("%s is finished: its measurements are in %s", out, Path(out) / METRICS)
+            return run.metrics()
+        results = execute(
+            loaded,
+            measure,
+            rows,
+            items,
+            known=run.results(),
+            workers=workers,
+            on_record=run.log_result,
+            on_step=on_step,
+        )
+        run.save_metrics(metrics(command, loaded, told, results, measure.name, documents))
+        run.finish()
+        return run.metrics()

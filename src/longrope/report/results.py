@@ -1,0 +1,155 @@
+"""The measurements of a run folder, checked: metrics.json, and metrics-NAME.json of what was measured afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from longrope.errors import UserError
+from longrope.files import read_json
+from longrope.runs import METRICS
+
+RUN_SEPARATOR = "\x1f"  # between the name of a run and that of a method, where several runs are shown
+_INTERVAL = 2  # an interval is its two ends
+# Details of each measure that are plotted: rows of numbers (n) and texts (s), or objects by task.
+_DETAILS: dict[str, dict[str, str]] = {
+    "perplexity": {"by_position": "nn"},
+    "passkey": {"by_depth": "nnnn"},
+    "needle": {"by_depth": "nnnn"},
+    "ruler": {"tasks": "tasks"},
+    "harness": {"tasks": "tasks"},
+    "nonuniformity": {"groups": "nnnn", "start_tokens": "nsn", "attention": "ssn"},
+}
+MEASURES = tuple(_DETAILS)
+Details = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The value of one method at one length; None when it is not finite. tokens: how many were measured.
+
+    seen: measured on the windows of the search itself rather than on held-out ones. details: what plots and tables
+    show beside the value, checked; rows of numbers and texts, or {task: {name: number}}.
+    """
+
+    method: str
+    length: int
+    value: float | None
+    tokens: int | None
+    ci: tuple[float, float] | None
+    seen: bool
+    details: Details = field(default_factory=dict)
+
+
+def read_metrics(run: Path) -> tuple[Mapping[str, Any], dict[str, tuple[Result, ...]]]:
+    """The first metrics file as it is, and the results of all by measure; a later file has the word.
+
+    That of metrics.json comes first. Raises UserError for a file that is not as it should be, naming it.
+    """
+    first: Mapping[str, Any] = {}
+    found: dict[str, dict[tuple[str, int, bool], Result]] = {}
+    for path in metrics_files(run):
+        data = read_mapping(path)
+        results = data.get("results", [])
+        good = isinstance(results, list) and all(isinstance(item, Mapping) for item in results)
+        check(good, path, "results is a list")
+        measure = str(data.get("measure", "perplexity"))
+        first = first or data
+        kept = found.setdefault(measure, {})
+        for item in cast(list[Mapping[str, Any]], results):
+            made = _result(item, measure, path)
+            kept[made.method, made.length, made.seen] = made
+    return first, {measure: tuple(kept.values()) for measure, kept in found.items() if kept}
+
+
+def metrics_files(run: Path) -> list[Path]:
+    """metrics.json and metrics-NAME.json, those that are there."""
+    return [path for path in [run / METRICS, *sorted(run.glob("metrics-*.json"), key=_place)] if path.is_file()]
+
+
+def _place(path: Path) -> tuple[int, str]:
+    """Known measures in their order, whatever else there is behind them by name."""
+    name = path.stem.removeprefix("metrics-")
+    return (MEASURES.index(name) if name in MEASURES else len(MEASURES)), name
+
+
+def read_mapping(path: Path) -> Mapping[str, Any]:
+    """A JSON object from a file, empty when there is no file. Raises UserError when it is something else."""
+    if not path.exists():
+        return {}
+    data = read_json(path, "file of the run")
+    check(isinstance(data, Mapping), path, "it is a JSON object")
+    return cast(Mapping[str, Any], data)
+
+
+def check(good: bool, path: Path, rule: str) -> None:
+    """Raise UserError naming the file unless `good`."""
+    if not good:
+        raise UserError("file of the run", got=f"{path}, not as expected", rule=rule, do="restore it or run again")
+
+
+def number(value: object, path: Path, name: str) -> float | None:
+    """A finite number, or None for null and for what is not finite."""
+    check(value is None or (isinstance(value, int | float) and not isinstance(value, bool)), path, f"{name}: a number")
+    try:
+        found = math.nan if value is None else float(cast(float, value))
+    except OverflowError:  # a whole number with more digits than a float holds
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _result(item: Mapping[str, Any], measure: str, path: Path) -> Result:
+    method, length, ci = item.get("method"), item.get("length"), item.get("ci")
+    check(isinstance(method, str), path, "a method is a name")
+    check(type(length) is int and length > 0, path, "a length is a positive whole number")
+    tokens = number(item.get("tokens"), path, "tokens")
+    check(ci is None or (isinstance(ci, list) and len(ci) == _INTERVAL), path, "ci is null or two numbers")
+    ends = [number(end, path, "ci") for end in ci or []]
+    low, high = ends if ends else (None, None)
+    return Result(
+        method=cast(str, method).replace(RUN_SEPARATOR, " "),
+        length=cast(int, length),
+        value=number(item.get("value"), path, "value"),
+        tokens=None if tokens is None else int(tokens),
+        ci=None if low is None or high is None else (low, high),
+        seen=item.get("windows") == "search",
+        details=_details(item.get("details") or {}, measure, path),
+    )
+
+
+def _details(data: object, measure: str, path: Path) -> Details:
+    """Those that are known; any other is of a version that knows more, and is left out."""
+    check(isinstance(data, Mapping), path, "details is an object")
+    made: dict[str, Any] = {}
+    for name, form in _DETAILS.get(measure, {}).items():
+        given = cast(Mapping[str, Any], data).get(name)
+        if given is not None:
+            where = f"details.{name}"
+            made[name] = _tasks(given, path, where) if form == "tasks" else _rows(given, form, path, where)
+    return made
+
+
+def _rows(data: object, form: str, path: Path, where: str) -> list[list[Any]]:
+    kinds = ", ".join({"n": "number", "s": "text"}[kind] for kind in form)
+    rule = f"{where} is a list of rows of {kinds}"
+    good = isinstance(data, list) and all(isinstance(row, list) and len(row) == len(form) for row in data)
+    check(good, path, rule)
+    rows = cast(list[list[Any]], data)
+    check(all(isinstance(row[i], str) for row in rows for i, kind in enumerate(form) if kind == "s"), path, rule)
+    return [[number(c, path, where) if kind == "n" else c for c, kind in zip(row, form, strict=True)] for row in rows]
+
+
+def _tasks(data: object, path: Path, where: str) -> dict[str, dict[str, float | None]]:
+    rule = f"{where} is an object of objects, by task"
+    check(isinstance(data, Mapping) and all(isinstance(each, Mapping) for each in data.values()), path, rule)
+    return {
+        task: {
+            name: number(value, path, f"{where}.{task}.{name}")
+            for name, value in figures.items()
+            if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+        }
+        for task, figures in cast(Mapping[str, Mapping[str, Any]], data).items()
+    }

@@ -1,0 +1,207 @@
+"""`longrope watch`: a live view of a run, read from its files alone, on any machine that sees them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from longrope.errors import UserError
+from longrope.lengths import format_length
+from longrope.report.facts import command_line
+from longrope.report.read import RunData, read_run
+from longrope.report.results import metrics_files
+from longrope.report.searched import counts, evaluations_text
+from longrope.report.style import count_text, duration_text, value_text
+from longrope.runs import CONFIG, DONE, EVALUATIONS, RESULTS
+
+_LOCK = ".lock"
+_LINES = 6  # the last lines that are shown
+_RECENT = 20  # evaluations that the rate is taken of
+
+
+@dataclass(frozen=True)
+class View:
+    """What a run's files say now. state: running, finished, or interrupted (unfinished, and nobody holds its lock)."""
+
+    state: str
+    facts: Mapping[str, str]
+    last: tuple[str, ...]
+
+
+def watch(run: Path, *, once: bool = False, every: float = 1.0, console: Console | None = None) -> None:
+    """Show a run until it is finished, reading its files again `every` so many seconds; `once` shows it as it is.
+
+    The end of a view is not the end of the run: Ctrl-C just returns. Raises UserError for a folder that is no run.
+    """
+    console = console or Console(stderr=True, highlight=False)
+    view = look_at(run)
+    if once:
+        console.print(shown(view, run), soft_wrap=True)
+        return
+    # The command line's own way with Ctrl-C is to end at once, as interrupted; nothing is interrupted here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    with suppress(KeyboardInterrupt):
+        if console.is_terminal:
+            with Live(shown(view, run), console=console, auto_refresh=False) as live:
+                _follow(run, view, every, lambda now: live.update(shown(now, run), refresh=True))
+        else:
+            console.print(shown(view, run), soft_wrap=True)
+            _follow(run, view, every, lambda now: console.print(shown(now, run), soft_wrap=True))
+
+
+def _follow(run: Path, view: View, every: float, show: Callable[[View], None]) -> None:
+    """Show what is new until the run is finished."""
+    while view.state != "finished":
+        time.sleep(every)
+        now = look_at(run)
+        if now != view:
+            show(now)
+        view = now
+
+
+def look_at(run: Path) -> View:
+    """What the files of a run say. Raises UserError for a folder that is no run.
+
+    A file that is written at this moment may be half there: what it says is told at the next look.
+    """
+    if not run.is_dir() or not (any((run / name).exists() for name in (CONFIG, EVALUATIONS, RESULTS, DONE))):
+        read_run(run)  # refuses, with what is wrong
+    facts: dict[str, str] = {}
+    problem = ""
+    data: RunData | None = None
+    try:
+        data = read_run(run)
+    except UserError as error:
+        problem = str(error)
+    finished, held = (run / DONE).exists(), holder(run)
+    state = "finished" if finished else "interrupted" if held is None else "running"
+    if data is not None:
+        if command := command_line(data):
+            facts["command"] = command
+        facts["model"] = str(data.model.get("name", "without a name"))
+        facts |= _search(data)
+        facts |= _results(run, data)
+    if problem:
+        facts["trouble"] = problem
+    facts["state"] = _state(state, held, data)
+    return View(state, facts, last_lines(run))
+
+
+def holder(run: Path) -> str | None:
+    """The process id in the lock of a run that a process of this machine holds, None when the lock is free."""
+    try:
+        lock = os.open(run / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(lock)
+    return None
+
+
+def last_lines(run: Path) -> tuple[str, ...]:
+    """What was written last, of evaluations and results, whichever file was."""
+    files = [run / name for name in (EVALUATIONS, RESULTS) if (run / name).is_file()]
+    if not files:
+        return ()
+    newest = max(files, key=lambda path: path.stat().st_mtime)
+    with newest.open("rb") as file:  # its end: the file of a long search is large
+        file.seek(max(0, newest.stat().st_size - 200_000))
+        lines = file.read().splitlines()
+    told = [_line(line) for line in lines[-_LINES - 1 :]]
+    return tuple(text for text in told if text)[-_LINES:]
+
+
+def _line(line: bytes) -> str:
+    """A record in a few words; a half line, of a write that goes on, is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(record, dict):
+        return ""
+    value = record.get("value")
+    number = value_text(float(value)) if isinstance(value, int | float) else "-"
+    if "method" in record and isinstance(length := record.get("length"), int):
+        words = [str(record["method"]), "at", format_length(length), str(record.get("key", "")), number]
+    else:
+        place = f"{record['index']}." if "index" in record else ""
+        words = [place, str(record.get("origin", record.get("key", ""))), number]
+    return " ".join(_one_line(word) for word in words if word)
+
+
+def _one_line(text: str) -> str:
+    """Text without what would move a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text.replace("\N{NO-BREAK SPACE}", " "))
+
+
+def _search(data: RunData) -> dict[str, str]:
+    if not data.evaluations:
+        return {}
+    facts = {}
+    wanted = data.settings.get("evaluations") or data.settings.get("token_passes")
+    budget = f" of {count_text(float(wanted))}" if isinstance(wanted, int | float) else ""
+    facts["search"] = f"{evaluations_text(data)}{budget}"
+    best = min((e.value for e in data.evaluations if e.kind == "complete" and e.value is not None), default=None)
+    if best is not None:
+        facts["best"] = f"{data.settings.get('objective', 'value')} {value_text(best)}"
+    recent = data.evaluations[-_RECENT:]
+    seconds = sum(each.seconds for each in recent)
+    spent = counts(data.evaluations).tokens
+    rate = f", {count_text(sum(each.tokens for each in recent) / seconds)} tokens/s" if seconds > 0 else ""
+    took = duration_text(sum(each.seconds for each in data.evaluations))
+    facts["token-passes"] = f"{count_text(spent)} in {took} of work{rate}"
+    return facts
+
+
+def _results(run: Path, data: RunData) -> dict[str, str]:
+    """What is measured: whole results of metrics files, else the lines that a measurement has written so far."""
+    facts = {}
+    for measure, results in data.measures.items():
+        lengths = sorted({result.length for result in results})
+        names = ", ".join(format_length(length) for length in lengths)
+        methods = len({result.method for result in results})
+        noun = "method" if methods == 1 else "methods"
+        facts[measure] = f"{methods} {noun} at {names}"
+    if not metrics_files(run) and (run / RESULTS).is_file():
+        facts["measured so far"] = f"{(run / RESULTS).read_bytes().count(10):,} lines in {RESULTS}"
+    return facts
+
+
+def _state(state: str, held: str | None, data: RunData | None) -> str:
+    if state == "interrupted":
+        again = command_line(data) if data else ""
+        where = "on this machine, nobody writes it"
+        return f"interrupted ({where}); the same command goes on with it{': ' + again if again else ''}"
+    return f"running, process {held}" if state == "running" else state
+
+
+def shown(view: View, run: Path) -> Group:
+    """A view as rich shows it; names from files are text, never markup."""
+    colour = {"running": "green", "finished": "bold green", "interrupted": "yellow"}[view.state]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in view.facts.items():
+        table.add_row(Text(_one_line(name)), Text(_one_line(text), style=colour if name == "state" else ""))
+    lines = [Text(f"  {line}", style="dim", overflow="ellipsis", no_wrap=True) for line in view.last]
+    return Group(Text(shlex.quote(str(run)), style="bold"), table, *lines)

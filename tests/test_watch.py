@@ -1,0 +1,139 @@
+"""The live view of a run: what its files say, whether it runs, and how the view ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from longrope.cli import run as command
+from longrope.errors import UserError
+from longrope.runs import RunFolder
+from longrope.watch import holder, last_lines, look_at, watch
+from report_runs import CONFIG, further, make_run
+
+AGAIN = "longrope search tiny --documents 'my texts'"
+
+
+def text_of(path: Path) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    watch(path, once=True, console=console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def unfinished(path: Path) -> Path:
+    make_run(path)
+    for name in ("DONE", "metrics.json"):
+        (path / name).unlink()
+    return path
+
+
+def test_a_finished_run_is_shown_with_its_command_progress_and_results(tmp_path: Path) -> None:
+    shown = text_of(further(make_run(tmp_path / "run")))
+    for words in (AGAIN, "7 evaluations", "value 4.268", "14.3k in 4 s of work, 4.1k tokens/s", "finished"):
+        assert words in shown
+    assert "6 methods at 256, 1k, 2k" in shown
+    assert [line.strip() for line in shown.splitlines()[-2:]] == ["5. mutation 4.350", "6. mutation 4.268"]
+
+
+def test_a_run_without_a_process_is_interrupted_and_its_command_goes_on_with_it(tmp_path: Path) -> None:
+    view = look_at(unfinished(tmp_path / "run"))
+    assert view.state == "interrupted"
+    assert view.facts["state"].endswith(f"the same command goes on with it: {AGAIN}")
+
+
+def test_a_run_whose_lock_is_held_runs(tmp_path: Path) -> None:
+    path = unfinished(tmp_path / "run")
+    with RunFolder.open(path, json.loads((path / "config.json").read_text())):
+        assert holder(path) == str(os.getpid())
+        assert look_at(path).facts["state"] == f"running, process {os.getpid()}"
+    assert holder(path) is None
+
+
+def test_lines_that_are_half_written_wait_for_the_next_look(tmp_path: Path) -> None:
+    path = unfinished(tmp_path / "run")
+    with (path / "evaluations.jsonl").open("a") as file:
+        file.write('{"index": 7, "origin": "muta')
+    assert last_lines(path)[-1] == "6. mutation 4.268"
+    (path / "results.jsonl").write_text('{"method": "yarn", "length": 2048, "value": 4.5, "tokens": 9}\n')
+    os.utime(path / "results.jsonl", (2e9, 2e9))
+    view = look_at(path)
+    assert view.last == ("yarn at 2k 4.500",)
+    assert view.facts["measured so far"] == "1 lines in results.jsonl"
+
+
+def test_a_file_that_is_broken_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    (path / "metrics.json").write_text('{"results": [')
+    view = look_at(path)
+    assert "metrics.json" in view.facts["trouble"]
+    assert view.last
+
+
+def test_names_cannot_move_the_cursor_or_be_markup(tmp_path: Path) -> None:
+    shown = text_of(make_run(tmp_path / "run", name="[red]\x1b[2Jname", document="\x1b]0;title\x07"))
+    assert "\x1b" not in shown
+    assert "[red]?[2Jname" in shown
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="a run is a folder that a command wrote"):
+        watch(tmp_path, once=True)
+    assert command(["watch", str(tmp_path / "none"), "--once"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_view_of_a_run_ends_with_it(tmp_path: Path) -> None:
+    path = unfinished(tmp_path / "run")
+    with RunFolder.open(path, json.loads((path / "config.json").read_text())) as run:
+        viewer = subprocess.Popen(started(path), stderr=subprocess.PIPE)
+        assert viewer.stderr is not None
+        while b"running" not in (line := viewer.stderr.readline()):
+            assert line, "the view ended before the run"
+        run.finish()
+    rest = viewer.communicate(timeout=60)[1]
+    assert viewer.returncode == 0
+    assert b"finished" in rest
+
+
+def test_ctrl_c_ends_the_view_without_calling_it_an_interruption(tmp_path: Path) -> None:
+    path = unfinished(tmp_path / "run")
+    viewer = subprocess.Popen(started(path), stderr=subprocess.PIPE)
+    assert viewer.stderr is not None
+    while b"interrupted (" not in (line := viewer.stderr.readline()):
+        assert line
+    time.sleep(0.3)
+    viewer.send_signal(signal.SIGINT)
+    rest = viewer.communicate(timeout=60)[1]
+    assert (viewer.returncode, b"Traceback" in rest) == (0, False)
+
+
+def started(path: Path) -> list[str]:
+    """The real command line, with its own way with signals."""
+    code = "from longrope.cli import main; main()"
+    return [sys.executable, "-c", code, "watch", str(path), "--every", "0.1"]
+
+
+def test_watching_imports_no_torch(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    code = (
+        "import sys; from longrope.cli import run\n"
+        f"assert run(['watch', {str(path)!r}, '--once']) == 0\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'plotly'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_configuration_alone_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert look_at(tmp_path).facts["model"] == "tiny"
