@@ -28,7 +28,7 @@ NAMES = {
     "evolution": "Algorithm 1",
     "race": "Algorithm 1, raced",
     "hybrid": "hybrid (default)",
-    "same-windows": "hybrid, gradients on the search windows",
+    "further-windows": "hybrid, gradients on 64 others",
 }
 
 

@@ -82,8 +82,13 @@ def search(
     workers: Workers = None,
     windows: Windows = None,
     gradient_windows: Annotated[
-        int, typer.Option(min=0, help="Further windows that gradients are taken on; 0: the search windows.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Gradients on N further windows; by default 0, 64 with fewer than 4 --windows.",
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",

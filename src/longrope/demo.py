@@ -23,8 +23,8 @@ from longrope.report import write_report
 from longrope.runs import FACTORS, RunFolder, fresh_run_path
 from longrope.search.driver import SearchWindows, run_config, run_search
 from longrope.search.loop import OnProgress
-from longrope.search.settings import BUDGET, GRADIENT_WINDOWS, SearchSettings
-from longrope.windows import choose_windows, spare_windows
+from longrope.search.settings import BUDGET, SearchSettings
+from longrope.windows import choose_windows
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,7 @@ def demo(
         length: choose_windows(held, loaded.tokenizer, length=length, count=UNSEEN_WINDOWS, seed=seed)
         for length in [original * 2**power for power in range(4)]
     }
-    further = spare_windows(searched, loaded.tokenizer, length=target, count=GRADIENT_WINDOWS, seed=seed, taken=windows)
-    chosen = SearchWindows(windows, further, unseen[target])
+    chosen = SearchWindows(windows, unseen=unseen[target])
     settings = SearchSettings(to=target, evaluations=evaluations, seed=seed)
     config = run_config("demo", loaded, settings, chosen)
     checkpoint = path / "checkpoint"

@@ -109,8 +109,8 @@ def choose_search_windows(
     """The windows of a search, fixed by its seed. Raises UserError when the documents do not hold them."""
     length, count, seed = settings.to, settings.windows, settings.seed
     judged = windows_of(loaded, unseen, length, count, seed) if unseen else []
-    wanted = settings.gradient_windows if settings.method != "evolution" else 0
     plain = windows_of(loaded, searched, length, count, seed)
+    wanted = settings.further_windows(len(plain))
     if settings.objective == "perplexity":
         further = spare_windows(searched, loaded.tokenizer, length=length, count=wanted, seed=seed, taken=plain)
         return SearchWindows(plain, further, judged)
@@ -225,12 +225,12 @@ def make_problem(
         rule = "su"  # where its mutations begin
     factors = seeds.attention_factors(rule, settings.to / length, length)
     start = 0 if 0 in choices else choices[0]
-    pool = range(len(windows.search), len(windows.search) + len(windows.gradient))
+    first = len(windows.search) if windows.gradient else 0
     return methods.Problem(
         space=space,
         seeds=seeds.with_attention(found, factors, choices, start),
         shape=loaded.rope.shape,
-        pool=tuple(pool) or tuple(range(len(windows.search))),
+        pool=tuple(range(first, len(windows.search) + len(windows.gradient))),
         search_attention=settings.searches_attention,
     )
 

@@ -15,7 +15,9 @@ from longrope.search.space import START_TOKENS
 
 OBJECTIVES = ("perplexity", "needle")
 SPACES = ("longrope", "longrope2")
-GRADIENT_WINDOWS = 64
+# So few search windows are not what gradients are taken on: they would be learned by heart. More of them are, rather
+# than others, because an epoch is then no longer than what Adam averages over, and the windows' differences cancel.
+_FEW, _INSTEAD = 3, 64
 _MOST_DIGITS = 18
 
 
@@ -43,8 +45,9 @@ class SearchSettings:
     """Whether evolution drops children that cannot become parents before all windows are run; off in the paper's."""
     windows: int | None = None
     """Search windows; by default 8 up to 32k, 5 below 512k, 3 from there."""
-    gradient_windows: int = GRADIENT_WINDOWS
-    """Further windows of the same documents that gradients are taken on, as far as there are; 0: the search windows."""
+    gradient_windows: int | None = None
+    """Further windows of the same documents that gradients are taken on, as far as there are; 0: the search windows.
+    By default 0, and 64 where there are fewer than 4 search windows."""
     evaluations: int | None = None
     """Limit in evaluations of all search windows; by default the method's own size."""
     token_passes: int | None = None
@@ -94,7 +97,7 @@ class SearchSettings:
         for flag, value in numbers.items():
             if value is not None and value < 1:
                 raise UserError(flag, got=value, rule="it is at least 1", do="give a larger number")
-        if self.gradient_windows < 0:
+        if self.gradient_windows is not None and self.gradient_windows < 0:
             rule = "it is at least 0"
             raise UserError("--gradient-windows", got=self.gradient_windows, rule=rule, do="give 0 for none of its own")
         if self.hours is not None and not 0 < self.hours < math.inf:
@@ -117,6 +120,14 @@ class SearchSettings:
             except UserError:
                 told = "it is su, yarn, none, search or a positive number"
                 raise UserError("--attention-factor", got=repr(rule), rule=told, do="choose one of them") from None
+
+    def further_windows(self, searched: int) -> int:
+        """How many further windows gradients are taken on, where there are so many search windows."""
+        if self.method == "evolution":
+            return 0
+        if self.gradient_windows is None:
+            return _INSTEAD if searched <= _FEW else 0
+        return self.gradient_windows
 
     @property
     def start_choices(self) -> tuple[int, ...]:
