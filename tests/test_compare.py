@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from commands import TARGET, table, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
 from longrope.compare import compare
 from longrope.errors import UserError
-from longrope.evaluate.methods import Result, Step
+from longrope.evaluate.execute import Step
+from longrope.evaluate.methods import Result
 from longrope.evaluate.perplexity import bootstrap_interval, measure, measure_sliding, sliding_spans, summarize
 from longrope.evaluate.run import evaluate
 from longrope.model import LoadedModel, load_model
@@ -144,7 +144,7 @@ def test_evaluate_agrees_with_compare(ground: Path, small: LoadedModel, tmp_path
     common: dict[str, Any] = {"lengths": [TARGET], "documents": [str(ground / "texts")], "windows": 3}
     (compared,) = compare(small, methods=["none"], out=tmp_path / "run", **common)["results"]
     (evaluated,) = evaluate("perplexity", small, **common)["results"]
-    assert evaluated == {key: compared[key] for key in ("method", "length", "value", "tokens", "ci")}
+    assert evaluated == compared
 
 
 def test_a_comparison_of_nothing_and_a_table_named_like_a_method_are_refused(
@@ -219,13 +219,9 @@ def test_an_evaluation_goes_on_after_its_last_whole_measurement(
     assert [(step.done, step.total, step.length) for step in steps] == [(0, 2, 128), (1, 2, TARGET), (1, 2, TARGET)]
 
 
-def test_a_value_that_is_not_finite_comes_back_as_such() -> None:
-    result = Result("pi", 96, math.nan, 95, None)
-    again = Result.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
-    assert math.isnan(again.value)
-    assert replace(again, value=0.0) == replace(result, value=0.0)
-    other = Result("pi", 96, 2.5, 95, (2.0, 3.0), None)
-    assert Result.from_dict(other.to_dict()) == other
+def test_a_value_that_is_not_finite_is_null() -> None:
+    told = Result("pi", 96, math.nan, 95, None).to_dict()
+    assert json.loads(json.dumps(told, allow_nan=False))["value"] is None
 
 
 def test_documents_are_read_once_whatever_the_number_of_lengths(

@@ -32,13 +32,13 @@ LAYERS = [
     ["export"],
     ["report"],
     ["api", "compare", "demo"],
-    ["console"],
+    ["console", "watch"],
     ["cli_options"],
     ["cli_search", "cli_evaluate"],
     ["cli"],
 ]
 WITHOUT_TORCH = (
-    "errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
+    "watch errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
     "cli cli_options cli_search cli_evaluate"
 ).split()

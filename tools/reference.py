@@ -15,9 +15,14 @@ COMMANDS = [
     "compare",
     "evaluate perplexity",
     "evaluate passkey",
+    "evaluate needle",
+    "evaluate ruler",
+    "evaluate nonuniformity",
+    "evaluate harness",
     "factors",
     "export",
     "report",
+    "watch",
 ]
 PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 

@@ -9,21 +9,33 @@ import typer
 
 from longrope.cli_options import (
     Attention,
+    Chat,
+    Depths,
     Device,
+    Digits,
     Documents,
     Dtype,
     Factors,
     Json,
     Lengths,
     Model,
+    OptionalDocuments,
     OriginalLength,
     Precision,
+    Questions,
     Quiet,
+    RulerTasks,
+    Samples,
     Seed,
+    Stride,
+    Template,
+    Threads,
     Trust,
     Verbose,
     Windows,
+    Workers,
     begin,
+    names_of,
     one_or_none,
     options_of,
 )
@@ -42,11 +54,9 @@ def evaluate_perplexity(
     lengths: Lengths,
     documents: Documents,
     factors: Factors = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(min=1, help="Slide a window over whole documents by so many tokens (256 in the papers)."),
-    ] = None,
+    stride: Stride = None,
     windows: Windows = None,
+    workers: Workers = None,
     out: EvaluateOut = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -54,27 +64,17 @@ def evaluate_perplexity(
     attention: Attention = "auto",
     original_length: OriginalLength = None,
     rope_precision: Precision = "float32",
+    threads: Threads = None,
     trust: Trust = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Token-weighted perplexity by length, on whole windows or with a sliding window."""
+    """Token-weighted perplexity by length and by position, on whole windows or with a sliding window."""
     begin(verbose, quiet)
-    _evaluate(
-        "perplexity",
-        model,
-        as_json,
-        quiet,
-        lengths=parse_lengths(lengths),
-        factors=one_or_none(factors),
-        documents=documents,
-        windows=windows,
-        stride=stride,
-        seed=seed,
-        out=out,
-        options=options_of(device, dtype, attention, original_length, trust, rope_precision),
-    )
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    settings = {"documents": documents, "windows": windows, "stride": stride, "seed": seed}
+    _evaluate("perplexity", model, lengths, factors, workers, out, as_json, quiet, options=options, **settings)
 
 
 @evaluate_app.command("passkey")
@@ -83,6 +83,9 @@ def evaluate_passkey(
     lengths: Lengths,
     factors: Factors = None,
     tries: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 10,
+    template: Template = None,
+    chat: Chat = False,
+    workers: Workers = None,
     out: EvaluateOut = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -90,36 +93,205 @@ def evaluate_passkey(
     attention: Attention = "auto",
     original_length: OriginalLength = None,
     rope_precision: Precision = "float32",
+    threads: Threads = None,
     trust: Trust = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Share of five-digit keys that the model finds in filler, by length."""
+    """Share of five-digit keys that the model finds in filler, by length and depth."""
     begin(verbose, quiet)
-    _evaluate(
-        "passkey",
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    settings = {"tries": tries, "template": template, "chat": chat, "seed": seed}
+    _evaluate("passkey", model, lengths, factors, workers, out, as_json, quiet, options=options, **settings)
+
+
+@evaluate_app.command("needle")
+def evaluate_needle(
+    model: Model,
+    lengths: Lengths,
+    documents: Documents,
+    factors: Factors = None,
+    depths: Depths = 10,
+    tries: Annotated[int, typer.Option(min=1, help="Prompts at each depth and length.")] = 3,
+    digits: Digits = 7,
+    template: Template = None,
+    chat: Chat = False,
+    workers: Workers = None,
+    out: EvaluateOut = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    threads: Threads = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Share of numbers that the model finds in your own documents, by length and depth."""
+    begin(verbose, quiet)
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    settings = {"documents": documents, "depths": depths, "tries": tries, "digits": digits}
+    settings |= {"template": template, "chat": chat, "seed": seed}
+    _evaluate("needle", model, lengths, factors, workers, out, as_json, quiet, options=options, **settings)
+
+
+@evaluate_app.command("ruler")
+def evaluate_ruler(
+    model: Model,
+    lengths: Lengths,
+    factors: Factors = None,
+    tasks: RulerTasks = None,
+    samples: Samples = 20,
+    questions: Questions = None,
+    documents: OptionalDocuments = None,
+    template: Template = None,
+    chat: Chat = False,
+    workers: Workers = None,
+    out: EvaluateOut = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    threads: Threads = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """RULER: its thirteen tasks at any length."""
+    begin(verbose, quiet)
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    settings = {"tasks": names_of(tasks), "samples": samples, "questions": questions, "documents": documents or []}
+    settings |= {"template": template, "chat": chat, "seed": seed}
+    _evaluate("ruler", model, lengths, factors, workers, out, as_json, quiet, options=options, **settings)
+
+
+@evaluate_app.command("nonuniformity")
+def evaluate_nonuniformity(
+    model: Model,
+    lengths: Annotated[str, typer.Option("--lengths", metavar="N", help="One length, above the original one.")],
+    documents: Documents,
+    factors: Factors = None,
+    groups: Annotated[int | None, typer.Option(min=1, help="Groups of neighbouring pairs; 8 by default.")] = None,
+    windows: Windows = None,
+    workers: Workers = None,
+    out: EvaluateOut = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    threads: Threads = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """What non-uniformity gives: perplexity by group of pairs stretched, start tokens kept and attention factor."""
+    begin(verbose, quiet)
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    settings = {"documents": documents, "groups": groups, "windows": windows, "seed": seed}
+    _evaluate("nonuniformity", model, lengths, factors, workers, out, as_json, quiet, options=options, **settings)
+
+
+@evaluate_app.command("harness")
+def evaluate_harness(
+    model: Model,
+    tasks: Annotated[
+        str, typer.Option(metavar="A,B,..", help="lm-eval tasks, groups, tags or patterns such as mmlu_*.")
+    ],
+    factors: Factors = None,
+    limit: Annotated[
+        float | None, typer.Option(metavar="X", help="First examples of each task; below 1, a share of them.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(metavar="N", help="Examples in the prompt; each task's own by default.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Rows of a batch; by length and memory by default.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of your own tasks as YAML files.")
+    ] = None,
+    chat: Chat = False,
+    unsafe_code: Annotated[
+        bool, typer.Option("--unsafe-code", help="Run tasks that execute what the model writes.")
+    ] = False,
+    out: EvaluateOut = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="By default lm-eval's own, as in published figures.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    threads: Threads = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """lm-evaluation-harness's tasks, each request under the factors of its own length."""
+    begin(verbose, quiet)
+    from longrope.console import err, print_json, resume_with, tasks_table
+    from longrope.evaluate.harness_run import evaluate_harness as run_harness
+
+    if out is not None:
+        resume_with()
+    measured = run_harness(
         model,
-        as_json,
-        quiet,
-        lengths=parse_lengths(lengths),
+        tasks=names_of(tasks) or [],
         factors=one_or_none(factors),
-        tries=tries,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        include_path=include_path,
+        chat=chat,
+        unsafe_code=unsafe_code,
         seed=seed,
         out=out,
-        options=options_of(device, dtype, attention, original_length, trust, rope_precision),
+        options=options_of(device, dtype, attention, original_length, trust, rope_precision, threads),
     )
-
-
-def _evaluate(measure: str, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    from longrope.console import err, measuring_progress, print_json, results_table, resume_with
-    from longrope.evaluate.run import evaluate
-
-    if given["out"] is not None:
-        resume_with()
-    with measuring_progress(quiet) as on_step:
-        measured = evaluate(measure, model, on_step=on_step, **given)
     if as_json:
         print_json(measured)
     else:
-        err.print(results_table(measured["results"], title=measure))
+        err.print(tasks_table(measured["results"][0]["details"]["tasks"]))
+
+
+def _evaluate(
+    measure: str,
+    model: str,
+    lengths: str,
+    factors: list[str] | None,
+    workers: str | None,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    from longrope.console import err, measuring_progress, print_json, results_table, resume_with
+    from longrope.evaluate.run import evaluate
+
+    if out is not None:
+        resume_with()
+    with measuring_progress(quiet) as on_step:
+        measured = evaluate(
+            measure,
+            model,
+            lengths=parse_lengths(lengths),
+            factors=one_or_none(factors),
+            workers=workers,
+            out=out,
+            on_step=on_step,
+            **given,
+        )
+    if as_json:
+        print_json(measured)
+    else:
+        err.print(results_table(measured["results"], title=measure, lower=measure in ("perplexity", "nonuniformity")))

@@ -67,6 +67,29 @@ Factors = Annotated[
     list[str] | None,
     typer.Option("--factors", "-f", metavar="F", help="factors.json, a run folder, or none (ignore the checkpoint's)."),
 ]
+OptionalDocuments = Annotated[
+    list[str] | None,
+    typer.Option("--documents", "-d", metavar="D", help="Texts that hide the needles; our own sentences without."),
+]
+Stride = Annotated[
+    int | None, typer.Option(min=1, help="Slide a window over whole documents by so many tokens (256 in the papers).")
+]
+Template = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A TOML file with the prompts' texts, for instance in another language."),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Prompts go through the tokenizer's chat template.")]
+Depths = Annotated[int, typer.Option(min=1, help="Evenly spaced depths of the needle at each length.")]
+Digits = Annotated[int, typer.Option(min=1, help="Digits of the number to find.")]
+RulerTasks = Annotated[
+    str | None,
+    typer.Option("--tasks", metavar="A,B,..", help="RULER tasks; by default all, qa_1 and qa_2 only with --questions."),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Samples of each RULER task at each length.")]
+Questions = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Your questions, for qa_1 and qa_2: JSON lines of question, answers, context."),
+]
 Lengths = Annotated[str, typer.Option("--lengths", metavar="A,B,..", help="Lengths in tokens, such as 256,1k,2k.")]
 
 VERBOSITY = {"verbose": False, "quiet": False}
@@ -110,6 +133,11 @@ def options_of(
         own_factors=own_factors,
         quantize=quantize,
     )
+
+
+def names_of(text: str | None) -> list[str] | None:
+    """Names between commas, None where nothing is given."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def length_of(text: str | None) -> int | None:

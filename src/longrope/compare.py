@@ -13,7 +13,7 @@ from longrope.errors import UserError
 from longrope.evaluate.execute import OnStep
 from longrope.evaluate.methods import DEFAULT_METHODS, method_factors, rows_of
 from longrope.evaluate.recorded import measure_run
-from longrope.evaluate.run import MeasureSettings, check_measure, make_measure
+from longrope.evaluate.run import COMPARED, MeasureSettings, check_measure, make_measure
 from longrope.factors import FactorTable
 from longrope.lengths import as_length
 from longrope.model import LoadedModel, load_model
@@ -43,7 +43,7 @@ def compare(
     LoadOptions; the rest is as in `evaluate`. Raises UserError for bad input.
     """
     given = MeasureSettings(**{name: keywords.pop(name) for name in vars(MeasureSettings()) if name in keywords})
-    check_measure(measure, given)
+    check_measure(measure, given, COMPARED)
     wanted = sorted({as_length(length) for length in lengths})
     place = None if workers is None else str(workers)
     options = options_for(place, load_options(options, keywords))

@@ -187,13 +187,14 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def results_table(results: Sequence[Mapping[str, Any]], *, title: str) -> Table:
-    """Methods by length; the best of each length in bold."""
+def results_table(results: Sequence[Mapping[str, Any]], *, title: str, lower: bool = True) -> Table:
+    """Methods by length; the best of each length in bold: the lowest, or the highest."""
     lengths = sorted({result["length"] for result in results})
     methods = list(dict.fromkeys(result["method"] for result in results))
     values = {(result["method"], result["length"]): result["value"] for result in results}
+    choose = min if lower else max
     best = {
-        length: min(
+        length: choose(
             (values[method, length] for method in methods if values.get((method, length)) is not None), default=None
         )
         for length in lengths
@@ -213,6 +214,20 @@ def _cell(value: float | None, best: float | None) -> str:
         return "-"
     text = f"{value:.4g}" if value >= 1000 else f"{value:.3f}"
     return f"[bold]{text}[/bold]" if value == best else text
+
+
+def tasks_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    """lm-eval's metrics by task."""
+    table = Table(title="lm-evaluation-harness", title_justify="left")
+    for name in ("task", "metric", "value", "standard error"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for task, found in tasks.items():
+        for metric, value in found.items():
+            if not metric.endswith("_stderr") and isinstance(value, int | float):
+                error = found.get(f"{metric}_stderr")
+                told = f"{error:.4f}" if isinstance(error, int | float) else ""
+                table.add_row(task, metric, f"{value:.4f}", told)
+    return table
 
 
 def factors_table(table: FactorTable) -> Table:

@@ -85,15 +85,19 @@ def execute(
         of_length = items[length]
         found = {n: lines.get((method, length, windows, item.key)) for n, item in enumerate(of_length)}
         records[method, length] = {n: line["record"] for n, line in found.items() if line is not None}
-        missing = [n for n, line in found.items() if line is None]
         size = max(1, loaded.batch_tokens // length)
-        for start in range(0, len(missing), size):
-            waiting.append(((method, length), Part(row, length, tuple(missing[start : start + size]))))
+        for start in range(0, len(of_length), size):
+            # A group that was cut is done again whole: how many come together may change the last bits.
+            group = range(start, min(start + size, len(of_length)))
+            if any(found[n] is None for n in group):
+                waiting.append(((method, length), Part(row, length, tuple(group))))
     if waiting:
         make = partial(Measuring, measure=measure, items=items)
         with open_workers(workers, loaded, make) as opened:
-            for (method, length), part, made in _done(opened, waiting, sum(map(len, records.values())), on_step):
+            for (method, length), part, made in _done(opened, waiting, _finished(rows, items, waiting), on_step):
                 for n, record in zip(part.items, made, strict=True):
+                    if n in records[method, length]:
+                        continue
                     whole: dict[str, Any] = cast(dict[str, Any], finite(dict(record)))
                     records[method, length][n] = whole
                     if on_record:
@@ -108,6 +112,11 @@ def execute(
 
 
 Waiting = tuple[tuple[str, int], Part]
+
+
+def _finished(rows: Rows, items: Mapping[int, Sequence[Item]], waiting: Sequence[Waiting]) -> int:
+    """How many items are in no group that waits."""
+    return sum(len(items[length]) for _, length in rows) - sum(len(part.items) for _, part in waiting)
 
 
 def _done(

@@ -51,7 +51,7 @@ class Measure(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What its results depend on beside model, factors, documents and length: for config.json, and JSON as it is."""
+        """What its results depend on beside model, factors, documents and length: JSON, for config.json."""
         ...
 
     def items(self, loaded: LoadedModel, length: int) -> Sequence[Item]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from longrope.runs import METRICS, RunFolder, command_line
 from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
+
+Conclude = Callable[[list[Result]], list[Result]]
 
 
 def measure_methods(
@@ -53,6 +55,8 @@ def measure_run(
     rows: Rows,
     settings: Mapping[str, Any],
     *,
+    name: str | None = None,
+    conclude: Conclude = list,
     documents: Sequence[Window] = (),
     out: str | Path | None = None,
     workers: str | None = None,
@@ -60,6 +64,7 @@ def measure_run(
 ) -> dict[str, Any]:
     """Measure all rows; what metrics.json holds. Writes a run folder where `out` names one, and resumes one there.
 
+    name: of the measure in metrics.json, where it is made of another. conclude: what becomes of the results at the end.
     documents: the windows of documents that items are made of, for config.json. Raises UserError as the measure does,
     before anything is written for prompts that do not fit.
     """
@@ -71,7 +76,7 @@ def measure_run(
     told = {**settings, **measure.settings}
     if out is None:
         results = execute(loaded, measure, rows, items, workers=workers, on_step=on_step)
-        return metrics(command, loaded, told, results, measure.name, documents)
+        return metrics(command, loaded, told, conclude(results), name or measure.name, documents)
     config = {
         "command": command,
         "longrope": __version__,
@@ -94,6 +99,6 @@ def measure_run(
             on_record=run.log_result,
             on_step=on_step,
         )
-        run.save_metrics(metrics(command, loaded, told, results, measure.name, documents))
+        run.save_metrics(metrics(command, loaded, told, conclude(results), name or measure.name, documents))
         run.finish()
         return run.metrics()

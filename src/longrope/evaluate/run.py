@@ -14,11 +14,14 @@ from longrope.documents import read_sources
 from longrope.errors import UserError
 from longrope.evaluate.execute import OnStep
 from longrope.evaluate.measures import Measure
+from longrope.evaluate.methods import Result
 from longrope.evaluate.needle import NeedleMeasure
+from longrope.evaluate.nonuniformity import collect, rows, studies
 from longrope.evaluate.passkey import PasskeyMeasure
 from longrope.evaluate.perplexity import check_stride
 from longrope.evaluate.perplexity_measure import PerplexityMeasure
 from longrope.evaluate.recorded import measure_run
+from longrope.evaluate.ruler import SAMPLES, Ruler
 from longrope.evaluate.templates import read_needle_template, read_passkey_template
 from longrope.factors import FactorTable
 from longrope.lengths import as_length
@@ -31,8 +34,10 @@ from longrope.workers import options_for
 class MeasureSettings:
     """What is measured and how: the words of the command. None is the measure's own default.
 
-    windows: of each length, for perplexity. stride: slides a window over whole documents. tries: prompts a length
-    (passkey) or a cell (needle). template: a TOML file with the prompt's texts.
+    windows: of each length, for perplexity and nonuniformity. stride: slides a window over whole documents. tries:
+    prompts a length (passkey) or a cell (needle). depths, digits: of needle. tasks, samples, questions: of RULER.
+    groups: of pairs, for nonuniformity. template: a TOML file with the prompts' texts. chat: prompts go through the
+    tokenizer's chat template.
     """
 
     documents: Sequence[str] = ()
@@ -41,6 +46,10 @@ class MeasureSettings:
     tries: int | None = None
     depths: int = 10
     digits: int = 7
+    tasks: Sequence[str] | None = None
+    samples: int = SAMPLES
+    questions: str | Path | None = None
+    groups: int | None = None
     template: str | Path | None = None
     chat: bool = False
     seed: int = 0
@@ -74,13 +83,29 @@ def _needle(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings)
     return NeedleMeasure(found, template=template, chat=given.chat, **numbers), []
 
 
+def _ruler(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+    found = read_sources(given.documents, share="unseen", tokenizer=loaded.tokenizer) if given.documents else []
+    made = Ruler.of(
+        given.tasks,
+        samples=given.samples,
+        seed=given.seed,
+        chat=given.chat,
+        questions=given.questions,
+        haystack=[document.text for document in found],
+        templates=given.template,
+    )
+    return made, []
+
+
 _MAKERS: Mapping[str, Callable[[LoadedModel, Sequence[int], MeasureSettings], Made]] = {
     "perplexity": _perplexity,
     "passkey": _passkey,
     "needle": _needle,
+    "ruler": _ruler,
 }
-MEASURES = tuple(_MAKERS)
-_OF_DOCUMENTS = ("perplexity", "needle")
+COMPARED = tuple(_MAKERS)  # what methods can be compared in
+MEASURES = (*_MAKERS, "nonuniformity")
+_OF_DOCUMENTS = ("perplexity", "needle", "nonuniformity")
 
 
 def make_measure(name: str, loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
@@ -88,14 +113,19 @@ def make_measure(name: str, loaded: LoadedModel, lengths: Sequence[int], given: 
     return _MAKERS[name](loaded, lengths, given)
 
 
-def check_measure(name: str, given: MeasureSettings) -> None:
+def check_measure(name: str, given: MeasureSettings, known: Sequence[str] = MEASURES) -> None:
     """Raise UserError, before a model is loaded, for a measure that does not exist or lacks its documents."""
-    if name not in _MAKERS:
-        rule = f"it is one of {', '.join(MEASURES)}"
+    if name not in known:
+        rule = f"it is one of {', '.join(known)}"
         raise UserError("measure", got=repr(name), rule=rule, do="choose one of them")
     if name in _OF_DOCUMENTS and not given.documents:
         raise UserError("--documents", got="none", rule=f"{name} is measured on documents", do="give at least one")
-    for what, value in (("--tries", given.tries), ("--depths", given.depths), ("--windows", given.windows)):
+    for what, value in (
+        ("--tries", given.tries),
+        ("--depths", given.depths),
+        ("--digits", given.digits),
+        ("--windows", given.windows),
+    ):
         if value is not None and value < 1:
             raise UserError(what, got=value, rule="it is at least 1", do="give a larger number")
 
@@ -112,7 +142,7 @@ def evaluate(
     on_step: OnStep | None = None,
     **keywords: Any,
 ) -> dict[str, Any]:
-    """Measure `perplexity`, `passkey` or `needle` at lengths; returns the document that --json prints.
+    """Measure `perplexity`, `passkey`, `needle`, `ruler` or `nonuniformity` at lengths; what --json prints.
 
     factors: a table or its file, by default the checkpoint's own factors.json; "none" ignores that one. Writes a run
     folder where `out` names one, and resumes one that is there item by item; a finished one is read, not measured
@@ -129,16 +159,20 @@ def evaluate(
     if factors == "none":
         options = replace(options, own_factors=False)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
-    table = _table(loaded, factors)
-    rows = {("factors" if table else "none", length): table.row_for(length) if table else None for length in wanted}
+    table = table_of(loaded, factors)
+    if measure == "nonuniformity":
+        return study(loaded, wanted, table, given, out=out, workers=place, on_step=on_step)
+    wanted_rows = {
+        ("factors" if table else "none", length): table.row_for(length) if table else None for length in wanted
+    }
     made, documents = make_measure(measure, loaded, wanted, given)
     settings = {"lengths": wanted, "seed": given.seed, **describe_options(loaded)}
-    settings |= {"factors": [row.key if row else None for row in rows.values()]}
+    settings |= {"factors": [row.key if row else None for row in wanted_rows.values()]}
     return measure_run(
         f"evaluate {measure}",
         loaded,
         made,
-        rows,
+        wanted_rows,
         settings,
         documents=documents,
         out=out,
@@ -147,7 +181,45 @@ def evaluate(
     )
 
 
-def _table(loaded: LoadedModel, factors: FactorTable | str | Path | None) -> FactorTable | None:
+def study(
+    loaded: LoadedModel,
+    lengths: Sequence[int],
+    table: FactorTable | None,
+    given: MeasureSettings,
+    *,
+    out: str | Path | None = None,
+    workers: str | None = None,
+    on_step: OnStep | None = None,
+) -> dict[str, Any]:
+    """What non-uniformity gives at one length: perplexity of every row of the studies; they stand in `pi`'s details."""
+    if len(lengths) != 1:
+        got, rule = f"{len(lengths)} lengths", "what is stretched is stretched to one target"
+        raise UserError("--lengths", got=got, rule=rule, do="give one")
+    (target,) = lengths
+    lines = studies(loaded, target, table=table, groups=given.groups)
+    made, documents = _perplexity(loaded, lengths, given)
+
+    def conclude(results: list[Result]) -> list[Result]:
+        details = collect(lines, {result.method: result.value for result in results})
+        return [replace(result, details=details if result.method == "pi" else {}) for result in results]
+
+    settings = {"lengths": [target], "seed": given.seed, "groups": given.groups, **describe_options(loaded)}
+    return measure_run(
+        "evaluate nonuniformity",
+        loaded,
+        made,
+        {(label, target): row for label, row in rows(lines).items()},
+        settings | {"factors": [row.key for row in table.rows] if table else None},
+        name="nonuniformity",
+        conclude=conclude,
+        documents=documents,
+        out=out,
+        workers=workers,
+        on_step=on_step,
+    )
+
+
+def table_of(loaded: LoadedModel, factors: FactorTable | str | Path | None) -> FactorTable | None:
     """The table to measure, None for the checkpoint as it is without its factors.json."""
     if factors is None:
         return loaded.table  # checked when it was loaded
