@@ -644,7 +644,7 @@ def test_the_version_and_help_go_to_stdout() -> None:
     for arguments in ([], ["--help"], ["-h"]):
         ran = longrope(*arguments)
         assert (ran.code, ran.err) == (0, "")
-        for command in ("demo", "documents", "search", "compare", "factors", "export", "report", "evaluate"):
+        for command in ("demo", "documents", "search", "compare", "factors", "export", "report", "watch", "evaluate"):
             assert f"\n  {command} " in ran.out
 
 
@@ -659,7 +659,7 @@ codes = [run([*name, "--help"]) for name in names]
 print(len(names), set(codes), sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "9 {0} []"
+    assert done.stdout.splitlines()[-1] == "14 {0} []"
     assert done.stderr == ""
 
 
@@ -739,10 +739,30 @@ def test_measurements_are_told_one_by_one_with_how_many_there_are() -> None:
 
     command = compare("--methods", "none,pi", "-f", "good.json", lengths="96,192")
     names = [f"{method} at {length}" for length in (96, 192) for method in ("none", "pi", "good")]
-    assert told(*command, "--out", "run") == [f"measuring {name}, {n}/6" for n, name in enumerate(names, start=1)]
+    lines = told(*command, "--out", "run")
+    assert lines[0] == f"measuring {names[0]}, 0/12", "two windows of each"
+    left = r", \d:\d\d:\d\d left"
+    for n, (line, name) in enumerate(zip(lines, names, strict=True)):
+        assert re.fullmatch(rf"measuring {name}{left if n else ''}, {2 * n}/12", line)
     assert told(*command, "--out", "quiet", "-q") == []
-    assert told(*passkey(lengths="128,192")) == ["measuring none at 128, 1/2", "measuring none at 192, 2/2"]
+    first, second = told(*passkey(lengths="128,192"))
+    assert first == "measuring none at 128, 0/4"
+    assert re.fullmatch(rf"measuring none at 192{left}, 2/4", second)
     assert told(*perplexity("-q")) == []
+
+
+def test_where_there_is_no_terminal_many_items_share_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="longrope"), measuring_progress(quiet=False) as on_step:
+        assert on_step is not None
+        for done in range(500):
+            on_step(Step(done, 1000, "pi", 4096, 1000.0 - done))
+        on_step(Step(500, 1000, "yarn", 4096, 500.0))
+    assert caplog.messages[:2] == [
+        "measuring pi at 4k, 0:16:40 left, 0/1000",
+        "measuring pi at 4k, 0:16:20 left, 20/1000",
+    ]
+    assert len(caplog.messages) == 26
+    assert caplog.messages[-1] == "measuring yarn at 4k, 0:08:20 left, 500/1000"
 
 
 def progress(done: int, iteration: int, rate: float, origin: str = "mutation") -> Progress:

@@ -133,6 +133,29 @@ def test_methods_differ_and_are_measured_on_the_same_windows(ground: Path, small
         assert low <= result["value"] <= high
 
 
+def test_every_method_is_told_apart_from_the_best_of_its_length_by_paired_differences(
+    ground: Path, small: LoadedModel, tmp_path: Path
+) -> None:
+    methods = ["none", "pi", "yarn"]
+    common: dict[str, Any] = {"documents": [str(ground / "texts")], "methods": methods, "factors": {"same": table()}}
+    made = compare(small, lengths=[TARGET], windows=6, out=tmp_path / "run", **common)
+    values = {result["method"]: result["value"] for result in made["results"]}
+    best = min(values, key=lambda method: values[method])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    losses = {method: [line["record"]["loss"] for line in lines if line["method"] == method] for method in values}
+    for result in made["results"]:
+        method, against = result["method"], result.get("against_best")
+        if method == best:
+            assert against is None
+            continue
+        assert against["method"] == best
+        assert against["value"] == pytest.approx(values[method] / values[best] - 1)
+        gaps = np.expm1((np.array(losses[method]) - losses[best]) / (TARGET - 1))
+        low, high = against["ci"]
+        assert gaps.min() - 1e-12 <= low <= against["value"] + 1e-12 <= high + 2e-12 <= gaps.max() + 3e-12
+    assert values["same"] == values["yarn"], "one of the two is the other's equal, or both are behind the best"
+
+
 def test_a_comparison_leaves_the_model_as_it_was(ground: Path, small: LoadedModel, tmp_path: Path) -> None:
     ids = torch.arange(TARGET)[None] % 256
     before = small.model(ids).logits
@@ -161,9 +184,8 @@ def test_a_comparison_of_nothing_and_a_table_named_like_a_method_are_refused(
         compare(small, lengths=[96], documents=documents, methods=["pi"], factors={"pi": table()}, out=tmp_path / "run")
     with pytest.raises(UserError, match=r"^lengths: got none; there is at least one; give lengths in tokens$"):
         evaluate("perplexity", small, lengths=[], documents=documents)
-    with pytest.raises(
-        UserError, match=r"^measure: got 'speed'; it is one of perplexity, passkey; choose one of them$"
-    ):
+    known = "perplexity, passkey, needle, ruler, nonuniformity"
+    with pytest.raises(UserError, match=rf"^measure: got 'speed'; it is one of {known}; choose one of them$"):
         evaluate("speed", small, lengths=[96])
     assert not (tmp_path / "run").exists()
 
@@ -179,7 +201,7 @@ def unfinished(run: Path, keep: int) -> None:
     (run / "results.jsonl").write_bytes(b"".join(lines[:keep]) + lines[keep][:-20])
 
 
-@pytest.mark.parametrize("keep", [0, 3])
+@pytest.mark.parametrize("keep", [0, 3, 4])
 def test_a_comparison_goes_on_after_its_last_whole_measurement(
     ground: Path, small: LoadedModel, tmp_path: Path, keep: int
 ) -> None:
@@ -190,14 +212,17 @@ def test_a_comparison_goes_on_after_its_last_whole_measurement(
     whole = compare(small, **common)
     files = {name: (run / name).read_bytes() for name in ("metrics.json", "results.jsonl")}
     order = [(method, length) for length in (96, TARGET) for method in ("none", "pi", "found")]
-    assert steps == [Step(index, 6, *each) for index, each in enumerate(order)]
+    left = [step.seconds_left for step in steps]
+    assert left[0] is None
+    assert all(seconds is not None and seconds >= 0 for seconds in left[1:])
+    told = [(step.done, step.total, step.method, step.length) for step in steps]
+    assert told == [(2 * index, 12, *each) for index, each in enumerate(order)]
     steps.clear()
     unfinished(run, keep)
     assert compare(small, **common) == whole
     assert {name: (run / name).read_bytes() for name in files} == files
-    assert [(step.done, step.method, step.length) for step in steps] == [
-        (index, *order[index]) for index in range(keep, 6)
-    ]
+    told = [(step.done, step.method, step.length) for step in steps]
+    assert told == [(2 * index, *order[index]) for index in range(keep // 2, 6)]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +241,8 @@ def test_an_evaluation_goes_on_after_its_last_whole_measurement(
     unfinished(run, 1)
     assert evaluate(kind, small, **common) == whole
     assert (run / "metrics.json").read_bytes() == metrics
-    assert [(step.done, step.total, step.length) for step in steps] == [(0, 2, 128), (1, 2, TARGET), (1, 2, TARGET)]
+    told = [(step.done, step.total, step.length) for step in steps]
+    assert told == [(0, 4, 128), (2, 4, TARGET), (0, 4, 128), (2, 4, TARGET)], "the group that was cut is done again"
 
 
 def test_a_value_that_is_not_finite_is_null() -> None:

@@ -197,7 +197,7 @@ def test_an_interrupted_command_that_writes_no_run_promises_nothing(here: Path) 
     for more, promised in (([], False), (["--out", "run"], True)):
         with start(*command, *more, cwd=here) as process:
             assert process.stderr is not None
-            assert process.stderr.readline() == "measuring none at 24k, 1/1\n"
+            assert process.stderr.readline() == "measuring none at 24k, 0/1\n"
             process.send_signal(signal.SIGINT)
             ran = ended(process)
         resume = shlex.join(["longrope", *map(str, [*command, *more])])

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longrope.evaluate.paired import Difference, perplexity_difference, records_difference, share_difference
+from longrope.evaluate.paired import (
+    Difference,
+    against_best,
+    perplexity_difference,
+    records_difference,
+    score_difference,
+    share_difference,
+)
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "search"
 RNG = np.random.default_rng(0)
@@ -72,6 +79,41 @@ def test_the_seed_fixes_the_interval() -> None:
 def test_a_value_that_is_not_finite_has_no_difference() -> None:
     found = perplexity_difference([math.nan, 1.0], [1.0, 1.0], [1, 1], ["a", "b"])
     assert all(math.isnan(value) for value in (found.value, found.low, found.high))
+
+
+def test_one_item_has_a_difference_and_no_interval() -> None:
+    for found in (
+        perplexity_difference([11.0], [10.0], [10], ["a"]),
+        share_difference([True], [False]),
+        score_difference([1.0, 1.0, 0.5], [0.0, 0.0, 0.5], ["a", "a", "b"]),
+    ):
+        assert found.value > 0
+        assert math.isnan(found.low)
+        assert math.isnan(found.high)
+        assert not found.is_clear
+
+
+def test_scores_are_means_over_tasks_and_resampled_within_them() -> None:
+    tasks = ["a"] * 3 + ["b"] * 1000
+    gaps = np.r_[[0.5] * 3, np.tile([0.0, 0.2], 500)]
+    found = score_difference(gaps, np.zeros(1003), tasks)
+    half = 1.96 * 0.1 / math.sqrt(1000) / 2
+    assert found.value == pytest.approx((0.5 + 0.1) / 2)
+    assert (found.low, found.high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.15 * half)
+    assert found.is_clear
+
+
+def test_the_best_is_what_the_others_are_held_against() -> None:
+    records = {
+        name: [{"loss": 10.0 + gap, "count": 10, "document": document} for document in "ab"]
+        for name, gap in (("low", 0.0), ("high", 1.0), ("broken", math.inf))
+    }
+    values = {"low": math.e, "high": math.exp(1.1), "broken": math.inf}
+    lowest = against_best(values, records, lower=True)
+    assert {name: best for name, (best, _) in lowest.items()} == {"high": "low"}
+    assert lowest["high"][1].value == pytest.approx(math.expm1(0.1))
+    assert {name: best for name, (best, _) in against_best(values, records, lower=False).items()} == {"low": "high"}
+    assert against_best({"broken": math.nan}, records, lower=True) == {}
 
 
 def test_records_of_perplexity_and_of_retrieval() -> None:

@@ -349,15 +349,15 @@ def test_a_run_in_the_place_of_a_file_or_where_nothing_can_be_made_is_told(tmp_p
 
 
 def test_measurements_come_back_and_a_half_written_one_is_dropped(tmp_path: Path) -> None:
-    record = {"method": "pi", "length": 256, "value": 0.1 + 0.2, "tokens": 255, "ci": [0.25, 0.5], "windows": "unseen"}
+    record = {"method": "pi", "length": 256, "item": "a@0", "record": {"loss": 0.1 + 0.2}, "windows": "unseen"}
     with RunFolder.open(tmp_path, CONFIG) as run:
         assert run.results() == []
         run.log_result(record)
-        run.log_result({**record, "length": 512, "value": math.nan})
+        run.log_result({**record, "length": 512, "record": {"loss": math.nan}})
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"method": "pi", "len')
     with RunFolder.open(tmp_path, CONFIG) as run:
-        assert run.results() == [record, {**record, "length": 512, "value": None}]
+        assert run.results() == [record, {**record, "length": 512, "record": {"loss": None}}]
         run.log_result({**record, "length": 1024})
         assert [each["length"] for each in run.results()] == [256, 512, 1024]
 
@@ -365,7 +365,7 @@ def test_measurements_come_back_and_a_half_written_one_is_dropped(tmp_path: Path
 def test_a_larger_budget_forgets_what_was_measured_of_the_smaller_ones_factors(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, CONFIG) as run:
         run.log_evaluation({"key": "a", "value": 1.0})
-        run.log_result({"method": "longrope", "length": 256, "value": 1.0, "tokens": 255})
+        run.log_result({"method": "longrope", "length": 256, "item": "a@0", "record": {"loss": 1.0}})
     with RunFolder.open(tmp_path, changed(evaluations=200), budget_keys=["evaluations"]) as run:
         assert (len(run.evaluations()), run.results()) == (1, [])
 
@@ -388,6 +388,17 @@ def test_an_evaluation_that_is_none_is_told_with_its_line(tmp_path: Path, line: 
             run.evaluations()
     rule = "every line is a record of this run; restore the file or start anew"
     assert str(caught.value) == f"lines: got {path}, line 2 with no proper {name!r}; {rule}"
+
+
+def test_measurements_of_another_version_are_told_with_their_line(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, CONFIG) as run:
+        run.log_result({"method": "pi", "length": 256, "item": "a@0", "record": {"loss": 1.0}})
+        path = tmp_path / "results.jsonl"
+        path.write_text(path.read_text() + '{"method": "pi", "length": 512, "value": 9.1, "tokens": 511}\n')
+        with pytest.raises(UserError) as caught:
+            run.results()
+    rule = "every line is a record of this run; restore the file or start anew"
+    assert str(caught.value) == f"lines: got {path}, line 2 with no proper 'item'; {rule}"
 
 
 HOLD = """

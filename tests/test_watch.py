@@ -64,11 +64,15 @@ def test_lines_that_are_half_written_wait_for_the_next_look(tmp_path: Path) -> N
     with (path / "evaluations.jsonl").open("a") as file:
         file.write('{"index": 7, "origin": "muta')
     assert last_lines(path)[-1] == "6. mutation 4.268"
-    (path / "results.jsonl").write_text('{"method": "yarn", "length": 2048, "value": 4.5, "tokens": 9}\n')
+    records = [{"loss": 9.0, "count": 6, "document": "a"}, {"depth": 0.1, "found": True}]
+    records += [{"depth": 0.1, "found": False}, {"task": "vt", "score": 0.5}, {"loss": None, "count": 6}]
+    lines = [{"method": "yarn", "length": 2048, "item": f"i{n}", "record": record} for n, record in enumerate(records)]
+    (path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.utime(path / "results.jsonl", (2e9, 2e9))
     view = look_at(path)
-    assert view.last == ("yarn at 2k 4.500",)
-    assert view.facts["measured so far"] == "1 lines in results.jsonl"
+    outcomes = ["perplexity 4.482", "found", "not found", "vt 0.500", "-"]
+    assert view.last == tuple(f"yarn at 2k i{n} {outcome}" for n, outcome in enumerate(outcomes))
+    assert view.facts["measured so far"] == "5 lines in results.jsonl"
 
 
 def test_a_file_that_is_broken_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def compare(
             results_table(
                 measured["results"],
                 title=f"{measure}, methods set up for {format_length(max(wanted))}",
-                lower=measure == "perplexity",
+                measure=measure,
             )
         )
 

@@ -294,4 +294,4 @@ def _evaluate(
     if as_json:
         print_json(measured)
     else:
-        err.print(results_table(measured["results"], title=measure, lower=measure in ("perplexity", "nonuniformity")))
+        err.print(results_table(measured["results"], title=measure, measure=measure))

@@ -24,6 +24,7 @@ from rich.table import Table
 from longrope.files import disk_errors, finite
 from longrope.lengths import format_length
 from longrope.report.style import stage_of
+from longrope.runs import lower_is_better
 
 if TYPE_CHECKING:
     from longrope.evaluate.execute import OnStep, Step
@@ -158,7 +159,8 @@ def _round(progress: Progress) -> tuple[str, int]:
 
 @contextmanager
 def measuring_progress(quiet: bool) -> Iterator[OnStep | None]:
-    """Progress of measurements, each told before it is made: a bar on a terminal, elsewhere a line each."""
+    """Progress of measurements: a bar on a terminal, elsewhere a line a method and length and some fifty more."""
+    told: list[Step] = []  # one at most
 
     def text(step: Step) -> str:
         left = "" if step.seconds_left is None else f", {format_seconds(step.seconds_left)} left"
@@ -170,7 +172,14 @@ def measuring_progress(quiet: bool) -> Iterator[OnStep | None]:
         with _bar(transient=True) as show:
             yield lambda step: show(step.done, step.total, text(step))
     else:
-        yield lambda step: logger.info("measuring %s, %d/%d", text(step), step.done + 1, step.total)
+
+        def log(step: Step) -> None:
+            same = told and (told[0].method, told[0].length) == (step.method, step.length)
+            if not same or step.done - told[0].done >= step.total / 50:
+                told[:] = [step]
+                logger.info("measuring %s, %d/%d", text(step), step.done, step.total)
+
+        yield log
 
 
 def describe_progress(progress: Progress) -> str:
@@ -187,26 +196,35 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def results_table(results: Sequence[Mapping[str, Any]], *, title: str, lower: bool = True) -> Table:
-    """Methods by length; the best of each length in bold: the lowest, or the highest."""
+def results_table(results: Sequence[Mapping[str, Any]], *, title: str, measure: str = "perplexity") -> Table:
+    """Methods by length; of each length the best in bold, and marked with ~ what is not told apart from it."""
     lengths = sorted({result["length"] for result in results})
     methods = list(dict.fromkeys(result["method"] for result in results))
     values = {(result["method"], result["length"]): result["value"] for result in results}
-    choose = min if lower else max
+    choose = min if lower_is_better(measure) else max
+    close = {(result["method"], result["length"]) for result in results if _not_told_apart(result)}
     best = {
         length: choose(
             (values[method, length] for method in methods if values.get((method, length)) is not None), default=None
         )
         for length in lengths
     }
-    table = Table(title=title, title_justify="left", min_width=len(title))
+    told = "~ not told apart from the best (paired 95% interval)" if close else None
+    table = Table(title=title, title_justify="left", min_width=len(title), caption=told, caption_justify="left")
     table.add_column("method")
     for length in lengths:
         table.add_column(format_length(length), justify="right")
     for method in methods:
-        cells = [values.get((method, length)) for length in lengths]
-        table.add_row(method, *(_cell(cell, best[length]) for cell, length in zip(cells, lengths, strict=True)))
+        marks = ["~" if (method, length) in close else "" for length in lengths]
+        cells = [_cell(values.get((method, length)), best[length]) for length in lengths]
+        table.add_row(method, *(mark + cell for mark, cell in zip(marks, cells, strict=True)))
     return table
+
+
+def _not_told_apart(result: Mapping[str, Any]) -> bool:
+    """Whether the paired interval of the difference from the best reaches zero."""
+    interval = (result.get("against_best") or {}).get("ci")
+    return interval is not None and interval[0] <= 0 <= interval[1]
 
 
 def _cell(value: float | None, best: float | None) -> str:

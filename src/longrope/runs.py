@@ -220,6 +220,11 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def lower_is_better(measure: str) -> bool:
+    """Whether a measure of metrics.json falls when a method is better: perplexity; the others are shares found."""
+    return measure in ("perplexity", "nonuniformity")
+
+
 def command_line() -> list[str] | None:
     """The command line this process was started with, for a report; None when it is not `longrope`."""
     return ["longrope", *sys.argv[1:]] if Path(sys.argv[0]).stem == "longrope" else None

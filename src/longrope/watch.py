@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shlex
 import signal
@@ -139,14 +140,27 @@ def _line(line: bytes) -> str:
         return ""
     if not isinstance(record, dict):
         return ""
-    value = record.get("value")
-    number = value_text(float(value)) if isinstance(value, int | float) else "-"
     if "method" in record and isinstance(length := record.get("length"), int):
-        words = [str(record["method"]), "at", format_length(length), str(record.get("key", "")), number]
+        words = [str(record["method"]), "at", format_length(length), str(record.get("item", ""))]
+        words += [_outcome(record.get("record"))]
     else:
+        value = record.get("value")
+        number = value_text(float(value)) if isinstance(value, int | float) else "-"
         place = f"{record['index']}." if "index" in record else ""
         words = [place, str(record.get("origin", record.get("key", ""))), number]
     return " ".join(_one_line(word) for word in words if word)
+
+
+def _outcome(record: object) -> str:
+    """What came of an item: its perplexity, its score, or whether the answer was found."""
+    if not isinstance(record, dict):
+        return "-"
+    loss, count, score = record.get("loss"), record.get("count"), record.get("score")
+    if isinstance(count, int) and count > 0:
+        return f"perplexity {value_text(math.exp(min(loss / count, 700.0)))}" if isinstance(loss, int | float) else "-"
+    if isinstance(score, int | float):
+        return f"{record.get('task', '')} {value_text(float(score))}".strip()
+    return {True: "found", False: "not found"}.get(record.get("found", "-"), "-")
 
 
 def _one_line(text: str) -> str:

@@ -10,9 +10,11 @@ from typing import Any, cast
 
 from longrope.evaluate.measures import Item, Measure, Record
 from longrope.evaluate.methods import Result
+from longrope.evaluate.paired import Difference, against_best
 from longrope.factors import RopeFactors
 from longrope.files import finite
 from longrope.model import LoadedModel
+from longrope.runs import lower_is_better
 from longrope.workers import Workers, open_workers
 
 Rows = Mapping[tuple[str, int], RopeFactors | None]
@@ -103,12 +105,20 @@ def execute(
                     if on_record:
                         line = {"method": method, "length": length, "item": items[length][n].key, "record": whole}
                         on_record(line | ({"windows": windows} if windows else {}))
-    results = []
-    for method, length in rows:
-        of_row = records[method, length]
-        summary = measure.summarize(length, [of_row[n] for n in range(len(items[length]))])
-        results.append(Result.summing(method, length, summary, windows))
-    return results
+    ordered = {key: [of_row[n] for n in range(len(of_row))] for key, of_row in records.items()}
+    return _summed(measure, ordered, windows)
+
+
+def _summed(measure: Measure, records: Mapping[tuple[str, int], Sequence[Record]], windows: str | None) -> list[Result]:
+    """Results of all rows, each with its difference from the best of its length."""
+    summaries = {key: measure.summarize(key[1], of_row) for key, of_row in records.items()}
+    behind: dict[tuple[str, int], tuple[str, Difference]] = {}
+    for length in dict.fromkeys(length for _, length in records):
+        values = {key[0]: summary.value for key, summary in summaries.items() if key[1] == length}
+        of_length = {key[0]: of_row for key, of_row in records.items() if key[1] == length}
+        found = against_best(values, of_length, lower=lower_is_better(measure.name))
+        behind |= {(method, length): each for method, each in found.items()}
+    return [Result.summing(*key, summary, windows, behind.get(key)) for key, summary in summaries.items()]
 
 
 Waiting = tuple[tuple[str, int], Part]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longrope.evaluate.measures import Summary
+from longrope.evaluate.paired import Difference
 from longrope.factors import FactorTable, RopeFactors
 from longrope.model import LoadedModel
 
@@ -19,6 +20,7 @@ class Result:
     """A figure of one method at one length: `value`, of `tokens` tokens, with its 95% interval where there is one.
 
     windows: which ones it was measured on, None where that says nothing. details: what plots show beside it.
+    against_best: the best method at this length and the paired difference from it, of each other one.
     """
 
     method: str
@@ -28,11 +30,20 @@ class Result:
     ci: tuple[float, float] | None
     windows: str | None = "unseen"
     details: Mapping[str, Any] = field(default_factory=dict)
+    against_best: tuple[str, Difference] | None = None
 
     @classmethod
-    def summing(cls, method: str, length: int, summary: Summary, windows: str | None) -> Result:
+    def summing(
+        cls,
+        method: str,
+        length: int,
+        summary: Summary,
+        windows: str | None,
+        against_best: tuple[str, Difference] | None = None,
+    ) -> Result:
         """What a measure says of all its items."""
-        return cls(method, length, summary.value, summary.tokens, summary.ci, windows, dict(summary.details))
+        details = dict(summary.details)
+        return cls(method, length, summary.value, summary.tokens, summary.ci, windows, details, against_best)
 
     def to_dict(self) -> dict[str, Any]:
         """As metrics.json has it; a value that is not finite is None."""
@@ -43,8 +54,15 @@ class Result:
             "tokens": self.tokens,
             "ci": list(self.ci) if self.ci else None,
             **({"windows": self.windows} if self.windows else {}),
+            **({"against_best": _against(*self.against_best)} if self.against_best else {}),
             **({"details": dict(self.details)} if self.details else {}),
         }
+
+
+def _against(best: str, difference: Difference) -> dict[str, Any]:
+    interval = [difference.low, difference.high]
+    ci = interval if all(map(math.isfinite, interval)) else None
+    return {"method": best, "value": difference.value if math.isfinite(difference.value) else None, "ci": ci}
 
 
 def method_factors(loaded: LoadedModel, method: str, target: int, length: int) -> RopeFactors | None:

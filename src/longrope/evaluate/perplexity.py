@@ -149,15 +149,21 @@ def measure_sliding(loaded: LoadedModel, documents: Sequence[Window], *, length:
 
 def sliding_loss(loaded: LoadedModel, document: Window, *, length: int, stride: int) -> tuple[float, int]:
     """(summed loss in nats, scored tokens) of a whole document, as in `measure_sliding`."""
-    total, count = 0.0, 0
+    together: dict[tuple[int, int], list[int]] = {}  # starts of windows of one size that score the same tokens
     for start, end, first_scored in sliding_spans(len(document.ids), length, stride):
-        unscored = first_scored - start - 1
+        together.setdefault((end - start, first_scored - start - 1), []).append(start)
+    total, count = 0.0, 0
+    for (size, unscored), starts in together.items():
 
         def run(batch: Tensor, unscored: int = unscored) -> Tensor:
             return token_losses(loaded, batch.to(loaded.device))[:, unscored:].double().sum(1).cpu()
 
-        total += float(in_batches(loaded, run, torch.from_numpy(document.ids[None, start:end])))
-        count += end - first_scored
+        # A view: windows overlap, and all of them at once could be many times the document.
+        windows = np.lib.stride_tricks.sliding_window_view(document.ids, size)
+        rows = max(1, loaded.batch_tokens // size)
+        for first in range(0, len(starts), rows):
+            total += float(in_batches(loaded, run, torch.from_numpy(windows[starts[first : first + rows]])).sum())
+        count += len(starts) * (size - 1 - unscored)
     return total, count
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from longrope.report.facts import measured_on, methods_of, verdict
 from longrope.report.figures import Plot, letters, make_axis, make_figure, make_mark, make_trace
 from longrope.report.read import RunData
-from longrope.report.style import length_text, look, lower_is_better, title_of, value_text
+from longrope.report.style import length_text, look, title_of, value_text
+from longrope.runs import lower_is_better
 
 _WIDEST_GAP = 25.0  # percent: beyond it a method is simply far off
 

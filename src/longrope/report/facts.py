@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from longrope.lengths import format_length
 from longrope.report.read import RunData
-from longrope.report.results import MEASURES, Result
+from longrope.report.results import MEASURES, Against, Result
 from longrope.report.searched import counts, evaluations_text, number_text
 from longrope.report.style import (
     Look,
@@ -18,10 +18,10 @@ from longrope.report.style import (
     is_ours,
     length_text,
     look,
-    lower_is_better,
     percent_text,
     value_text,
 )
+from longrope.runs import lower_is_better
 
 # What a measure must be told beside the model, its factors and lengths.
 _FURTHER = {
@@ -53,12 +53,13 @@ class Card:
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of the table; `title` tells how it was measured."""
+    """One figure of the table; `title` tells how it was measured, `mark` is "~" where it may be as good as the best."""
 
     text: str
     interval: str
     best: bool
     title: str
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -190,19 +191,31 @@ def table_rows(run: RunData) -> list[Row]:
         Row(
             method,
             look(method, methods),
-            tuple(_cell(run.result(method, length), best[length]) for length in run.lengths),
+            tuple(_cell(run.measure, run.result(method, length), best[length]) for length in run.lengths),
         )
         for method in methods
     ]
 
 
-def _cell(result: Result | None, best: Result | None) -> Cell:
+def _cell(measure: str, result: Result | None, best: Result | None) -> Cell:
     if result is None:
         return Cell("", "", best=False, title="not measured")
     tokens = "" if result.tokens is None else f"{result.tokens:,} tokens"
     is_best = best is not None and result.value is not None and result.value == best.value
     title = tokens if result.value is not None else f"not finite {tokens}".strip()
-    return Cell(value_text(result.value), _interval(result), best=is_best, title=title)
+    if result.against:
+        title += f"; {_against(measure, result.against)}"
+    mark = "" if result.told_apart else "~"
+    return Cell(value_text(result.value), _interval(result), best=is_best, title=title, mark=mark)
+
+
+def _against(measure: str, against: Against) -> str:
+    """A paired difference in words; of shares it is in points."""
+    figures = [against.value, *(against.ci or ())]
+    told = [f"{100 * figure:+.2f}".replace("-", "\u2212") for figure in figures if figure is not None]
+    unit = "%" if lower_is_better(measure) else " points"
+    interval = " ({} to {}, paired)".format(*told[1:]) if against.ci and len(told) == len(figures) else ""
+    return f"{told[0] if told else 'no number'}{unit if told else ''}{interval} against {look(against.method).label}"
 
 
 def seen_rows(run: RunData) -> list[Row]:

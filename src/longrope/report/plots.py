@@ -14,9 +14,10 @@ from longrope.report.merge import merge
 from longrope.report.nonuniform import nonuniformity_plots, nonuniformity_tables
 from longrope.report.pairs import factors_plot, wavelengths_plot
 from longrope.report.read import RunData
-from longrope.report.style import lower_is_better, slug, title_of
+from longrope.report.style import slug, title_of
 from longrope.report.tables import Table, length_tables
 from longrope.report.tasks import harness_plot, harness_table, ruler_table
+from longrope.runs import lower_is_better
 
 __all__ = ["Section", "measure_sections", "plots", "plots_of", "search_plots"]
 
@@ -40,6 +41,9 @@ def plots_of(runs: Sequence[RunData]) -> list[Plot]:
     return [*(plot for section in measure_sections(runs) for plot in section.plots), *search_plots(runs)]
 
 
+_CLOSE = ", with ~ what is not told apart from the best of its run (paired 95% interval)"
+
+
 def measure_sections(runs: Sequence[RunData]) -> list[Section]:
     """A section of each measure that any of the runs has, the first run's first measure first."""
     merged = merge(runs)
@@ -54,7 +58,8 @@ def search_plots(runs: Sequence[RunData]) -> list[Plot]:
 
 def _section(run: RunData, *, first: bool) -> Section:
     better = "Lower" if lower_is_better(run.measure) else "Higher"
-    note = f"{better} is better; the best of each length is bold; — is not finite. {measured_on(run)}".rstrip()
+    close = "" if all(result.told_apart for result in run.results) else _CLOSE
+    note = f"{better} is better; the best of each length is bold{close}; — is not finite. {measured_on(run)}".rstrip()
     tables, made = length_tables(run, note), [*_by_length(run, first=first)]
     if run.measure == "perplexity":
         made += [position_plot(run)]

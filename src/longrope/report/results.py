@@ -28,11 +28,21 @@ Details = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Against:
+    """The best method, the paired difference from it (relative in perplexity, of shares otherwise), its interval."""
+
+    method: str
+    value: float | None
+    ci: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class Result:
     """The value of one method at one length; None when it is not finite. tokens: how many were measured.
 
     seen: measured on the windows of the search itself rather than on held-out ones. details: what plots and tables
-    show beside the value, checked; rows of numbers and texts, or {task: {name: number}}.
+    show beside the value, checked; rows of numbers and texts, or {task: {name: number}}. against: the best method at
+    this length, the paired difference from it and its interval.
     """
 
     method: str
@@ -42,6 +52,13 @@ class Result:
     ci: tuple[float, float] | None
     seen: bool
     details: Details = field(default_factory=dict)
+    against: Against | None = None
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the paired interval of the difference from the best leaves zero out, as far as there is one."""
+        interval = self.against.ci if self.against else None
+        return interval is None or not interval[0] <= 0 <= interval[1]
 
 
 def read_metrics(run: Path) -> tuple[Mapping[str, Any], dict[str, tuple[Result, ...]]]:
@@ -106,18 +123,31 @@ def _result(item: Mapping[str, Any], measure: str, path: Path) -> Result:
     check(isinstance(method, str), path, "a method is a name")
     check(type(length) is int and length > 0, path, "a length is a positive whole number")
     tokens = number(item.get("tokens"), path, "tokens")
-    check(ci is None or (isinstance(ci, list) and len(ci) == _INTERVAL), path, "ci is null or two numbers")
-    ends = [number(end, path, "ci") for end in ci or []]
-    low, high = ends if ends else (None, None)
     return Result(
         method=cast(str, method).replace(RUN_SEPARATOR, " "),
         length=cast(int, length),
         value=number(item.get("value"), path, "value"),
         tokens=None if tokens is None else int(tokens),
-        ci=None if low is None or high is None else (low, high),
+        ci=_interval(ci, path),
         seen=item.get("windows") == "search",
         details=_details(item.get("details") or {}, measure, path),
+        against=_against(item.get("against_best"), path),
     )
+
+
+def _interval(data: object, path: Path) -> tuple[float, float] | None:
+    check(data is None or (isinstance(data, list) and len(data) == _INTERVAL), path, "ci is null or two numbers")
+    low, high = (number(end, path, "ci") for end in cast(list[object], data or [None, None]))
+    return None if low is None or high is None else (low, high)
+
+
+def _against(data: object, path: Path) -> Against | None:
+    if data is None:
+        return None
+    check(isinstance(data, Mapping) and isinstance(data.get("method"), str), path, "against_best names a method")
+    given = cast(Mapping[str, Any], data)
+    value = number(given.get("value"), path, "against_best.value")
+    return Against(str(given["method"]).replace(RUN_SEPARATOR, " "), value, _interval(given.get("ci"), path))
 
 
 def _details(data: object, measure: str, path: Path) -> Details:

@@ -118,11 +118,6 @@ def _look(method: str, methods: Iterable[str]) -> Look:
     return Look(label, ours=False, colour=_COLOURS.get(stem, GREY), dash=dash, symbol=symbol, width=1.75)
 
 
-def lower_is_better(measure: str) -> bool:
-    """Perplexity falls when a method is better; every other measure is a share of right answers."""
-    return measure in ("perplexity", "nonuniformity")
-
-
 def slug(name: str) -> str:
     """A name as part of the name of a file or of an element."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-") or "measure"
