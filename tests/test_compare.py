@@ -221,8 +221,8 @@ def test_a_comparison_goes_on_after_its_last_whole_measurement(
     unfinished(run, keep)
     assert compare(small, **common) == whole
     assert {name: (run / name).read_bytes() for name in files} == files
-    told = [(step.done, step.method, step.length) for step in steps]
-    assert told == [(2 * index, *order[index]) for index in range(keep // 2, 6)]
+    told = [(step.done, step.total, step.method, step.length) for step in steps]
+    assert told == [(2 * index, 12, *order[index]) for index in range(keep // 2, 6)]
 
 
 @pytest.mark.parametrize(
