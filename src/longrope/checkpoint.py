@@ -166,8 +166,12 @@ def _from_pretrained(factory: Any, source: str, trust_remote_code: bool, **optio
 
     The Hub is asked once first: transformers repeats every request that fails for half a minute.
     """
-    options |= {"trust_remote_code": trust_remote_code, "local_files_only": Path(source).is_dir() or not _hub_answers()}
+    options |= {"trust_remote_code": trust_remote_code, "local_files_only": _is_local(source)}
     return factory.from_pretrained(source, **options)
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).is_dir() or not _hub_answers()
 
 
 def _hub_answers() -> bool:
@@ -235,6 +239,7 @@ def load_weights(name: str, source: str, config: Any, options: LoadOptions) -> t
             attn_implementation=None if options.attention == "auto" else options.attention,
             device_map=placement if placement in _PLACEMENTS else {"": placement},
             use_safetensors=True,
+            adapter_kwargs={"local_files_only": _is_local(source)},  # with PEFT installed, an adapter is asked for too
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
             **({"quantization_config": quantization} if quantization else {}),
