@@ -69,7 +69,7 @@ LONG = ("none", "yarn", "searched")
 
 
 def further(path: Path, **more: dict[str, Any]) -> Path:
-    """Every other measurement, as metrics-NAME.json beside a run's metrics.json; `more` replaces some of them."""
+    """Every other measurement, as runs inside a run; `more` replaces some of them."""
     made = {
         "passkey": measured("passkey", {"by_depth": lambda s: [[0.0, 0.5, s, 5], [0.5, 1.0, 1.0, 5]]}),
         "needle": measured("needle", {"by_depth": lambda s: [[d / 4, s, 4, 1.5] for d in range(5)]}),
@@ -93,7 +93,12 @@ def further(path: Path, **more: dict[str, Any]) -> Path:
         ),
     }
     for name, data in (made | more).items():
-        (path / f"metrics-{name}.json").write_text(json.dumps(data))
+        folder = path / name
+        folder.mkdir(exist_ok=True)
+        typed = ["longrope", "evaluate", name, "tiny", "--out", f"RUN/{name}"]
+        config = {**CONFIG, "command": f"evaluate {name}", "ignored": {"command_line": typed}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "metrics.json").write_text(json.dumps(data))
     return path
 
 

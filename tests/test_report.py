@@ -663,11 +663,11 @@ def test_a_depth_without_tries_is_an_empty_cell(full: Path, tmp_path: Path) -> N
 
 def test_short_benchmarks_stand_beside_the_unscaled_model(full: Path, tmp_path: Path) -> None:
     path = shutil.copytree(full, tmp_path / "run")
-    data = json.loads((path / "metrics-harness.json").read_text())
+    data = json.loads((path / "harness" / "metrics.json").read_text())
     shares = dict(zip(("none", "yarn", "searched"), (0.5, 0.4375, 0.5), strict=True))
     for result in data["results"]:
         result["details"]["tasks"]["arc_easy"]["acc,none"] = shares[result["method"]]
-    (path / "metrics-harness.json").write_text(json.dumps(data))
+    (path / "harness" / "metrics.json").write_text(json.dumps(data))
     page = Page(write_report(path))
     assert ["method", "arc_easy acc", "wiki ppl"] in page.rows
     assert "−0.062" in page.text
@@ -699,13 +699,13 @@ def test_wavelengths_are_the_periods_times_the_factors(run: Path) -> None:
 
 def test_what_was_not_measured_is_said_in_one_line_with_what_measures_it(run: Path, page: Page) -> None:
     assert "Not measured: passkey, needle, ruler, harness, nonuniformity" in page.text
-    assert f"longrope evaluate passkey tiny --factors {run} --lengths 256,1k,2k --out {run}-passkey" in page.text
+    assert f"longrope evaluate passkey tiny --factors {run} --lengths 256,1k,2k --out {run}/passkey" in page.text
 
 
 def test_a_later_measurement_of_the_same_measure_has_the_word(run: Path, tmp_path: Path) -> None:
     path = shutil.copytree(run, tmp_path / "run")
     later = {"measure": "perplexity", "results": [{"method": "yarn", "length": 2048, "value": 3.5, "unknown": {}}]}
-    (path / "metrics-later.json").write_text(json.dumps(later))
+    further(path, later=later)
     read = read_run(path)
     found = read.result("yarn", 2048)
     assert found is not None
@@ -713,12 +713,24 @@ def test_a_later_measurement_of_the_same_measure_has_the_word(run: Path, tmp_pat
     assert len(read.results) == 18
 
 
-def test_a_run_of_further_measurements_only_is_a_run(tmp_path: Path) -> None:
-    further(tmp_path)
-    (tmp_path / "metrics-needle.json").unlink()
-    page = Page(write_report(tmp_path))
-    assert "Not measured: perplexity, needle" in page.text
-    assert "What was asked: there is no config.json." in page.text
+def test_the_commands_of_the_measurements_inside_a_run_are_on_its_page(full: Path) -> None:
+    page = Page(write_report(full))
+    assert "longrope search tiny --documents 'my texts'" in page.text
+    assert "longrope evaluate needle tiny --out RUN/needle" in page.text
+
+
+def test_a_folder_of_runs_is_no_run_and_one_that_is_no_run_is_not_read(run: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(run, tmp_path / "run")
+    with pytest.raises(UserError, match="a run is a folder that a command wrote"):
+        write_report(tmp_path)
+    (path / "checkpoint").mkdir()
+    (path / "checkpoint" / "config.json").write_text('{"model_type": "llama"}')
+    (path / "checkpoint" / "metrics.json").write_text("not ours")
+    assert list(read_run(path).measures) == ["perplexity"]
+    (path / "broken").mkdir()
+    (path / "broken" / "config.json").write_text('{"command": ')
+    with pytest.raises(UserError, match="broken/config.json"):
+        read_run(path)
 
 
 @pytest.mark.parametrize(
@@ -738,7 +750,7 @@ def test_details_of_another_shape_are_refused_naming_the_file(
     tmp_path: Path, measure: str, details: object, message: str
 ) -> None:
     record = {"method": "none", "length": 256, "value": 0.5, "details": details}
-    file = tmp_path / "metrics-x.json"
+    file = tmp_path / "metrics.json"
     file.write_text(json.dumps({"measure": measure, "results": [record]}))
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         write_report(tmp_path)

@@ -142,7 +142,7 @@ def _refuse_other_files(path: Path) -> None:
     """Raise UserError for a folder that is neither empty nor a run. Its files are not ours to touch."""
     if path.exists() and not path.is_dir():
         raise UserError("--out", got=f"{path}, a file", rule="a run is a folder", do="choose another --out")
-    if not path.is_dir() or _is_run(path / CONFIG):
+    if not path.is_dir() or is_run(path):
         return
     ours = {item.name for item in path.glob(TEMPORARY)} | {_LOCK}
     if others := sorted(item.name for item in path.iterdir() if item.name not in ours):
@@ -151,11 +151,14 @@ def _refuse_other_files(path: Path) -> None:
         raise UserError("--out", got=got, rule=rule, do="choose another --out or an empty folder")
 
 
-def _is_run(config: Path) -> bool:
-    """Whether a config.json is a run's; that of a checkpoint has the same name."""
-    if not config.exists():
+def is_run(folder: Path) -> bool:
+    """Whether a folder has the config.json of a run; that of a checkpoint has the same name.
+
+    Raises UserError when the file is corrupt.
+    """
+    if not (folder / CONFIG).exists():
         return False
-    data = read_json(config, "config of the run")
+    data = read_json(folder / CONFIG, "config of the run")
     return isinstance(data, dict) and "command" in data and isinstance(data.get("settings"), dict)
 
 

@@ -23,10 +23,9 @@ from longrope.errors import UserError
 from longrope.lengths import format_length
 from longrope.report.facts import command_line
 from longrope.report.read import RunData, read_run
-from longrope.report.results import metrics_files
 from longrope.report.searched import counts, evaluations_text
 from longrope.report.style import count_text, duration_text, value_text
-from longrope.runs import CONFIG, DONE, EVALUATIONS, RESULTS
+from longrope.runs import CONFIG, DONE, EVALUATIONS, METRICS, RESULTS
 
 _LOCK = ".lock"
 _LINES = 6  # the last lines that are shown
@@ -196,7 +195,7 @@ def _results(run: Path, data: RunData) -> dict[str, str]:
         methods = len({result.method for result in results})
         noun = "method" if methods == 1 else "methods"
         facts[measure] = f"{methods} {noun} at {names}"
-    if not metrics_files(run) and (run / RESULTS).is_file():
+    if not (run / METRICS).is_file() and (run / RESULTS).is_file():
         facts["measured so far"] = f"{(run / RESULTS).read_bytes().count(10):,} lines in {RESULTS}"
     return facts
 

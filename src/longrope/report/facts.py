@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from longrope.lengths import format_length
 from longrope.report.read import RunData
@@ -245,7 +246,7 @@ def not_measured(runs: Sequence[RunData]) -> dict[str, str]:
             words += ["--factors", run.path] if run.table else []
             words += ["--lengths", ",".join(format_length(length) for length in lengths) or "N"]
             words += _FURTHER.get(measure, [])
-            made[measure] = shlex.join([*words, "--out", f"{run.path}-{measure}"])
+            made[measure] = shlex.join([*words, "--out", f"{run.path}/{measure}"])
     return made
 
 
@@ -278,9 +279,18 @@ def _flat(data: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def command_lines(run: RunData) -> str:
+    """The command of a run and those of the runs inside it, a line each; without what a library call made."""
+    return "\n".join(line for line in (_typed(config) for config in (run.config, *run.inner)) if line)
+
+
 def command_line(run: RunData) -> str:
     """The command as it was typed, where config.json has it under "ignored"; a library call has none."""
-    ignored = run.config.get("ignored", {})
+    return _typed(run.config)
+
+
+def _typed(config: Mapping[str, Any]) -> str:
+    ignored = config.get("ignored", {})
     typed = ignored.get("command_line") if isinstance(ignored, Mapping) else None
     if isinstance(typed, list):
         return shlex.join(str(word) for word in typed)

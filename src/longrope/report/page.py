@@ -62,7 +62,7 @@ def _asked(run: RunData, rank: int) -> dict[str, Any]:
         "model": facts.model_name(run),
         "search_facts": search_facts(run),
         "settings": facts.settings(run),
-        "command_line": facts.command_line(run),
+        "command_lines": facts.command_lines(run),
     }
 
 

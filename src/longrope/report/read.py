@@ -11,7 +11,7 @@ from longrope.baselines import RopeShape
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.files import read_json, read_lines
-from longrope.report.results import RUN_SEPARATOR, Result, check, metrics_files, number, read_mapping, read_metrics
+from longrope.report.results import RUN_SEPARATOR, Result, check, inner_runs, number, read_mapping, read_metrics
 from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, METRICS
 
 Kind = Literal["complete", "failed", "partial", "gradient", "unrounded"]
@@ -49,7 +49,8 @@ class RunData:
     """What a run folder holds; empty or None where a file is not there.
 
     results: of the first measure, on held-out windows where there are some, else on all. seen: beside those, on the
-    windows of the search. measures: all results by measure. path: as it was given.
+    windows of the search. measures: all results by measure. inner: config.json of the runs inside it, whose results
+    are among them. path: as it was given.
     """
 
     name: str
@@ -64,6 +65,7 @@ class RunData:
     evaluations: tuple[Evaluation, ...]
     finished: bool
     measures: Mapping[str, tuple[Result, ...]] = field(default_factory=dict)
+    inner: tuple[Mapping[str, Any], ...] = ()
     path: str = "RUN"
 
     def of(self, measure: str) -> RunData:
@@ -108,7 +110,7 @@ class RunData:
 def read_run(run: Path) -> RunData:
     """Read a run folder. Raises UserError for a folder that is no run and for a corrupt file, naming it."""
     files = (CONFIG, METRICS, FACTORS, EVALUATIONS)
-    if not any((run / name).is_file() for name in files) and not metrics_files(run):
+    if not any((run / name).is_file() for name in files):
         got = f"{run}, which has none of {', '.join(files)}" if run.is_dir() else f"{run}, which is no folder"
         raise UserError("run", got=got, rule="a run is a folder that a command wrote", do="give the --out of a command")
     config = read_mapping(run / CONFIG)
@@ -137,8 +139,9 @@ def read_run(run: Path) -> RunData:
             for line, record in enumerate(read_lines(run / EVALUATIONS), start=1)
         ),
         # The page of a demo is part of the demo, so it is made before DONE; by then everything is measured.
-        finished=(run / DONE).exists() or bool(measures),
+        finished=(run / DONE).exists() or bool(metrics),
         measures=measures,
+        inner=tuple(read_mapping(folder / CONFIG) for folder in inner_runs(run)),
         path=str(run),
     )
     return data.of(next(iter(measures), str(metrics.get("measure", "perplexity"))))

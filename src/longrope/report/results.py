@@ -1,4 +1,4 @@
-"""The measurements of a run folder, checked: metrics.json, and metrics-NAME.json of what was measured afterwards."""
+"""The measurements of a run folder, checked: its metrics.json, and those of the runs inside it, measured afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from longrope.errors import UserError
 from longrope.files import read_json
-from longrope.runs import METRICS
+from longrope.runs import METRICS, is_run
 
 RUN_SEPARATOR = "\x1f"  # between the name of a run and that of a method, where several runs are shown
 _INTERVAL = 2  # an interval is its two ends
@@ -62,19 +62,18 @@ class Result:
 
 
 def read_metrics(run: Path) -> tuple[Mapping[str, Any], dict[str, tuple[Result, ...]]]:
-    """The first metrics file as it is, and the results of all by measure; a later file has the word.
+    """A run's own metrics.json as it is, and the results of all by measure; of two alike the later folder's stays.
 
-    That of metrics.json comes first. Raises UserError for a file that is not as it should be, naming it.
+    Its own measure comes first. Raises UserError for a file that is not as it should be, naming it.
     """
-    first: Mapping[str, Any] = {}
+    first = read_mapping(run / METRICS)
     found: dict[str, dict[tuple[str, int, bool], Result]] = {}
-    for path in metrics_files(run):
-        data = read_mapping(path)
+    datas = {path: read_mapping(path) for path in (folder / METRICS for folder in [run, *inner_runs(run)])}
+    for path, data in sorted(datas.items(), key=lambda item: (item[0].parent != run, _place(item[1]))):
         results = data.get("results", [])
         good = isinstance(results, list) and all(isinstance(item, Mapping) for item in results)
         check(good, path, "results is a list")
         measure = str(data.get("measure", "perplexity"))
-        first = first or data
         kept = found.setdefault(measure, {})
         for item in cast(list[Mapping[str, Any]], results):
             made = _result(item, measure, path)
@@ -82,15 +81,16 @@ def read_metrics(run: Path) -> tuple[Mapping[str, Any], dict[str, tuple[Result, 
     return first, {measure: tuple(kept.values()) for measure, kept in found.items() if kept}
 
 
-def metrics_files(run: Path) -> list[Path]:
-    """metrics.json and metrics-NAME.json, those that are there."""
-    return [path for path in [run / METRICS, *sorted(run.glob("metrics-*.json"), key=_place)] if path.is_file()]
+def inner_runs(run: Path) -> list[Path]:
+    """Folders inside a run that are runs: what was measured of it afterwards. By name."""
+    folders = sorted(path for path in run.glob("*/") if path.is_dir()) if run.is_dir() else []
+    return [folder for folder in folders if is_run(folder)]
 
 
-def _place(path: Path) -> tuple[int, str]:
-    """Known measures in their order, whatever else there is behind them by name."""
-    name = path.stem.removeprefix("metrics-")
-    return (MEASURES.index(name) if name in MEASURES else len(MEASURES)), name
+def _place(data: Mapping[str, Any]) -> int:
+    """Known measures in their order, whatever else there is behind them."""
+    name = data.get("measure", "perplexity")
+    return MEASURES.index(name) if name in MEASURES else len(MEASURES)
 
 
 def read_mapping(path: Path) -> Mapping[str, Any]:
