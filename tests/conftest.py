@@ -7,6 +7,7 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_AUTH_MODE"] = "disabled"  # else Ray puts a token into the home folder
 
 
 @pytest.fixture(autouse=True, scope="session")

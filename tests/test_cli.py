@@ -746,8 +746,8 @@ def test_measurements_are_told_one_by_one_with_how_many_there_are() -> None:
         assert re.fullmatch(rf"measuring {name}{left if n else ''}, {2 * n}/12", line)
     assert told(*command, "--out", "quiet", "-q") == []
     first, second = told(*passkey(lengths="128,192"))
-    assert first == "measuring none at 128, 0/4"
-    assert re.fullmatch(rf"measuring none at 192{left}, 2/4", second)
+    assert first == "measuring none at 128, 0/6"
+    assert re.fullmatch(rf"measuring none at 192{left}, 3/6", second)
     assert told(*perplexity("-q")) == []
 
 

@@ -184,7 +184,7 @@ def test_a_comparison_of_nothing_and_a_table_named_like_a_method_are_refused(
         compare(small, lengths=[96], documents=documents, methods=["pi"], factors={"pi": table()}, out=tmp_path / "run")
     with pytest.raises(UserError, match=r"^lengths: got none; there is at least one; give lengths in tokens$"):
         evaluate("perplexity", small, lengths=[], documents=documents)
-    known = "perplexity, passkey, needle, ruler, nonuniformity"
+    known = "perplexity, passkey, needle, ruler, nonuniformity, harness"
     with pytest.raises(UserError, match=rf"^measure: got 'speed'; it is one of {known}; choose one of them$"):
         evaluate("speed", small, lengths=[96])
     assert not (tmp_path / "run").exists()

@@ -729,7 +729,7 @@ def test_a_folder_of_runs_is_no_run_and_one_that_is_no_run_is_not_read(run: Path
     assert list(read_run(path).measures) == ["perplexity"]
     (path / "broken").mkdir()
     (path / "broken" / "config.json").write_text('{"command": ')
-    with pytest.raises(UserError, match="broken/config.json"):
+    with pytest.raises(UserError, match=r"broken/config\.json"):
         read_run(path)
 
 

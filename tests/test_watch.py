@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from longrope.cli import run as command
+from commands import longrope
 from longrope.errors import UserError
 from longrope.runs import RunFolder
 from longrope.watch import holder, last_lines, look_at, watch
@@ -89,11 +89,11 @@ def test_names_cannot_move_the_cursor_or_be_markup(tmp_path: Path) -> None:
     assert "[red]?[2Jname" in shown
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a run is a folder that a command wrote"):
         watch(tmp_path, once=True)
-    assert command(["watch", str(tmp_path / "none"), "--once"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    ran = longrope("watch", tmp_path / "none", "--once")
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
 
 
 def test_the_view_of_a_run_ends_with_it(tmp_path: Path) -> None:

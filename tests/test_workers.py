@@ -71,14 +71,6 @@ def processes(of: psutil.Process, name: str) -> list[psutil.Process]:
     return [each for each in of.children(recursive=True) if " ".join(each.cmdline()).startswith(name)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _ray_as_tests_need_it() -> Iterator[None]:
-    """Ray puts a token into the home folder otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        yield
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """HOST:PORT of a cluster of two CPUs that `ray start` started."""

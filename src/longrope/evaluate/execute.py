@@ -87,7 +87,7 @@ def execute(
         of_length = items[length]
         found = {n: lines.get((method, length, windows, item.key)) for n, item in enumerate(of_length)}
         records[method, length] = {n: line["record"] for n, line in found.items() if line is not None}
-        size = max(1, loaded.batch_tokens // length)
+        size = max(1, loaded.batch_tokens // length) if measure.batched else 1
         for start in range(0, len(of_length), size):
             # A group that was cut is done again whole: how many come together may change the last bits.
             group = range(start, min(start + size, len(of_length)))

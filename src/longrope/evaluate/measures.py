@@ -54,6 +54,11 @@ class Measure(Protocol):
         """What its results depend on beside model, factors, documents and length: JSON, for config.json."""
         ...
 
+    @property
+    def batched(self) -> bool:
+        """Whether `run` does several items at once; where it does not, each is written down as it is done."""
+        ...
+
     def items(self, loaded: LoadedModel, length: int) -> Sequence[Item]:
         """The items of a length, the same for every method. Raises UserError when a prompt does not fit into it."""
         ...

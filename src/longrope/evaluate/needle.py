@@ -49,6 +49,11 @@ class NeedleMeasure:
         wording = {"chat": self.chat, "template": describe_template(self.template)}
         return {**counts, **wording, "documents": f"sha256:{texts.hexdigest()}"}
 
+    @property
+    def batched(self) -> bool:
+        """As in `Measure`."""
+        return True
+
     def items(self, loaded: LoadedModel, length: int) -> Sequence[Item]:
         """The prompts of exactly `length` tokens, answer included, depth by depth.
 

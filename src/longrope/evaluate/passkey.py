@@ -45,6 +45,11 @@ class PasskeyMeasure:
         template = describe_template(self.template)
         return {"tries": self.tries, "seed": self.seed, "chat": self.chat, "template": template}
 
+    @property
+    def batched(self) -> bool:
+        """As in `Measure`."""
+        return True
+
     def items(self, loaded: LoadedModel, length: int) -> Sequence[Item]:
         """The prompts of exactly `length` tokens, answer included. Raises UserError when they do not fit."""
         rng = np.random.default_rng(self.seed)

@@ -36,6 +36,11 @@ class PerplexityMeasure:
         prints = {str(length): fingerprint(windows) for length, windows in sorted(self.windows.items())}
         return {"stride": self.stride, "windows": prints}
 
+    @property
+    def batched(self) -> bool:
+        """As in `Measure`."""
+        return self.stride is None
+
     def items(self, loaded: LoadedModel, length: int) -> Sequence[Item]:
         """One a window, or document. Raises UserError for a stride that the length does not allow."""
         if self.stride is not None:

@@ -113,6 +113,11 @@ class Ruler:
             "templates": _hash(self.texts) if self.texts != ENGLISH else None,
         }
 
+    @property
+    def batched(self) -> bool:
+        """As in `Measure`."""
+        return False
+
     def items(self, loaded: LoadedModel, length: int) -> Sequence[Item]:
         """Prompts that leave room for their answers, as long as fit into `length` tokens together.
 

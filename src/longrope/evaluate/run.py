@@ -104,7 +104,7 @@ _MAKERS: Mapping[str, Callable[[LoadedModel, Sequence[int], MeasureSettings], Ma
     "ruler": _ruler,
 }
 COMPARED = tuple(_MAKERS)  # what methods can be compared in
-MEASURES = (*_MAKERS, "nonuniformity")
+MEASURES = (*_MAKERS, "nonuniformity", "harness")
 _OF_DOCUMENTS = ("perplexity", "needle", "nonuniformity")
 
 
@@ -134,7 +134,7 @@ def evaluate(
     measure: str,
     model: str | LoadedModel,
     *,
-    lengths: Sequence[int | str],
+    lengths: Sequence[int | str] = (),
     factors: FactorTable | str | Path | None = None,
     out: str | Path | None = None,
     workers: str | int | None = None,
@@ -144,11 +144,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `perplexity`, `passkey`, `needle`, `ruler` or `nonuniformity` at lengths; what --json prints.
 
+    `harness` takes no lengths, workers and on_step, and has `evaluate_harness`'s keywords.
+
     factors: a table or its file, by default the checkpoint's own factors.json; "none" ignores that one. Writes a run
     folder where `out` names one, and resumes one that is there item by item; a finished one is read, not measured
     again. workers: as for `search`. on_step is called before each piece. `keywords` are the fields of MeasureSettings
     and of LoadOptions. Raises UserError for bad input.
     """
+    if measure == "harness":
+        from longrope.evaluate.harness_run import evaluate_harness  # which needs this module
+
+        if lengths or workers is not None:
+            rule = "every prompt has its own length, and one process asks them"
+            raise UserError("harness", got="lengths or workers", rule=rule, do="leave them out")
+        return evaluate_harness(model, factors=factors, out=out, options=options, **keywords)
     given = MeasureSettings(**{name: keywords.pop(name) for name in vars(MeasureSettings()) if name in keywords})
     check_measure(measure, given)
     wanted = sorted({as_length(length) for length in lengths})

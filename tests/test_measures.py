@@ -1,0 +1,193 @@
+"""Every measure as a command: a run that goes on after a kill, in one process or with Ray workers, and bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import TARGET, contents, longrope, refused, table, write_checkpoint, write_documents
+from longrope.checkpoint import LoadOptions
+from longrope.compare import compare
+from longrope.evaluate.execute import Step
+from longrope.evaluate.run import evaluate
+from longrope.report import write_report
+from longrope.report.read import read_run
+
+TASK = """\
+task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: capitals.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "The capital of {{country}} is"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+ROWS = [{"country": "Norway", "choices": [" Oslo", " Bergen"], "answer": 0}] * 3
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ground")
+    write_checkpoint(folder / "model")
+    write_documents(folder / "texts")
+    table().save(folder / "good.json")
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "capitals.yaml").write_text(TASK)
+    (folder / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+@pytest.fixture
+def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(ground, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def command(measure: str, *more: object) -> list[object]:
+    given: Mapping[str, list[object]] = {
+        "perplexity": ["--lengths", f"96,{TARGET}", "-d", "texts", "--windows", 2, "-f", "good.json"],
+        "passkey": ["--lengths", f"128,{TARGET}", "--tries", 3, "-f", "good.json"],
+        "needle": ["--lengths", TARGET, "-d", "texts", "--depths", 3, "--tries", 2, "-f", "good.json"],
+        "ruler": ["--lengths", 512, "--tasks", "niah_single_1,vt", "--samples", 2],
+        "nonuniformity": ["--lengths", TARGET, "-d", "texts", "--windows", 1, "--groups", 2, "-f", "good.json"],
+        "harness": ["--tasks", "capitals", "--include-path", "tasks", "-f", "good.json"],
+    }
+    return ["evaluate", measure, "model", "--dtype", "float32", *given[measure], *more]
+
+
+MEASURES = ["perplexity", "passkey", "needle", "ruler", "nonuniformity", "harness"]
+
+
+@pytest.mark.usefixtures("here")
+def test_every_measure_writes_a_run_that_is_read_again_and_stands_on_the_page_of_the_run_around_it() -> None:
+    shown = longrope("compare", "model", "--lengths", f"48,{TARGET}", "-d", "texts", "-f", "good.json", "--out", "run")
+    assert shown.code == 0
+    for measure in MEASURES:
+        out = f"run/{measure}" if measure != "perplexity" else "elsewhere"
+        ran = longrope(*command(measure, "--json", "--out", out))
+        assert ran.code == 0, ran.err
+        document = ran.document
+        assert (document["command"], document["measure"], document["model"]) == (
+            f"evaluate {measure}",
+            measure,
+            "model",
+        )
+        assert re.fullmatch("[0-9a-f]{64}|sha256:[0-9a-f]{64}", document["fingerprint"])
+        assert set(document["versions"]) == {"longrope", "torch", "transformers"}
+        assert "seed" in document["settings"]
+        for result in document["results"]:
+            assert {"method", "length", "value", "tokens", "ci"} <= set(result)
+            assert result["value"] >= 0
+        before = contents(Path(out))
+        again = longrope(*command(measure, "--json", "--out", out))
+        assert (again.code, again.document) == (0, document), "a finished run is read"
+        assert contents(Path(out)) == before
+    assert set(read_run(Path("run")).measures) == set(MEASURES)
+    page = write_report(Path("run")).read_text()
+    assert "Not measured" not in page
+    for title in ("Passkey", "Needle", "RULER", "Short benchmarks"):
+        assert title in page
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("measure", ["passkey", "needle", "ruler", "nonuniformity"])
+def test_a_measurement_that_was_killed_goes_on_with_the_next_item_and_ends_in_the_same_files(measure: str) -> None:
+    assert longrope(*command(measure, "--out", "run")).code == 0
+    files = contents(Path("run"))
+    lines = Path("run/results.jsonl").read_bytes().splitlines(keepends=True)
+    for keep in (0, len(lines) // 2):
+        Path("run/DONE").unlink()
+        Path("run/metrics.json").unlink()
+        Path("run/results.jsonl").write_bytes(b"".join(lines[:keep]) + lines[keep][:-9])
+        ran = longrope(*command(measure, "--out", "run"))
+        assert ran.code == 0
+        assert contents(Path("run")) == files
+        first = re.search(r"measuring .*, (\d+)/(\d+)$", ran.err, re.MULTILINE)
+        assert first
+        assert int(first[1]) <= keep, "no item is left out"
+        assert measure not in ("ruler", "nonuniformity") or int(first[1]) == keep, "what is done alone is done once"
+
+
+@pytest.mark.parametrize("measure", ["perplexity", "passkey"])
+def test_two_workers_measure_what_one_process_does(here: Path, measure: str) -> None:
+    common: dict[str, Any] = {
+        "measure": measure,
+        "lengths": [128, TARGET],
+        "methods": ["none", "yarn"],
+        "factors": {"good": table()},
+        "options": LoadOptions(device="cpu", dtype="float32", threads=1),
+    }
+    common |= {"documents": ["texts"], "windows": 3} if measure == "perplexity" else {"tries": 4}
+    steps: list[Step] = []
+    alone = compare("model", out=here / "alone", **common)
+    shared = compare("model", out=here / "shared", workers=2, on_step=steps.append, **common)
+    assert shared["results"] == alone["results"]
+    lines = [set((here / run / "results.jsonl").read_text().splitlines()) for run in ("alone", "shared")]
+    assert lines[0] == lines[1]
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+
+
+def test_the_library_has_every_measure_under_one_name(here: Path) -> None:
+    found = evaluate("harness", "model", tasks=["capitals"], include_path="tasks", dtype="float32")
+    assert found["measure"] == "harness"
+    assert set(found["results"][0]["details"]["tasks"]) == {"capitals"}
+    other = evaluate("passkey", "model", lengths=["128"], tries=2, dtype="float32")
+    assert other["results"][0]["tokens"] == 2 * 128
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (command("harness", "--tasks", "capitls", "-q"), r"--tasks: got 'capitls'; .*did you mean capitals"),
+        (command("ruler", "--tasks", "niah_singel_1"), r"--tasks: got .*niah_singel_1.*; .*niah_single_1"),
+        (command("ruler", "--lengths", 64), r"ruler: got a window of 64 tokens; .*measure at \d+ tokens or more"),
+        (command("passkey", "--lengths", 16), r"passkey: got a window of 16 tokens; .*measure at \d+ tokens or more"),
+        (command("needle", "--lengths", 16), r"needle: got a window of 16 tokens; .*measure at \d+ tokens or more"),
+        (command("nonuniformity", "--lengths", 48), r"--lengths: got 48; .*give a longer one"),
+        (command("nonuniformity", "--lengths", "96,192"), r"--lengths: got 2 lengths; .*give one"),
+        (command("nonuniformity", "--groups", 99), r"--groups: got 99; the model has 8 pairs"),
+        (command("passkey", "--template", "missing.toml"), r"template.*missing\.toml"),
+        (command("passkey", "--chat"), r"chat.*template"),
+        (
+            ["compare", "model", "--lengths", 96, "--measure", "speed"],
+            r"measure: got 'speed'; it is one of perplexity, passkey, needle, ruler; choose one of them",
+        ),
+        (["compare", "model", "--lengths", 96], r"--documents: got none; perplexity is measured on documents"),
+        (["compare", "model", "--lengths", 96, "--measure", "needle"], r"--documents: got none; needle is measured on"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[object], message: str) -> None:
+    assert re.search(message, refused(*arguments))
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("measure", ["passkey", "harness"])
+def test_a_run_that_is_half_written_or_of_another_measure_is_told(measure: str) -> None:
+    run = Path("run")
+    run.mkdir()
+    (run / "config.json").write_text('{"command": "evaluate')
+    assert re.match(r"config of the run: got run/config\.json", refused(*command(measure, "--out", "run")))
+    shutil.rmtree(run)
+    assert longrope(*command("perplexity", "--out", "run")).code == 0
+    message = refused(*command(measure, "--out", "run"))
+    assert f'command was "evaluate perplexity", now "evaluate {measure}"' in message
+
+
+@pytest.mark.usefixtures("here")
+def test_measurements_of_another_version_are_refused_with_the_line() -> None:
+    assert longrope(*command("passkey", "--out", "run")).code == 0
+    Path("run/DONE").unlink()
+    old = '{"method": "factors", "length": 128, "value": 0.5, "tokens": 128, "ci": null}\n'
+    Path("run/results.jsonl").write_text(old)
+    message = refused(*command("passkey", "--out", "run"))
+    assert message.startswith("lines: got run/results.jsonl, line 1 with no proper 'item'; every line is a record")
