@@ -34,13 +34,13 @@ LAYERS = [
     ["api", "compare", "demo"],
     ["console", "watch"],
     ["cli_options"],
-    ["cli_search", "cli_evaluate"],
+    ["cli_search", "cli_evaluate", "cli_compare"],
     ["cli"],
 ]
 WITHOUT_TORCH = (
     "watch errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
-    "cli cli_options cli_search cli_evaluate"
+    "cli cli_options cli_search cli_evaluate cli_compare"
 ).split()
 
 

@@ -136,6 +136,30 @@ def test_two_workers_measure_what_one_process_does(here: Path, measure: str) -> 
     assert [step.done for step in steps] == sorted(step.done for step in steps)
 
 
+@pytest.mark.usefixtures("here")
+def test_methods_are_compared_in_a_task_of_lm_eval_and_go_on_after_a_kill() -> None:
+    words = ["compare", "model", "--measure", "harness", "--lengths", f"96,{TARGET}", "--methods", "none,pi,yarn"]
+    words += ["--tasks", "capitals", "--include-path", "tasks", "-f", "good.json", "--dtype", "float32"]
+    ran = longrope(*words, "--out", "run", "--json")
+    assert ran.code == 0, ran.err
+    results = ran.document["results"]
+    methods = ["none", "pi", "yarn", "good"]
+    assert [(each["method"], each["length"]) for each in results] == [(method, TARGET) for method in methods]
+    # Prompts of up to 96 tokens: the checkpoint as it is, PI for 192 at every length, a row of ones.
+    rows = [each["details"]["requests"]["capitals"]["rows"] for each in results]
+    assert rows == [{"none": 6}, {"96": 6}, {"96": 6}, {"48": 6}]
+    alone = evaluate("harness", "model", tasks=["capitals"], include_path="tasks", dtype="float32", factors="good.json")
+    assert results[-1]["value"] == alone["results"][0]["value"]
+    shown = longrope(*words, "--out", "run")
+    assert "capitals acc" in shown.err
+    metrics = Path("run/metrics.json").read_bytes()
+    Path("run/DONE").unlink()
+    Path("run/metrics.json").unlink()
+    assert longrope(*words, "--out", "run").code == 0
+    assert Path("run/metrics.json").read_bytes() == metrics
+    assert refused(*words, "--workers", 2) == ("--workers: got 2; one process asks lm-eval's tasks; leave it out")
+
+
 def test_the_library_has_every_measure_under_one_name(here: Path) -> None:
     found = evaluate("harness", "model", tasks=["capitals"], include_path="tasks", dtype="float32")
     assert found["measure"] == "harness"
@@ -160,7 +184,7 @@ def test_the_library_has_every_measure_under_one_name(here: Path) -> None:
         (command("passkey", "--chat"), r"chat.*template"),
         (
             ["compare", "model", "--lengths", 96, "--measure", "speed"],
-            r"measure: got 'speed'; it is one of perplexity, passkey, needle, ruler; choose one of them",
+            r"measure: got 'speed'; it is one of perplexity, passkey, needle, ruler, harness; choose one of them",
         ),
         (["compare", "model", "--lengths", 96], r"--documents: got none; perplexity is measured on documents"),
         (["compare", "model", "--lengths", 96, "--measure", "needle"], r"--documents: got none; needle is measured on"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from rich.console import Console
 
 from commands import longrope
 from longrope.errors import UserError
+from longrope.report.read import read_run
+from longrope.report.tensorboard_files import EventLog
 from longrope.runs import RunFolder
 from longrope.watch import holder, last_lines, look_at, watch
 from report_runs import CONFIG, further, make_run
@@ -107,6 +110,27 @@ def test_the_view_of_a_run_ends_with_it(tmp_path: Path) -> None:
     rest = viewer.communicate(timeout=60)[1]
     assert viewer.returncode == 0
     assert b"finished" in rest
+
+
+def test_event_files_grow_with_the_run(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = unfinished(tmp_path / "run")
+    with EventLog(tmp_path / "events") as log:
+        log.update(read_run(path))
+        (before,) = (tmp_path / "events").iterdir()
+        size = before.stat().st_size
+        log.update(read_run(path))
+        assert before.stat().st_size == size, "nothing is written twice"
+        make_run(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / "metrics.json", path)
+        log.update(read_run(path))
+    events = EventAccumulator(str(tmp_path / "events")).Reload()  # type: ignore[no-untyped-call]
+    assert [event.step for event in events.Scalars("perplexity/yarn")] == [256, 1024, 2048]
+    assert [round(event.value, 3) for event in events.Scalars("search/best")] == [9.1, 4.49, 4.3, 4.268]
+    ran = longrope("watch", path, "--once", "--tensorboard", tmp_path / "here")
+    assert ran.code == 0
+    assert [file.suffix for file in (tmp_path / "here" / "run").iterdir()] == [".longrope"]
 
 
 def test_ctrl_c_ends_the_view_without_calling_it_an_interruption(tmp_path: Path) -> None:

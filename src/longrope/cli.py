@@ -15,46 +15,31 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from longrope import __version__
+from longrope.cli_compare import compare
 from longrope.cli_evaluate import evaluate_app
 from longrope.cli_options import (
     VERBOSITY,
     Attention,
-    Chat,
-    Depths,
     Device,
-    Digits,
     Documents,
     Dtype,
     Factors,
     Json,
-    Lengths,
     Model,
-    OptionalDocuments,
     OriginalLength,
     Out,
-    Precision,
-    Questions,
     Quiet,
-    RulerTasks,
-    Samples,
     Seed,
-    Stride,
-    Template,
-    Threads,
     Trust,
     Verbose,
-    Windows,
-    Workers,
     begin,
     length_of,
-    names_of,
     one_table,
     options_of,
-    tables_of,
 )
 from longrope.cli_search import search
 from longrope.errors import UserError
-from longrope.lengths import format_length, parse_lengths
+from longrope.lengths import parse_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -165,88 +150,7 @@ def _counted(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 app.command()(search)
-
-
-@app.command()
-def compare(
-    model: Model,
-    lengths: Lengths,
-    documents: OptionalDocuments = None,
-    measure: Annotated[str, typer.Option(help="perplexity, passkey, needle or ruler.")] = "perplexity",
-    methods: Annotated[
-        str | None,
-        typer.Option(metavar="A,B,..", help="none, pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-rcd, llama3; +su."),
-    ] = None,
-    factors: Factors = None,
-    windows: Windows = None,
-    stride: Stride = None,
-    tries: Annotated[int | None, typer.Option(min=1, help="Prompts of a length (passkey) or a cell (needle).")] = None,
-    depths: Depths = 10,
-    digits: Digits = 7,
-    tasks: RulerTasks = None,
-    samples: Samples = 20,
-    questions: Questions = None,
-    template: Template = None,
-    chat: Chat = False,
-    workers: Workers = None,
-    out: Out = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    threads: Threads = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> None:
-    """The table of methods by length, in any measure, on the same items."""
-    begin(verbose, quiet)
-    from longrope.compare import compare as run_compare
-    from longrope.console import err, measuring_progress, print_json, results_table, resume_with
-    from longrope.evaluate.methods import DEFAULT_METHODS
-
-    wanted = parse_lengths(lengths)
-    chosen = DEFAULT_METHODS if methods is None else [part.strip() for part in methods.split(",")]
-    tables = tables_of(factors, taken=[*chosen, "checkpoint"])
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
-    settings: dict[str, Any] = {
-        "windows": windows,
-        "stride": stride,
-        "tries": tries,
-        "depths": depths,
-        "digits": digits,
-        "seed": seed,
-    }
-    settings |= {"tasks": names_of(tasks), "samples": samples, "questions": questions}
-    settings |= {"template": template, "chat": chat}
-    resume_with()
-    with measuring_progress(quiet) as on_step:
-        measured = run_compare(
-            model,
-            lengths=wanted,
-            measure=measure,
-            documents=documents or [],
-            methods=chosen,
-            factors=tables,
-            workers=workers,
-            out=out,
-            options=options,
-            on_step=on_step,
-            **settings,
-        )
-    if as_json:
-        print_json(measured)
-    else:
-        err.print(
-            results_table(
-                measured["results"],
-                title=f"{measure}, methods set up for {format_length(max(wanted))}",
-                measure=measure,
-            )
-        )
+app.command()(compare)
 
 
 @app.command()
@@ -361,6 +265,9 @@ def watch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, being written or not.")],
     once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and end.")] = False,
     every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks at the files.")] = 1.0,
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write TensorBoard event files as it goes on.")
+    ] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -369,7 +276,7 @@ def watch(
     from longrope.console import err
     from longrope.watch import watch as run_watch
 
-    run_watch(run, once=once, every=every, console=err)
+    run_watch(run, once=once, every=every, tensorboard=tensorboard, console=err)
 
 
 def main() -> NoReturn:

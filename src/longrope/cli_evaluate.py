@@ -9,6 +9,7 @@ import typer
 
 from longrope.cli_options import (
     Attention,
+    BatchSize,
     Chat,
     Depths,
     Device,
@@ -16,8 +17,11 @@ from longrope.cli_options import (
     Documents,
     Dtype,
     Factors,
+    FewShot,
+    IncludePath,
     Json,
     Lengths,
+    Limit,
     Model,
     OptionalDocuments,
     OriginalLength,
@@ -31,6 +35,7 @@ from longrope.cli_options import (
     Template,
     Threads,
     Trust,
+    UnsafeCode,
     Verbose,
     Windows,
     Workers,
@@ -208,22 +213,12 @@ def evaluate_harness(
         str, typer.Option(metavar="A,B,..", help="lm-eval tasks, groups, tags or patterns such as mmlu_*.")
     ],
     factors: Factors = None,
-    limit: Annotated[
-        float | None, typer.Option(metavar="X", help="First examples of each task; below 1, a share of them.")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(metavar="N", help="Examples in the prompt; each task's own by default.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Rows of a batch; by length and memory by default.")
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder of your own tasks as YAML files.")
-    ] = None,
+    limit: Limit = None,
+    num_fewshot: FewShot = None,
+    batch_size: BatchSize = None,
+    include_path: IncludePath = None,
     chat: Chat = False,
-    unsafe_code: Annotated[
-        bool, typer.Option("--unsafe-code", help="Run tasks that execute what the model writes.")
-    ] = False,
+    unsafe_code: UnsafeCode = False,
     out: EvaluateOut = None,
     seed: Annotated[int | None, typer.Option(min=0, help="By default lm-eval's own, as in published figures.")] = None,
     device: Device = "auto",

@@ -90,6 +90,25 @@ Questions = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Your questions, for qa_1 and qa_2: JSON lines of question, answers, context."),
 ]
+Tasks = Annotated[
+    str | None,
+    typer.Option(metavar="A,B,..", help="Of RULER, or lm-eval's tasks, groups, tags and patterns such as mmlu_*."),
+]
+Limit = Annotated[
+    float | None, typer.Option(metavar="X", help="First examples of each lm-eval task; below 1, a share of them.")
+]
+FewShot = Annotated[
+    int | None,
+    typer.Option("--num-fewshot", metavar="N", help="Examples in an lm-eval prompt; each task's own by default."),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", help="Rows of an lm-eval batch; by length and memory by default."),
+]
+IncludePath = Annotated[
+    Path | None, typer.Option("--include-path", metavar="DIR", help="A folder of your own lm-eval tasks as YAML files.")
+]
+UnsafeCode = Annotated[bool, typer.Option("--unsafe-code", help="Run tasks that execute what the model writes.")]
 Lengths = Annotated[str, typer.Option("--lengths", metavar="A,B,..", help="Lengths in tokens, such as 256,1k,2k.")]
 
 VERBOSITY = {"verbose": False, "quiet": False}

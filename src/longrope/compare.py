@@ -10,7 +10,8 @@ from typing import Any
 from longrope.checkpoint import LoadOptions, load_options
 from longrope.describe import describe_options
 from longrope.errors import UserError
-from longrope.evaluate.execute import OnStep
+from longrope.evaluate.execute import OnStep, Rows
+from longrope.evaluate.harness_run import HarnessSettings, harness_run
 from longrope.evaluate.methods import DEFAULT_METHODS, method_factors, rows_of
 from longrope.evaluate.recorded import measure_run
 from longrope.evaluate.run import COMPARED, MeasureSettings, check_measure, make_measure
@@ -40,10 +41,15 @@ def compare(
     mapping ignores them. Writes a run folder `out` (runs/compare-MODEL-LENGTH by default, with the measure in its name
     where it is not perplexity) and resumes one that is there; a finished one is read, not measured again. Of `stdlib`
     the unseen share is used. `keywords` are the fields of MeasureSettings (`documents`, `windows`, `seed`, ...) and of
-    LoadOptions; the rest is as in `evaluate`. Raises UserError for bad input.
+    LoadOptions; the rest is as in `evaluate`. `harness` has the fields of HarnessSettings instead, and gives a prompt
+    the factors of the smallest of the lengths that holds it. Raises UserError for bad input.
     """
+    suite = HarnessSettings.taken(keywords) if measure == "harness" else None
     given = MeasureSettings(**{name: keywords.pop(name) for name in vars(MeasureSettings()) if name in keywords})
-    check_measure(measure, given, COMPARED)
+    if suite is None:
+        check_measure(measure, given, COMPARED)
+    elif workers is not None:
+        raise UserError("--workers", got=workers, rule="one process asks lm-eval's tasks", do="leave it out")
     wanted = sorted({as_length(length) for length in lengths})
     place = None if workers is None else str(workers)
     options = options_for(place, load_options(options, keywords))
@@ -53,26 +59,30 @@ def compare(
     if factors is None:
         factors = {} if loaded.table is None else {"checkpoint": loaded.table}
     _check(loaded, wanted, methods, factors)
-    made, documents = make_measure(measure, loaded, wanted, given)
-    settings = {
+    settings: dict[str, Any] = {
         "lengths": wanted,
         "methods": list(methods),
         "factors": {name: [row.key for row in table.rows] for name, table in factors.items()},
-        "seed": given.seed,
-        **describe_options(loaded),
     }
     command = "compare" if measure == "perplexity" else f"compare-{measure}"
+    out = out if out is not None else default_run_path(command, loaded.name, max(wanted))
+    rows = rows_of(loaded, wanted, methods, factors)
+    if suite is not None:
+        tables = {method: _table_of(loaded, method, rows) for method in methods} | dict(factors)
+        return harness_run(command, loaded, tables, suite, settings, length=max(wanted), out=out)
+    made, documents = make_measure(measure, loaded, wanted, given)
+    settings |= {"seed": given.seed, **describe_options(loaded)}
     return measure_run(
-        command,
-        loaded,
-        made,
-        rows_of(loaded, wanted, methods, factors),
-        settings,
-        documents=documents,
-        out=out if out is not None else default_run_path(command, loaded.name, max(wanted)),
-        workers=place,
-        on_step=on_step,
+        command, loaded, made, rows, settings, documents=documents, out=out, workers=place, on_step=on_step
     )
+
+
+def _table_of(loaded: LoadedModel, method: str, rows: Rows) -> FactorTable | None:
+    """A baseline as a table, by the lengths that are compared; None for the checkpoint as it is."""
+    of_method = {length: row for (name, length), row in rows.items() if name == method and row is not None}
+    found = tuple(row.with_values(up_to=length) for length, row in sorted(of_method.items()))
+    shape = loaded.rope.shape
+    return FactorTable(shape.rope_theta, shape.rotary_dim, loaded.rope.original_length, found) if found else None
 
 
 def _check(

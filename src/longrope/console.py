@@ -248,6 +248,24 @@ def tasks_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+def tasks_by_method_table(results: Sequence[Mapping[str, Any]], *, title: str) -> Table:
+    """The first of lm-eval's metrics of every task, by method."""
+    firsts: list[dict[str, float | None]] = []
+    for result in results:
+        tasks = result["details"]["tasks"]
+        first = {task: next(iter(found.items()), None) for task, found in tasks.items()}
+        firsts.append({f"{task} {metric[0]}": metric[1] for task, metric in first.items() if metric})
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    table.add_column("method")
+    columns = list(dict.fromkeys(name for found in firsts for name in found))
+    for name in columns:
+        table.add_column(name, justify="right")
+    for result, found in zip(results, firsts, strict=True):
+        cells = [found.get(name) for name in columns]
+        table.add_row(result["method"], *("-" if cell is None else f"{cell:.4f}" for cell in cells))
+    return table
+
+
 def factors_table(table: FactorTable) -> Table:
     """Rows of a factor table, one line each."""
     title = (

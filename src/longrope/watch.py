@@ -10,7 +10,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from longrope.lengths import format_length
 from longrope.report.facts import command_line
 from longrope.report.read import RunData, read_run
 from longrope.report.searched import counts, evaluations_text
-from longrope.report.style import count_text, duration_text, value_text
+from longrope.report.style import count_text, duration_text, slug, value_text
+from longrope.report.tensorboard_files import EventLog
 from longrope.runs import CONFIG, DONE, EVALUATIONS, METRICS, RESULTS
 
 _LOCK = ".lock"
@@ -41,34 +42,60 @@ class View:
     last: tuple[str, ...]
 
 
-def watch(run: Path, *, once: bool = False, every: float = 1.0, console: Console | None = None) -> None:
+def watch(
+    run: Path,
+    *,
+    once: bool = False,
+    every: float = 1.0,
+    tensorboard: Path | None = None,
+    console: Console | None = None,
+) -> None:
     """Show a run until it is finished, reading its files again `every` so many seconds; `once` shows it as it is.
 
-    The end of a view is not the end of the run: Ctrl-C just returns. Raises UserError for a folder that is no run.
+    tensorboard: a folder where its figures are written as event files meanwhile. The end of a view is not the end of
+    the run: Ctrl-C just returns. Raises UserError for a folder that is no run.
     """
     console = console or Console(stderr=True, highlight=False)
     view = look_at(run)
-    if once:
-        console.print(shown(view, run), soft_wrap=True)
+    with EventLog(tensorboard / slug(run.resolve().name)) if tensorboard else nullcontext() as log:
+        _log(run, log)
+        if once:
+            console.print(shown(view, run), soft_wrap=True)
+        else:
+            _show(run, view, every, log, console)
+
+
+def _log(run: Path, log: EventLog | None) -> None:
+    if log is None:
         return
+    try:
+        data = read_run(run)
+    except UserError:  # a file that is half written: what it says is logged at the next look
+        return
+    log.update(data)
+
+
+def _show(run: Path, view: View, every: float, log: EventLog | None, console: Console) -> None:
+    """Show a run that goes on, until it is finished or Ctrl-C."""
     # The command line's own way with Ctrl-C is to end at once, as interrupted; nothing is interrupted here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with suppress(KeyboardInterrupt):
         if console.is_terminal:
             with Live(shown(view, run), console=console, auto_refresh=False) as live:
-                _follow(run, view, every, lambda now: live.update(shown(now, run), refresh=True))
+                _follow(run, view, every, log, lambda now: live.update(shown(now, run), refresh=True))
         else:
             console.print(shown(view, run), soft_wrap=True)
-            _follow(run, view, every, lambda now: console.print(shown(now, run), soft_wrap=True))
+            _follow(run, view, every, log, lambda now: console.print(shown(now, run), soft_wrap=True))
 
 
-def _follow(run: Path, view: View, every: float, show: Callable[[View], None]) -> None:
+def _follow(run: Path, view: View, every: float, log: EventLog | None, show: Callable[[View], None]) -> None:
     """Show what is new until the run is finished."""
     while view.state != "finished":
         time.sleep(every)
         now = look_at(run)
         if now != view:
+            _log(run, log)
             show(now)
         view = now
 

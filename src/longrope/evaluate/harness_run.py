@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,58 +24,87 @@ logger = logging.getLogger(__name__)
 ANSWERS = "answers"
 
 
+@dataclass(frozen=True)
+class HarnessSettings:
+    """What is asked and how: `harness`'s keywords of the same names."""
+
+    tasks: Sequence[str] = ()
+    limit: float | None = None
+    num_fewshot: int | None = None
+    batch_size: int | None = None
+    include_path: str | Path | None = None
+    chat: bool = False
+    unsafe_code: bool = False
+    seed: int | None = None
+
+    @classmethod
+    def taken(cls, keywords: dict[str, Any]) -> HarnessSettings:
+        """Those that are among some keywords, which are taken out of them. Raises UserError for tasks not known."""
+        given = cls(**{field.name: keywords.pop(field.name) for field in fields(cls) if field.name in keywords})
+        check_tasks(given.tasks, given.include_path)
+        return given
+
+    def told(self) -> dict[str, Any]:
+        """What results depend on, for config.json."""
+        folder = str(self.include_path) if self.include_path else None
+        said = {"tasks": list(self.tasks), "limit": self.limit, "num_fewshot": self.num_fewshot, "seed": self.seed}
+        return {**said, "chat": self.chat, "include_path": folder}
+
+
 def evaluate_harness(
     model: str | LoadedModel,
     *,
-    tasks: Sequence[str],
     factors: FactorTable | str | Path | None = None,
-    limit: float | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int | None = None,
-    include_path: str | Path | None = None,
-    chat: bool = False,
-    unsafe_code: bool = False,
-    seed: int | None = None,
     out: str | Path | None = None,
     options: LoadOptions | None = None,
-    **load: Any,
+    **keywords: Any,
 ) -> dict[str, Any]:
-    """lm-eval's tasks on one model; the document that --json prints. See `harness` for the settings.
+    """lm-eval's tasks on one model; the document that --json prints.
 
     Writes a run folder where `out` names one; resumed, answers that are there are not asked for again. The result's
-    value is the mean over tasks of the first metric of each. Raises UserError for bad input.
+    value is the mean over tasks of the first metric of each. keywords: the fields of HarnessSettings and LoadOptions.
+    Raises UserError for bad input.
     """
-    check_tasks(tasks, include_path)
-    options = load_options(options, load)
+    given = HarnessSettings.taken(keywords)
+    options = load_options(options, keywords)
     if factors == "none":
         options = replace(options, own_factors=False)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     table = table_of(loaded, factors)
-    chosen: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "chat": chat}
-    told = {"tasks": list(tasks), **chosen, **describe_options(loaded)}
-    told |= {"include_path": str(include_path) if include_path else None}
-    told |= {"factors": [row.key for row in table.rows] if table else None}
+    told = {"factors": [row.key for row in table.rows] if table else None}
+    return harness_run("evaluate harness", loaded, {"factors" if table else "none": table}, given, told, out=out)
+
+
+def harness_run(
+    command: str,
+    loaded: LoadedModel,
+    tables: Mapping[str, FactorTable | None],
+    given: HarnessSettings,
+    told: Mapping[str, Any],
+    *,
+    length: int | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """A result for each of some tables, or the checkpoint as it is (None), by name; what metrics.json holds.
+
+    told: what results depend on beside the settings. length: what results stand under, by default where the factors
+    end. Raises UserError for bad input.
+    """
+    told = {**given.told(), **told, **describe_options(loaded)}
 
     def measured(answers: Path | None) -> dict[str, Any]:
-        found = harness(
-            loaded,
-            table,
-            tasks,
-            batch_size=batch_size,
-            include_path=include_path,
-            unsafe_code=unsafe_code,
-            answers=answers,
-            **chosen,
-        )
-        result = Result(
-            "factors" if table else "none", found["max_length"], _value(found["tasks"]), 0, None, None, found
-        )
-        return metrics("evaluate harness", loaded, told, [result], "harness")
+        results = []
+        for name, table in tables.items():
+            kept = None if answers is None else answers if len(tables) == 1 else answers.with_name(f"{ANSWERS}-{name}")
+            found = harness(loaded, table, answers=kept, **vars(given))
+            at = found["max_length"] if length is None else length
+            results.append(Result(name, at, _value(found["tasks"]), 0, None, None, found))
+        return metrics(command, loaded, told, results, "harness")
 
     if out is None:
         return measured(None)
     config = {
-        "command": "evaluate harness",
+        "command": command,
         "longrope": __version__,
         "model": describe_model(loaded),
         "settings": told,

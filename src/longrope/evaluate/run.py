@@ -103,7 +103,7 @@ _MAKERS: Mapping[str, Callable[[LoadedModel, Sequence[int], MeasureSettings], Ma
     "needle": _needle,
     "ruler": _ruler,
 }
-COMPARED = tuple(_MAKERS)  # what methods can be compared in
+COMPARED = (*_MAKERS, "harness")  # what methods can be compared in
 MEASURES = (*_MAKERS, "nonuniformity", "harness")
 _OF_DOCUMENTS = ("perplexity", "needle", "nonuniformity")
 
@@ -144,7 +144,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `perplexity`, `passkey`, `needle`, `ruler` or `nonuniformity` at lengths; what --json prints.
 
-    `harness` takes no lengths, workers and on_step, and has `evaluate_harness`'s keywords.
+    `harness` takes no lengths, workers and on_step, and has the fields of HarnessSettings as keywords.
 
     factors: a table or its file, by default the checkpoint's own factors.json; "none" ignores that one. Writes a run
     folder where `out` names one, and resumes one that is there item by item; a finished one is read, not measured

@@ -1,0 +1,136 @@
+"""`longrope compare`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from longrope.cli_options import (
+    Attention,
+    BatchSize,
+    Chat,
+    Depths,
+    Device,
+    Digits,
+    Dtype,
+    Factors,
+    FewShot,
+    IncludePath,
+    Json,
+    Lengths,
+    Limit,
+    Model,
+    OriginalLength,
+    Out,
+    Precision,
+    Questions,
+    Quiet,
+    Samples,
+    Stride,
+    Tasks,
+    Template,
+    Threads,
+    Trust,
+    UnsafeCode,
+    Verbose,
+    Windows,
+    Workers,
+    begin,
+    names_of,
+    options_of,
+    tables_of,
+)
+from longrope.lengths import format_length, parse_lengths
+
+
+def compare(
+    model: Model,
+    lengths: Lengths,
+    documents: Annotated[
+        list[str] | None,
+        typer.Option("--documents", "-d", metavar="D", help="Texts to measure on, or that hide the needles."),
+    ] = None,
+    measure: Annotated[str, typer.Option(help="perplexity, passkey, needle, ruler or harness.")] = "perplexity",
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,..", help="none, pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-rcd, llama3; +su."),
+    ] = None,
+    factors: Factors = None,
+    windows: Windows = None,
+    stride: Stride = None,
+    tries: Annotated[int | None, typer.Option(min=1, help="Prompts of a length (passkey) or a cell (needle).")] = None,
+    depths: Depths = 10,
+    digits: Digits = 7,
+    tasks: Tasks = None,
+    samples: Samples = 20,
+    questions: Questions = None,
+    limit: Limit = None,
+    num_fewshot: FewShot = None,
+    batch_size: BatchSize = None,
+    include_path: IncludePath = None,
+    unsafe_code: UnsafeCode = False,
+    template: Template = None,
+    chat: Chat = False,
+    workers: Workers = None,
+    out: Out = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Equal seeds give equal results. 0 by default; harness has its own.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    threads: Threads = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """The table of methods by length, in any measure, on the same items."""
+    begin(verbose, quiet)
+    from longrope.compare import compare as run_compare
+    from longrope.console import (
+        err,
+        measuring_progress,
+        print_json,
+        results_table,
+        resume_with,
+        tasks_by_method_table,
+    )
+    from longrope.evaluate.methods import DEFAULT_METHODS
+
+    wanted = parse_lengths(lengths)
+    chosen = DEFAULT_METHODS if methods is None else [part.strip() for part in methods.split(",")]
+    tables = tables_of(factors, taken=[*chosen, "checkpoint"])
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    settings: dict[str, Any] = {"tasks": names_of(tasks), "chat": chat}
+    if measure == "harness":
+        settings |= {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "seed": seed}
+        settings |= {"tasks": names_of(tasks) or [], "include_path": include_path, "unsafe_code": unsafe_code}
+    else:
+        settings |= {"documents": documents or [], "windows": windows, "stride": stride, "tries": tries}
+        settings |= {"depths": depths, "digits": digits, "samples": samples, "questions": questions}
+        settings |= {"template": template, "seed": seed or 0}
+    resume_with()
+    with measuring_progress(quiet) as on_step:
+        measured = run_compare(
+            model,
+            lengths=wanted,
+            measure=measure,
+            methods=chosen,
+            factors=tables,
+            workers=workers,
+            out=out,
+            options=options,
+            on_step=on_step,
+            **settings,
+        )
+    title = f"{measure}, methods set up for {format_length(max(wanted))}"
+    if as_json:
+        print_json(measured)
+    elif measure == "harness":
+        err.print(tasks_by_method_table(measured["results"], title=title))
+    else:
+        err.print(results_table(measured["results"], title=title, measure=measure))
