@@ -40,6 +40,7 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/measures.py
 
 # The commands' reference is generated from --help; a test holds it to the code.
 docs: $(VENV)/installed

@@ -685,6 +685,7 @@ def test_the_studies_of_non_uniformity_are_drawn(full: Path) -> None:
     assert groups["all but these"]["y"] == [5.0, 40.0]
     starts = {trace["name"]: (trace["x"], trace["y"]) for trace in figures["nonuniformity-start"]["data"]}
     assert starts == {"pi": ([0, 4], [9.0, 8.5]), "yarn": ([0, 4], [4.6, 4.6])}
+    assert not [name for name in figures if name.startswith("results-nonuniformity")]
     (attention,) = figures["nonuniformity-attention"]["data"]
     assert (attention["x"], attention["y"]) == (["none", "su"], [5.0, 4.6])
 

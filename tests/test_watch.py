@@ -125,7 +125,7 @@ def test_event_files_grow_with_the_run(tmp_path: Path) -> None:
         make_run(tmp_path / "other")
         shutil.copy(tmp_path / "other" / "metrics.json", path)
         log.update(read_run(path))
-    events = EventAccumulator(str(tmp_path / "events")).Reload()  # type: ignore[no-untyped-call]
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
     assert [event.step for event in events.Scalars("perplexity/yarn")] == [256, 1024, 2048]
     assert [round(event.value, 3) for event in events.Scalars("search/best")] == [9.1, 4.49, 4.3, 4.268]
     ran = longrope("watch", path, "--once", "--tensorboard", tmp_path / "here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -119,6 +120,8 @@ def begin(verbose: bool, quiet: bool) -> None:
     from longrope.console import set_up_logging
 
     VERBOSITY.update(verbose=verbose, quiet=quiet)
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # bars of libraries, which read this when they are imported
     set_up_logging(1 if verbose else -1 if quiet else 0)
 
 

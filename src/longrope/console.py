@@ -209,7 +209,7 @@ def results_table(results: Sequence[Mapping[str, Any]], *, title: str, measure: 
         )
         for length in lengths
     }
-    told = "~ not told apart from the best (paired 95% interval)" if close else None
+    told = "~ not told apart from the best" if close else None
     table = Table(title=title, title_justify="left", min_width=len(title), caption=told, caption_justify="left")
     table.add_column("method")
     for length in lengths:
@@ -222,9 +222,10 @@ def results_table(results: Sequence[Mapping[str, Any]], *, title: str, measure: 
 
 
 def _not_told_apart(result: Mapping[str, Any]) -> bool:
-    """Whether the paired interval of the difference from the best reaches zero."""
-    interval = (result.get("against_best") or {}).get("ci")
-    return interval is not None and interval[0] <= 0 <= interval[1]
+    """Whether there is a difference from the best, and its paired interval reaches zero."""
+    against = result.get("against_best") or {}
+    interval = against.get("ci")
+    return bool(against.get("value")) and interval is not None and interval[0] <= 0 <= interval[1]
 
 
 def _cell(value: float | None, best: float | None) -> str:

@@ -71,9 +71,8 @@ def _section(run: RunData, *, first: bool) -> Section:
     elif run.measure == "harness" and (by_task := harness_table(run)):
         # The mean over tasks by length says little; each task beside the unscaled model says what extension costs.
         tables, made = [by_task], [harness_plot(run)]
-    elif run.measure == "nonuniformity":
-        tables += nonuniformity_tables(run)
-        made += nonuniformity_plots(run)
+    elif run.measure == "nonuniformity" and (studies := nonuniformity_tables(run)):
+        tables, made = studies, [*nonuniformity_plots(run)]  # its rows are no methods
     return Section(title_of(run.measure), tuple(tables), tuple(plot for plot in made if plot))
 
 

@@ -56,9 +56,11 @@ class Result:
 
     @property
     def told_apart(self) -> bool:
-        """Whether the paired interval of the difference from the best leaves zero out, as far as there is one."""
-        interval = self.against.ci if self.against else None
-        return interval is None or not interval[0] <= 0 <= interval[1]
+        """Whether there is no difference from the best, or its paired interval leaves zero out."""
+        if self.against is None or not self.against.value or self.against.ci is None:
+            return True
+        low, high = self.against.ci
+        return not low <= 0 <= high
 
 
 def read_metrics(run: Path) -> tuple[Mapping[str, Any], dict[str, tuple[Result, ...]]]:

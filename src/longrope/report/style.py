@@ -125,7 +125,8 @@ def slug(name: str) -> str:
 
 def title_of(measure: str) -> str:
     """A measure as a heading."""
-    return "RULER" if measure == "ruler" else f"{measure[:1].upper()}{measure[1:]}"
+    named = {"ruler": "RULER", "harness": "Short benchmarks", "nonuniformity": "What non-uniformity gives"}
+    return named.get(measure, f"{measure[:1].upper()}{measure[1:]}")
 
 
 def length_text(length: int) -> str:
