@@ -22,7 +22,6 @@ test: $(VENV)/installed
 
 # The page in a real Chromium: Debian's where it is or may be installed, else playwright's own.
 test-browser: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[browser]"
 	command -v chromium || command -v chromium-browser \
 		|| { test "$$(id -u)" = 0 && command -v apt-get && apt-get update && apt-get install --yes chromium; } \
 		|| $(BIN)/python -m playwright install chromium \
