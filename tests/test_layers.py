@@ -26,21 +26,22 @@ LAYERS = [
     ["documents"],
     ["windows"],
     ["describe"],
-    ["workers"],
+    ["workers", "memory"],
     ["evaluate"],
     ["search"],
     ["export"],
+    ["training"],
     ["report"],
     ["api", "compare", "demo"],
     ["console", "watch"],
     ["cli_options"],
-    ["cli_search", "cli_evaluate", "cli_compare"],
+    ["cli_search", "cli_evaluate", "cli_compare", "cli_finetune"],
     ["cli"],
 ]
 WITHOUT_TORCH = (
     "watch errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
-    "cli cli_options cli_search cli_evaluate cli_compare"
+    "cli cli_options cli_search cli_evaluate cli_compare cli_finetune"
 ).split()
 
 

@@ -133,10 +133,7 @@ class LoadedModel:
     @property
     def decoder(self) -> Any:
         """The model from token ids to the last hidden state."""
-        whole: Any = self.model
-        decoder = whole.get_decoder()
-        # Llama 4 names a place that its decoder has in the multimodal model only
-        return whole.model if decoder is whole else decoder
+        return decoder_of(self.model)
 
     def tail(self, outputs: Any, ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(position of the first token, hidden states (B, t, D), their logits (B, t, V)) chunk by chunk.
@@ -147,7 +144,7 @@ class LoadedModel:
         whole: Any = self.model
         hidden: Tensor = outputs.last_hidden_state.detach()
         size = chunk_rows(self.model.config.get_text_config().vocab_size, hidden.device.type) // ids.shape[0] or 1
-        with _answering(self.decoder, outputs), _cast_once(whole.get_output_embeddings()):
+        with answering(self.decoder, outputs), _cast_once(whole.get_output_embeddings()):
             for start in range(0, ids.shape[1], size):
                 piece = hidden[:, start : start + size]
                 if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
@@ -156,8 +153,15 @@ class LoadedModel:
                 yield start, piece, whole(input_ids=ids[:, start : start + size], use_cache=False).logits
 
 
+def decoder_of(model: Any) -> Any:
+    """A causal language model from token ids to the last hidden state."""
+    decoder = model.get_decoder()
+    # Llama 4 names a place that its decoder has in the multimodal model only
+    return model.model if decoder is model else decoder
+
+
 @contextmanager
-def _answering(decoder: nn.Module, outputs: Any) -> Iterator[None]:
+def answering(decoder: nn.Module, outputs: Any) -> Iterator[None]:
     """Let a decoder answer with outputs that are there, so that the rest of the class's own forward runs alone."""
     own = vars(decoder).get("forward")  # accelerate puts one beside that of the class
     vars(decoder)["forward"] = lambda *args, **kwargs: outputs

@@ -68,7 +68,7 @@ def choose_windows(
     for index in rng.permutation(len(ordered)):
         document = ordered[index]
         if len(long) < count and _most_tokens(document.text) >= span:
-            (ids,) = _tokenize(tokenizer, [document.text])
+            (ids,) = tokenize(tokenizer, [document.text])
             if len(ids) >= span:
                 long.append((document, ids))
     shares = _deal([len(ids) // span for _, ids in long], count)
@@ -82,7 +82,7 @@ def choose_windows(
     return [
         Window(document.name, document.sha256, start, np.array(bos + ids[start : start + span], dtype=np.int64))
         for (document, ids), share in zip(long, shares, strict=True)
-        for start in _starts(rng, len(ids), span, share)
+        for start in span_starts(rng, len(ids), span, share)
     ]
 
 
@@ -106,7 +106,7 @@ def _deal(capacities: Sequence[int], count: int) -> list[int]:
     return shares
 
 
-def _starts(rng: np.random.Generator, tokens: int, span: int, count: int) -> list[int]:
+def span_starts(rng: np.random.Generator, tokens: int, span: int, count: int) -> list[int]:
     """Random ascending starts of `count` spans that do not overlap, for one span uniform.
 
     The tokens left over are drawn as gaps, so no draw is ever refused.
@@ -123,10 +123,11 @@ def token_lengths(documents: Sequence[Document], tokenizer: PreTrainedTokenizerB
     """Tokens of each whole document, BOS not counted."""
     batches = range(0, len(documents), _TOKENIZED_AT_ONCE)
     texts = ([document.text for document in documents[i : i + _TOKENIZED_AT_ONCE]] for i in batches)
-    return [len(ids) for batch in texts for ids in _tokenize(tokenizer, batch)]
+    return [len(ids) for batch in texts for ids in tokenize(tokenizer, batch)]
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokens of each text, without any that the tokenizer puts around."""
     # verbose=False: no warning about texts beyond the model's length, which are the point here.
     ids: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
@@ -177,7 +178,7 @@ def spare_windows(
     roomy: list[tuple[Document, list[int], list[tuple[int, int]]]] = []
     for document in sorted(shuffled, key=lambda document: document.sha256 in used):
         if len(roomy) < count and _most_tokens(document.text) >= span:
-            (ids,) = _tokenize(tokenizer, [document.text])
+            (ids,) = tokenize(tokenizer, [document.text])
             if gaps := _gaps(len(ids), span, used.get(document.sha256, [])):
                 roomy.append((document, ids, gaps))
     shares = _deal([sum((high - low) // span for low, high in gaps) for _, _, gaps in roomy], count)
@@ -185,7 +186,7 @@ def spare_windows(
         Window(document.name, document.sha256, start, np.array(bos + ids[start : start + span], dtype=np.int64))
         for (document, ids, gaps), share in zip(roomy, shares, strict=True)
         for (low, high), part in zip(gaps, _deal([(high - low) // span for low, high in gaps], share), strict=True)
-        for start in (low + each for each in _starts(rng, high - low, span, part))
+        for start in (low + each for each in span_starts(rng, high - low, span, part))
     ]
 
 
@@ -206,7 +207,7 @@ def whole_documents(loaded: LoadedModel, documents: Sequence[Document], length: 
         if count is not None and len(found) == count:
             break
         if _most_tokens(document.text) + len(bos) >= length:
-            (ids,) = _tokenize(loaded.tokenizer, [document.text])
+            (ids,) = tokenize(loaded.tokenizer, [document.text])
             if len(bos) + len(ids) >= length:
                 found.append(Window(document.name, document.sha256, 0, np.array(bos + ids, dtype=np.int64)))
     if not found:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
-import resource
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -22,9 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import run_if_it_fits, window_too_long
 from longrope.factors import RopeFactors
+from longrope.memory import Kept, free_memory, peak_memory
 from longrope.model import LoadedModel
 from longrope.patch import Patch
 from longrope.windows import Window
+
+__all__ = ["activation_bytes", "decoder_layers", "free_memory", "loss_gradient", "peak_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -146,36 +143,6 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     return max(lists, key=len, default=[])
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Bytes that a forward pass of n tokens keeps for its backward pass: constant + linear n + quadratic n^2.
-
-    The constant are copies of weights under autocast; the quadratic part are attention matrices, of eager attention.
-    """
-
-    constant: float
-    linear: float
-    quadratic: float
-
-    @classmethod
-    def through(cls, lengths: Sequence[int], kept: Sequence[int]) -> Kept:
-        """The parabola through three measurements."""
-        quadratic, linear, constant = np.polyfit(lengths, kept, 2)
-        # Rounding of the fit must not count for a window of a million tokens.
-        return cls(max(0.0, constant), max(1.0, linear), quadratic if quadratic > 0.01 else 0.0)
-
-    def __call__(self, tokens: int) -> float:
-        """Bytes of a window."""
-        return self.constant + self.linear * tokens + self.quadratic * tokens**2
-
-    def tokens(self, room: float) -> int:
-        """The longest window that has room."""
-        rest = max(0.0, room - self.constant)
-        if not self.quadratic:
-            return int(rest / self.linear)
-        return int((math.sqrt(self.linear**2 + 4 * self.quadratic * rest) - self.linear) / (2 * self.quadratic))
-
-
 def activation_bytes(loaded: LoadedModel, patch: Patch, factors: RopeFactors, window: Window) -> int:
     """About the memory that the gradient of a window takes beyond the weights, and whether layers are computed twice.
 
@@ -197,51 +164,8 @@ def activation_bytes(loaded: LoadedModel, patch: Patch, factors: RopeFactors, wi
 
 def _measure_kept(loaded: LoadedModel, patch: Patch, factors: RopeFactors, window: Window) -> Kept:
     """What a few tokens keep: measured at three lengths."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in loaded.model.parameters()}
     least = max(4, min(_PROBE, len(window.ids) // 16))
-    lengths, measured = [least, 2 * least, 4 * least], []
-    for length in lengths:
-        storages: dict[int, int] = {}  # each once, however many views of it are kept
-
-        def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _one(loaded, patch, factors, _ids(window)[:, :length], None, False)
-        measured.append(sum(storages.values()))
-    return Kept.through(lengths, measured)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(min(psutil.virtual_memory().available, _room_of_group()))
-
-
-def _room_of_group() -> float:
-    """What the control group of a container leaves, on Linux; infinite where there is no limit."""
-    for folder, limit, used, cache in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        group = Path(folder)
-        try:
-            room = int((group / limit).read_text()) - int((group / used).read_text())  # "max" is no number
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            return max(0, room + int(stat.get(cache, 0)))  # what can be dropped at once
-        except (OSError, ValueError):
-            continue
-    return math.inf
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process had in use so far: of torch's on CUDA, else its whole resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lengths = [least, 2 * least, 4 * least]
+    return Kept.measured(
+        loaded.model, lengths, lambda length: _one(loaded, patch, factors, _ids(window)[:, :length], None, False)
+    )

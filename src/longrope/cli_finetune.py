@@ -1,0 +1,107 @@
+"""`longrope finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longrope.cli_options import (
+    Attention,
+    Device,
+    Dtype,
+    Factors,
+    Json,
+    Model,
+    OriginalLength,
+    Out,
+    Precision,
+    Quiet,
+    Seed,
+    Threads,
+    Trust,
+    Verbose,
+    begin,
+    one_table,
+    options_of,
+)
+
+
+def finetune(
+    model: Model,
+    length: Annotated[str, typer.Option("--length", metavar="N", help="Tokens of a window, BOS and EOS included.")],
+    documents: Annotated[list[str], typer.Option("--documents", "-d", metavar="D", help="Texts of windows.")],
+    factors: Factors = None,
+    steps: Annotated[int | None, typer.Option(metavar="S", help="Optimizer steps; a recipe may say them.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="R", help="longrope-llama2 (the default), longrope-mistral or longrope2.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the recipe's.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant, instead of the recipe's.")] = None,
+    warmup: Annotated[int | None, typer.Option(metavar="S", help="Steps of a rising learning rate.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="B", help="Windows of a step, over all devices.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(metavar="X", help="Instead of the recipe's.")] = None,
+    mixed: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Windows packed of short documents under their own factors (LongRoPE2)."),
+    ] = None,
+    short_documents: Annotated[
+        list[str] | None, typer.Option("--short-documents", metavar="D", help="For --mixed; pieces of -d by default.")
+    ] = None,
+    lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train LoRA adapters of this rank.")] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Of LoRA: train the embeddings, too.")] = False,
+    norms: Annotated[bool, typer.Option("--norms", help="Of LoRA: train the norms, too.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Of LoRA: write a checkpoint with it merged.")] = False,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="By default as memory asks for it."),
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; 20 in all by default.")] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.")] = 2,
+    tracker: Annotated[str, typer.Option(help="Whatever Trainer reports to, or none.")] = "tensorboard",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    original_length: OriginalLength = None,
+    rope_precision: Precision = "float32",
+    threads: Threads = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model on long windows under its factors; a checkpoint with its factors.json comes of it."""
+    begin(verbose, quiet)
+    from longrope.console import err, print_json, resume_with, training_progress
+    from longrope.training.run import ADAPTER, CHECKPOINT
+    from longrope.training.run import finetune as run_finetune
+
+    given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup}
+    given |= {"batch": batch, "weight_decay": weight_decay, "mixed": mixed, "short_documents": short_documents or []}
+    given |= {"embeddings": embeddings, "norms": norms, "merge": merge, "documents": documents, "seed": seed}
+    given |= {"gradient_checkpointing": gradient_checkpointing, "save_every": save_every, "keep": keep}
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    resume_with()
+    with training_progress(quiet) as on_progress:
+        made, path = run_finetune(
+            model,
+            length=length,
+            factors=one_table(factors),
+            recipe=recipe,
+            lora=lora,
+            out=out,
+            options=options,
+            on_progress=on_progress,
+            tracker=tracker,
+            **given,
+        )
+    if as_json:
+        print_json(made)
+    else:
+        first, last = made["losses"][0], made["losses"][-1]
+        err.print(f"{len(made['losses'])} steps, loss {first:.4f} -> {last:.4f}")
+        written = CHECKPOINT if (path / CHECKPOINT).is_dir() else ADAPTER
+        err.print(f"{written}: {path / written}", soft_wrap=True)

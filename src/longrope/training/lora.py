@@ -1,0 +1,53 @@
+"""LoRA by PEFT: low-rank adapters on every linear layer; embeddings and norms are trained whole where asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from longrope.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """rank: of the adapters, scaled by 2. embeddings, norms: trained whole beside them. merge: into the weights."""
+
+    rank: int
+    embeddings: bool = False
+    norms: bool = False
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError("--lora", got=self.rank, rule="a rank is at least 1", do="give one such as 16")
+
+
+def with_lora(model: Any, settings: LoraSettings) -> Any:
+    """The model with adapters, the rest frozen. Raises UserError where PEFT is not installed."""
+    try:
+        peft = import_module("peft")
+    except ImportError as error:
+        do = 'install it with: pip install "longrope[lora]"'
+        raise UserError("--lora", got=f"no PEFT here ({error})", rule="adapters are PEFT's", do=do) from None
+    whole = []
+    if settings.embeddings:
+        whole.append(_name_of(model, model.get_input_embeddings()))
+    if settings.norms:
+        names = {
+            name.rpartition(".")[2] for name, module in model.named_modules() if "norm" in type(module).__name__.lower()
+        }
+        whole += sorted(names)
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        target_modules="all-linear",
+        modules_to_save=whole or None,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _name_of(model: Any, wanted: Any) -> str:
+    names: list[str] = [name for name, module in model.named_modules() if module is wanted]
+    return names[0].rpartition(".")[2]

@@ -1,0 +1,129 @@
+"""The loss of a causal language model by chunks of tokens: logits of a whole window are never in memory.
+
+A chunk's logits are differentiated as soon as they are there, so that nothing of them is kept for the backward pass and
+nothing is computed twice. What runs on a chunk is the class's own code after its decoder, so that caps and scales of
+logits are as the class has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import CausalLMOutput
+
+from longrope.errors import UserError
+from longrope.model import answering, chunk_rows, decoder_of
+
+NO_TARGET = -100
+
+
+@contextmanager
+def chunked_loss(model: nn.Module) -> Iterator[None]:
+    """Let `model(input_ids, labels=...)` return its loss alone, made by chunks, until the end of the block.
+
+    model: a causal language model of transformers, as it is before PEFT, FSDP or DDP wrap it. Without labels it answers
+    as before. The loss is the mean over targets, or their sum over `num_items_in_batch`, as transformers has it. Raises
+    UserError for a model that adds other losses to it.
+    """
+    config: Any = cast(Any, model).config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        rule = "the loss is that of the next token alone"
+        raise UserError("model", got="output_router_logits in its config", rule=rule, do="set it to false")
+    own = model.forward
+    vocabulary = int(config.vocab_size)
+
+    def forward(
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        if labels is None and shift_labels is None:
+            return own(input_ids=input_ids, **inputs)
+        inputs["use_cache"] = False
+        decoder = decoder_of(model)
+        outputs = decoder(input_ids=input_ids, **inputs)
+        targets = shift_labels
+        if targets is None:
+            targets = torch.nn.functional.pad(cast(Tensor, labels)[:, 1:], (0, 1), value=NO_TARGET)
+        hidden: Tensor = outputs.last_hidden_state
+        targets = targets.to(hidden.device)
+
+        def logits_of(piece: Tensor, start: int) -> Tensor:
+            outputs.last_hidden_state = piece
+            ids = None if input_ids is None else input_ids[:, start : start + piece.shape[1]]
+            with answering(decoder, outputs):
+                return cast(Tensor, own(input_ids=ids, use_cache=False).logits)
+
+        parameters = [each for each in _head(model).parameters() if each.requires_grad]
+        rows = max(1, chunk_rows(vocabulary, hidden.device.type) // hidden.shape[0])
+        total = _ChunkedLoss.apply(hidden, targets, logits_of, rows, *parameters)  # type: ignore[no-untyped-call]
+        count = (targets != NO_TARGET).sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=total / count)
+
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+
+
+def _head(model: Any) -> nn.Module:
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None:
+        rule, do = "logits follow from an output projection", "choose another model"
+        raise UserError("model", got=f"{type(model).__name__} without one", rule=rule, do=do)
+    return head
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden states (B, T, D) and targets (B, T), differentiated in its forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        logits_of: Callable[[Tensor, int], Tensor],
+        rows: int,
+        *parameters: Tensor,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:])
+        by_hidden = torch.zeros_like(hidden) if wanted else None
+        # Of half-precision weights the sum over chunks is kept in float32: there are many.
+        by_parameters = [torch.zeros_like(each, dtype=torch.float32) for each in parameters] if wanted else []
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[1], rows):
+            chosen = targets[:, start : start + rows]
+            if not bool((chosen != NO_TARGET).any()):
+                continue
+            piece = hidden[:, start : start + rows].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                logits = logits_of(piece, start)
+                loss = cross_entropy(
+                    logits.flatten(0, 1).float(), chosen.flatten(), ignore_index=NO_TARGET, reduction="sum"
+                )
+            total += loss.detach()
+            if by_hidden is not None:
+                by_piece, *by_each = torch.autograd.grad(loss, (piece, *parameters))
+                by_hidden[:, start : start + rows] = by_piece
+                for summed, part in zip(by_parameters, by_each, strict=True):
+                    summed += part
+            del logits, loss
+        if by_hidden is not None:
+            ctx.save_for_backward(by_hidden, *by_parameters)
+            ctx.dtypes = [each.dtype for each in parameters]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (scale,) = gradients
+        by_hidden, *by_parameters = ctx.saved_tensors
+        scaled = [(each * scale).to(dtype) for each, dtype in zip(by_parameters, ctx.dtypes, strict=True)]
+        return by_hidden * scale.to(by_hidden.dtype), None, None, None, *scaled

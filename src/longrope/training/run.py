@@ -1,0 +1,373 @@
+"""`longrope finetune`: transformers.Trainer with the factors installed, as a run that goes on after any end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from longrope import __version__
+from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_options
+from longrope.convert import factors_file, read_factors, to_transformers_config
+from longrope.describe import describe_model, describe_options
+from longrope.documents import Document, read_sources
+from longrope.errors import UserError
+from longrope.evaluate.perplexity import out_of_memory
+from longrope.export.transformers import extended_config
+from longrope.factors import FactorTable
+from longrope.files import disk_errors, write_atomically
+from longrope.lengths import as_length, format_length
+from longrope.memory import Kept, free_memory
+from longrope.model import LoadedModel, load_model
+from longrope.runs import METRICS, RunFolder, command_line, default_run_path
+from longrope.training.callbacks import Progress, Watch
+from longrope.training.lora import LoraSettings, with_lora
+from longrope.training.loss import chunked_loss
+from longrope.training.recipes import Recipe, recipe_of
+from longrope.training.state import LOSSES, damaged, keep_losses, last_whole, step_of
+from longrope.training.windows import LongWindows, MixedWindows, collate
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TRACKER = "tensorboard"
+CHECKPOINT, ADAPTER, STATE = "checkpoint", "adapter", "checkpoints"
+_PROBE = 32  # tokens; what a training keeps is measured at one, two and four times as many
+_OPTIMIZER_BYTES = 12  # a gradient and two moments in float32
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained and how: the words of the command.
+
+    length: of a window in tokens. mixed: share of windows that are packed of short documents under the row of their own
+    length. lora: its rank, None for all weights. gradient_checkpointing: None is as memory asks for it. save_every:
+    steps between checkpoints, of which the last `keep` stay. tracker: whatever Trainer reports to.
+    """
+
+    length: int
+    documents: Sequence[str] = ()
+    short_documents: Sequence[str] = ()
+    mixed: float | None = None
+    lora: LoraSettings | None = None
+    gradient_checkpointing: bool | None = None
+    save_every: int | None = None
+    keep: int = 2
+    tracker: str = DEFAULT_TRACKER
+    seed: int = 0
+
+
+def finetune(
+    model: str | LoadedModel,
+    *,
+    length: int | str,
+    factors: FactorTable | str | Path | None = None,
+    recipe: str | None = None,
+    lora: int | None = None,
+    out: str | Path | None = None,
+    options: LoadOptions | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Train a model on windows of `length` tokens under its factors; what metrics.json holds.
+
+    factors: a table or its file, by default those beside the weights; windows get the row of their length. Writes the
+    run `out` (runs/finetune-MODEL-LENGTH by default): checkpoint/, a transformers folder with its factors.json, or, of
+    LoRA that is not merged, adapter/. Resumes a run that is there from its last whole checkpoint, and ends in the same
+    weights. keywords: the fields of Recipe, Training, LoraSettings (embeddings, norms, merge) and LoadOptions. Raises
+    UserError for bad input, for a window that does not fit into memory, and for a loss that is no number.
+    """
+    given, chosen, options = _settings(as_length(length), recipe, lora, options, keywords)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table
+    if table is None:
+        rule = "a model is trained with the factors of the longer window"
+        raise UserError("--factors", got=f"none, and no {FACTORS_FILE} beside the weights", rule=rule, do="give a run")
+    loaded.check(table)
+    served = served_table(table, given, loaded.rope.original_length)
+    windows, documents = _windows(loaded, given, chosen)
+    settings = _described(given, chosen) | describe_options(loaded) | {"factors": [row.key for row in served.rows]}
+    config = {
+        "command": "finetune",
+        "longrope": __version__,
+        "model": describe_model(loaded),
+        "settings": settings,
+        "documents": {"train": [{"name": each.name, "sha256": each.sha256} for each in documents]},
+        "ignored": {"command_line": command_line()},
+    }
+    path = Path(out) if out is not None else default_run_path("finetune", loaded.name, given.length)
+    with RunFolder.open(path, config) as run:
+        if run.finished:
+            logger.info("%s is finished: its measurements are in %s", path, path / METRICS)
+            return run.metrics()
+        run.save_factors(served)
+        losses = _train(loaded, served, given, chosen, windows, path, on_progress)
+        result = {"method": "training", "length": given.length, "value": losses[-1], "tokens": None, "ci": None}
+        run.save_metrics(
+            {
+                "command": "finetune",
+                "model": loaded.name,
+                "settings": settings,
+                "measure": "loss",
+                "results": [result],
+                "losses": losses,
+            }
+        )
+        run.finish()
+        return run.metrics()
+
+
+def served_table(table: FactorTable, given: Training, original_length: int) -> FactorTable:
+    """The table that a trained model is for: the row of its windows and, where short ones were among them, that below.
+
+    Rows beyond it belong to other weights. Raises UserError when the table does not reach the windows, and for mixed
+    windows when it has no row for the original length.
+    """
+    row = table.row_for(given.length)
+    if given.mixed is None:
+        return replace(table, rows=(row,))
+    short = table.row_for(original_length)
+    if short.up_to >= row.up_to:
+        rule = f"short documents have a row of their own, up to {original_length} tokens"
+        raise UserError("--mixed", got=f"one row up to {row.up_to}", rule=rule, do="give a table with both")
+    return replace(table, rows=(short.with_values(up_to=original_length), row))
+
+
+def _settings(
+    length: int, recipe: str | None, lora: int | None, options: LoadOptions | None, keywords: dict[str, Any]
+) -> tuple[Training, Recipe, LoadOptions]:
+    def taken(kind: Any) -> dict[str, Any]:
+        return {each.name: keywords.pop(each.name) for each in fields(kind) if each.name in keywords}
+
+    chosen = recipe_of(recipe, taken(Recipe))
+    of_lora = taken(LoraSettings)
+    if lora is None and any(of_lora.values()):
+        name = next(name for name, value in of_lora.items() if value)
+        raise UserError(f"--{name}", got="no --lora", rule="it is a setting of LoRA", do="give --lora RANK")
+    adapters = None if lora is None else LoraSettings(rank=lora, **of_lora)
+    given = Training(length=length, lora=adapters, **taken(Training))
+    if not given.documents:
+        raise UserError("--documents", got="none", rule="a model is trained on documents", do="give at least one")
+    for flag, value in (("--save-every", given.save_every), ("--keep", given.keep)):
+        if value is not None and value < 1:
+            raise UserError(flag, got=value, rule="it is at least 1", do="give a larger number")
+    options = load_options(options, keywords)
+    # All weights are trained in float32, under autocast; a frozen base is in half precision where that computes fast.
+    if options.dtype == "auto" and options.placement != "cpu" and adapters is None:
+        options = replace(options, dtype="float32")
+    return given, chosen, options
+
+
+def _described(given: Training, recipe: Recipe) -> dict[str, Any]:
+    told = {name: value for name, value in vars(given).items() if name not in ("tracker", "keep", "lora")}
+    told |= {"documents": list(given.documents), "short_documents": list(given.short_documents)}
+    return told | vars(recipe) | {"lora": vars(given.lora) if given.lora else None}
+
+
+def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[LongWindows | MixedWindows, list[Document]]:
+    assert recipe.steps is not None, "checked with the recipe"
+    documents = read_sources(given.documents, share="search", tokenizer=loaded.tokenizer)
+    long = LongWindows(
+        documents, loaded.tokenizer, length=given.length, count=recipe.steps * recipe.batch, seed=given.seed
+    )
+    if recipe.steps * recipe.batch > long.an_epoch:
+        rounds = recipe.steps * recipe.batch / long.an_epoch
+        logger.info("the documents hold %d windows: each is read %.1f times", long.an_epoch, rounds)
+    if given.mixed is None:
+        return long, documents
+    short = documents
+    if given.short_documents:
+        short = read_sources(given.short_documents, share="search", tokenizer=loaded.tokenizer)
+        documents = [*documents, *short]
+    original = loaded.rope.original_length
+    return MixedWindows(long, short, loaded.tokenizer, short_length=original, share=given.mixed), documents
+
+
+def _train(
+    loaded: LoadedModel,
+    table: FactorTable,
+    given: Training,
+    recipe: Recipe,
+    windows: Dataset[Any],
+    path: Path,
+    on_progress: Callable[[Progress], None] | None,
+) -> list[float]:
+    """The losses of all steps; writes what was trained into the run."""
+    model: Any = loaded.model
+    model.requires_grad_(True)
+    state = path / STATE
+    last = last_whole(state)
+    keep_losses(path / LOSSES, 0 if last is None else step_of(last))
+    note = None
+    with loaded.patch() as patch:
+        note = patch.widen_window(given.length)
+        patch.install(table if given.mixed is not None else table.rows[-1])
+        if note:
+            logger.info(note)
+        trained = model if given.lora is None else with_lora(model, given.lora)
+        with chunked_loss(model):
+            arguments = _arguments(loaded, trained, given, recipe, state)
+            watch = Watch(path / LOSSES, total=cast(int, recipe.steps), on_progress=on_progress)
+            trainer = Trainer(
+                model=trained, args=arguments, train_dataset=windows, data_collator=collate, callbacks=[watch]
+            )
+            for callback in (PrinterCallback, ProgressCallback):  # stdout is for our JSON
+                trainer.remove_callback(callback)
+            with _told(path, given, last):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        model.config.use_cache = True  # Trainer switched it off
+        if given.lora is not None:
+            _save(path / ADAPTER, lambda folder: trained.save_pretrained(folder))
+            if given.lora.merge:
+                model = trained.merge_and_unload()
+    if given.lora is None or given.lora.merge:
+        _save(path / CHECKPOINT, lambda folder: write_checkpoint(folder, model, loaded, table))
+    return watch.losses()
+
+
+def _arguments(loaded: LoadedModel, trained: Any, given: Training, recipe: Recipe, state: Path) -> TrainingArguments:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    share, rest = divmod(recipe.batch, processes)
+    if rest:
+        rule = f"{processes} processes share a batch evenly"
+        raise UserError("--batch", got=recipe.batch, rule=rule, do=f"give a multiple of {processes}")
+    together = next(
+        size for size in range(min(share, max(1, loaded.batch_tokens // given.length)), 0, -1) if share % size == 0
+    )
+    again = given.gradient_checkpointing
+    if processes == 1:
+        again = _fits(loaded, trained, given, together)
+    return TrainingArguments(
+        output_dir=str(state),
+        max_steps=cast(int, recipe.steps),
+        per_device_train_batch_size=together,
+        gradient_accumulation_steps=share // together,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,
+        adam_beta1=recipe.beta1,
+        adam_beta2=recipe.beta2,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.clip,
+        optim="adamw_torch",
+        bf16=loaded.options.dtype in ("auto", "bfloat16") or loaded.device.type == "cuda",
+        gradient_checkpointing=bool(again),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=given.save_every or max(1, cast(int, recipe.steps) // 20),
+        save_total_limit=given.keep,
+        seed=given.seed,
+        data_seed=given.seed,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        report_to=_trackers(given.tracker),
+        disable_tqdm=True,
+        use_cpu=loaded.device.type == "cpu",
+        dataloader_pin_memory=loaded.device.type == "cuda",
+    )
+
+
+def _trackers(wanted: str) -> list[str]:
+    """What Trainer reports to; TensorBoard, which nobody asked for by name, where it is installed."""
+    if wanted == "none" or (wanted == DEFAULT_TRACKER and find_spec("tensorboard") is None):
+        return []
+    return [wanted]
+
+
+def _fits(loaded: LoadedModel, trained: Any, given: Training, together: int) -> bool:
+    """Whether layers are to be computed twice. Raises UserError when a batch does not fit even so, with what would."""
+    weights = sum(each.numel() for each in trained.parameters() if each.requires_grad)
+    room = free_memory(loaded.device) - _OPTIMIZER_BYTES * weights
+    least = max(4, min(_PROBE, given.length // 4))
+
+    def run(length: int) -> None:
+        ids = torch.arange(length, device=loaded.device)[None] % 100
+        with loaded.autocast(), torch.enable_grad():
+            trained(input_ids=ids, labels=ids)
+
+    kept = Kept.measured(trained, [least, 2 * least, 4 * least], run)
+    layers = loaded.model.config.get_text_config().num_hidden_layers
+    # One layer's activations, and what each layer is given.
+    width = loaded.model.config.get_text_config().hidden_size
+    twice = Kept(kept.constant / layers, kept.linear / layers + 4 * layers * width, kept.quadratic / layers)
+    wanted = given.gradient_checkpointing
+    again = together * kept(given.length) > 0.6 * room if wanted is None else wanted
+    needed = twice if again else kept
+    if together * needed(given.length) > room:
+        longest, gigabytes = max(0, needed.tokens(room / together)), together * needed(given.length) / 2**30
+        raise UserError(
+            "memory",
+            got=f"windows of {given.length} tokens, of which {together} take {gigabytes:.1f} GiB",
+            rule=f"there are {max(0, room) / 2**30:.1f} GiB beside the weights, their gradients and Adam's moments",
+            do=f"use at most {format_length(longest)} tokens here, --lora, a larger device, or several",
+        )
+    return again
+
+
+@contextmanager
+def _told(path: Path, given: Training, last: Path | None) -> Iterator[None]:
+    """What goes wrong in Trainer that is not ours: memory, disks, checkpoints that cannot be read."""
+    try:
+        with disk_errors(path):
+            yield
+    except UserError:
+        raise
+    except RuntimeError as error:
+        if out_of_memory(error):
+            rule, do = (
+                "a step fits into the device's memory",
+                "use a shorter --length, --gradient-checkpointing or --lora",
+            )
+            raise UserError("memory", got=f"windows of {given.length} tokens", rule=rule, do=do) from None
+        if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
+            rule, do = "a checkpoint can be written", "free space there; the same command goes on"
+            raise UserError("output", got=f"{path} (the disk refused)", rule=rule, do=do) from None
+        if last is not None and ("PytorchStreamReader" in str(error) or "state_dict" in str(error)):
+            raise damaged(last, str(error).splitlines()[0][:200]) from None
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        if kind == "SafetensorError" and ("No space" in str(error) or "I/O" in str(error)):
+            rule, do = "a checkpoint can be written", "free space there; the same command goes on"
+            raise UserError("output", got=f"{path} ({error})", rule=rule, do=do) from None
+        if last is not None and kind in ("SafetensorError", "UnpicklingError", "EOFError", "JSONDecodeError"):
+            raise damaged(last, str(error).splitlines()[0][:200] if str(error) else kind) from None
+        raise
+
+
+def _save(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    with disk_errors(folder):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+
+
+def write_checkpoint(folder: Path, model: Any, loaded: LoadedModel, table: FactorTable) -> None:
+    """A transformers folder with its factors.json; config.json has the factors too, where it can express them."""
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(str(folder))
+    table.save(folder / FACTORS_FILE)
+    last = table.rows[-1]
+    long = replace(table, rows=(last.with_values(up_to=table.original_length), last)) if len(table.rows) == 1 else table
+    try:
+        keys = to_transformers_config(long)
+    except UserError as error:
+        logger.info("config.json keeps the original window, %s is what counts: %s", FACTORS_FILE, error)
+        return
+    config = json.loads((folder / "config.json").read_text())
+    write_atomically(folder / "config.json", json.dumps(extended_config(config, keys, loaded), indent=2) + "\n")

@@ -1,0 +1,76 @@
+"""Checkpoints of a training that goes on: which one is whole, and what its losses were."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longrope.errors import UserError
+from longrope.files import append_line, read_lines, read_object, write_atomically
+
+WHOLE = "longrope.json"
+"""Written into a checkpoint when all else is there: the size of every file."""
+LOSSES = "training.jsonl"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Say that everything of a checkpoint is written."""
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
+    write_atomically(checkpoint / WHOLE, json.dumps({"sizes": sizes}) + "\n")
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The last checkpoint that was written whole; later ones that were cut are removed.
+
+    Raises UserError for a checkpoint whose files have changed since.
+    """
+    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
+    for _, path in sorted(found.items(), reverse=True):
+        if not (path / WHOLE).exists():
+            shutil.rmtree(path)  # it was being written when the process ended
+            continue
+        sizes = read_object(path / WHOLE, "list of a checkpoint's files").get("sizes")
+        there = {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
+        if not isinstance(sizes, Mapping) or dict(sizes) != there:
+            expected = dict(sizes) if isinstance(sizes, Mapping) else {}
+            differing = sorted({*expected, *there})
+            name = next((each for each in differing if expected.get(each) != there.get(each)), WHOLE)
+            raise damaged(path, name)
+        return path
+    return None
+
+
+def damaged(checkpoint: Path, what: str) -> UserError:
+    """The error of a checkpoint that cannot be read."""
+    got, rule = f"{checkpoint}: {what}", "a training goes on from whole files"
+    do = "restore the file, or remove that folder: the same command goes on from the checkpoint before"
+    return UserError("checkpoint", got=got, rule=rule, do=do)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match, "a checkpoint of Trainer's"
+    return int(match[1])
+
+
+def keep_losses(path: Path, step: int) -> None:
+    """Forget the losses of steps after `step`, which will be made again."""
+    lines = read_lines(path, repair=True, required={"step": int})
+    kept = [line for line in lines if line["step"] <= step]
+    if len(kept) < len(lines):
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def log_loss(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a step's loss."""
+    append_line(path, line)
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != WHOLE]
