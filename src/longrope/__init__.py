@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longrope.factors import FactorTable as FactorTable
     from longrope.factors import RopeFactors as RopeFactors
     from longrope.search.driver import search as search
+    from longrope.training.run import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _PUBLIC = {
     "compare": "longrope.compare:compare",
     "evaluate": "longrope.evaluate.run:evaluate",
     "export": "longrope.export.transformers:export",
+    "finetune": "longrope.training.run:finetune",
     "load": "longrope.api:load",
     "search": "longrope.search.driver:search",
 }

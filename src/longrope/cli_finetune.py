@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +25,7 @@ from longrope.cli_options import (
     one_table,
     options_of,
 )
+from longrope.lengths import parse_length
 
 
 def finetune(
@@ -57,7 +57,7 @@ def finetune(
         bool | None,
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="By default as memory asks for it."),
     ] = None,
-    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; 20 in all by default.")] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = None,
     keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.")] = 2,
     tracker: Annotated[str, typer.Option(help="Whatever Trainer reports to, or none.")] = "tensorboard",
     out: Out = None,
@@ -76,6 +76,7 @@ def finetune(
     """Train a model on long windows under its factors; a checkpoint with its factors.json comes of it."""
     begin(verbose, quiet)
     from longrope.console import err, print_json, resume_with, training_progress
+    from longrope.runs import default_run_path
     from longrope.training.run import ADAPTER, CHECKPOINT
     from longrope.training.run import finetune as run_finetune
 
@@ -84,15 +85,16 @@ def finetune(
     given |= {"embeddings": embeddings, "norms": norms, "merge": merge, "documents": documents, "seed": seed}
     given |= {"gradient_checkpointing": gradient_checkpointing, "save_every": save_every, "keep": keep}
     options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    path = out or default_run_path("finetune", model, parse_length(length))
     resume_with()
     with training_progress(quiet) as on_progress:
-        made, path = run_finetune(
+        made = run_finetune(
             model,
             length=length,
             factors=one_table(factors),
             recipe=recipe,
             lora=lora,
-            out=out,
+            out=path,
             options=options,
             on_progress=on_progress,
             tracker=tracker,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from longrope.evaluate.execute import OnStep, Step
     from longrope.factors import FactorTable
     from longrope.search.loop import OnProgress, Progress
+    from longrope.training.callbacks import Progress as Trained
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,30 @@ def measuring_progress(quiet: bool) -> Iterator[OnStep | None]:
                 told[:] = [step]
                 logger.info("measuring %s, %d/%d", text(step), step.done, step.total)
 
+        yield log
+
+
+@contextmanager
+def training_progress(quiet: bool) -> Iterator[Callable[[Trained], None] | None]:
+    """Progress of a training: a bar on a terminal, elsewhere some fifty lines."""
+
+    def text(step: Trained) -> str:
+        return f"training: loss {step.loss:.4f}, {format_seconds(step.seconds_left)} left"
+
+    told = 0
+
+    def log(step: Trained) -> None:
+        nonlocal told
+        if step.done - told >= step.total / 50 or step.done == step.total:
+            told = step.done
+            logger.info("%s, %d/%d", text(step), step.done, step.total)
+
+    if quiet:
+        yield None
+    elif err.is_terminal:
+        with _bar() as show:
+            yield lambda step: show(step.done, step.total, text(step))
+    else:
         yield log
 
 

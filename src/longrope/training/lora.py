@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -45,7 +46,9 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
         modules_to_save=whole or None,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names in transformers that PEFT still uses
+        return peft.get_peft_model(model, config)
 
 
 def _name_of(model: Any, wanted: Any) -> str:

@@ -247,6 +247,8 @@ def _arguments(loaded: LoadedModel, trained: Any, given: Training, recipe: Recip
     again = given.gradient_checkpointing
     if processes == 1:
         again = _fits(loaded, trained, given, together)
+    # Its name from transformers 5.23 on, which warns of the older one.
+    twice = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
     return TrainingArguments(
         output_dir=str(state),
         max_steps=cast(int, recipe.steps),
@@ -261,8 +263,7 @@ def _arguments(loaded: LoadedModel, trained: Any, given: Training, recipe: Recip
         max_grad_norm=recipe.clip,
         optim="adamw_torch",
         bf16=loaded.options.dtype in ("auto", "bfloat16") or loaded.device.type == "cuda",
-        gradient_checkpointing=bool(again),
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **{f"{twice}_checkpointing": bool(again), f"{twice}_checkpointing_kwargs": {"use_reentrant": False}},  # type: ignore[arg-type]
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=given.save_every or max(1, cast(int, recipe.steps) // 20),

@@ -1,0 +1,296 @@
+"""`longrope finetune`: a plain training loop's losses, LoRA, kills at any moment, bad input, the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from commands import TARGET, contents, longrope, refused, start, table, write_checkpoint, write_documents
+from longrope.checkpoint import LoadOptions
+from longrope.errors import UserError
+from longrope.factors import FactorTable
+from longrope.model import load_model
+from longrope.training import run as training_run
+from longrope.training.run import finetune
+from longrope.training.windows import LongWindows
+from models import ORIGINAL, tokens
+
+STEPS = 12
+FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ground")
+    write_checkpoint(folder / "model")
+    write_documents(folder / "texts")
+    table().save(folder / "good.json")
+    return folder
+
+
+@pytest.fixture
+def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(ground, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def command(*more: object, out: str = "run") -> list[object]:
+    given = ["--length", TARGET, "-f", "good.json", "-d", "texts", "--steps", STEPS, "--batch", 2, "--out", out]
+    given += ["--learning-rate", 1e-3, "--dtype", "float32", "--threads", 1, "--tracker", "none"]
+    return ["finetune", "model", *given, "--save-every", 3, *more]
+
+
+def train(here: Path, out: str = "run", **more: Any) -> list[float]:
+    given: dict[str, Any] = {"steps": 4, "batch": 2, "learning_rate": 1e-3, "tracker": "none", "options": FLOAT32}
+    given |= {"documents": [str(here / "texts")], "length": TARGET, "factors": here / "good.json"}
+    losses: list[float] = finetune(str(here / "model"), out=here / out, **(given | more))["losses"]
+    return losses
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_it_is_what_a_plain_loop_of_torch_does(here: Path, schedule: str) -> None:
+    found = train(here, schedule=schedule, weight_decay=0.1)
+    loaded = load_model(str(here / "model"), FLOAT32)
+    made = LongWindows(_documents(here), loaded.tokenizer, length=TARGET, count=8, seed=0)
+    model: Any = loaded.model.requires_grad_(True).train()
+    kept = {name for name, _ in model.named_parameters() if "norm" in name}
+    groups = [
+        {"params": [each for name, each in model.named_parameters() if name not in kept], "weight_decay": 0.1},
+        {"params": [each for name, each in model.named_parameters() if name in kept], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    expected = []
+    with loaded.patch() as patch:
+        patch.install(table().rows[-1])
+        for step in range(4):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (1 - step / 4 if schedule == "linear" else 1)
+            ids = torch.stack([made[2 * step + index]["input_ids"] for index in range(2)])
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            expected.append(float(loss.detach()))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def _documents(here: Path) -> Any:
+    from longrope.documents import read_sources
+
+    return read_sources([str(here / "texts")])
+
+
+def test_batches_of_any_shape_and_layers_computed_twice_train_the_same(here: Path) -> None:
+    expected = train(here)
+    assert train(here, "again", gradient_checkpointing=True) == pytest.approx(expected, rel=1e-6)
+    loaded = load_model(str(here / "model"), FLOAT32)
+    loaded.batch_tokens = TARGET  # one window at a time, two accumulated
+    given: dict[str, Any] = {"steps": 4, "batch": 2, "learning_rate": 1e-3, "tracker": "none"}
+    given |= {"documents": [str(here / "texts")], "length": TARGET, "factors": here / "good.json"}
+    assert finetune(loaded, out=here / "accumulated", **given)["losses"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_checkpoint_is_the_trained_model_with_its_factors_here_and_in_stock_transformers(here: Path) -> None:
+    ran = longrope(*command("--json"))
+    assert ran.code == 0, ran.err
+    losses = ran.document["losses"]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    assert ran.document["results"][0]["value"] == losses[-1]
+    made = FactorTable.load("run/checkpoint/factors.json")
+    assert made == FactorTable.load("run/factors.json")
+    assert made.rows == (table().rows[-1],)
+    loaded = load_model("run/checkpoint", FLOAT32)
+    assert loaded.rope.original_length == ORIGINAL
+    stock: Any = AutoModelForCausalLM.from_pretrained("run/checkpoint", dtype=torch.float32)
+    assert stock.config.use_cache
+    ids = tokens(TARGET)
+    with torch.no_grad(), loaded.patch() as patch:
+        patch.install(loaded.table)
+        assert torch.allclose(loaded.model(ids).logits, stock(ids).logits, atol=1e-5)
+    again = longrope(*command("--json"))
+    assert (again.code, again.document) == (0, ran.document), "a finished run is read"
+    longer = longrope("evaluate", "perplexity", "run/checkpoint", "--lengths", TARGET, "-d", "texts", "--windows", 2)
+    assert longer.code == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_mixed_windows_keep_a_row_for_short_sequences() -> None:
+    assert longrope(*command("--mixed", 0.5)).code == 0
+    assert FactorTable.load("run/checkpoint/factors.json").rows == table().rows
+    config = json.loads(Path("run/checkpoint/config.json").read_text())
+    assert config["max_position_embeddings"] == ORIGINAL, "two attention factors: config.json cannot say it"
+
+
+def test_lora_trains_its_adapters_alone_and_merged_is_the_same_model(here: Path) -> None:
+    from peft import PeftModel
+
+    train(here, lora=4, learning_rate=1e-2, merge=True)
+    base: Any = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32)
+    ids = tokens(20)
+    before = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, str(here / "run" / "adapter"))
+    merged: Any = AutoModelForCausalLM.from_pretrained(here / "run" / "checkpoint", dtype=torch.float32)
+    untouched: Any = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32)
+    for name, weight in untouched.named_parameters():
+        if "norm" in name or "embed" in name:
+            assert torch.equal(weight, merged.get_parameter(name)), name
+    adapted_logits = adapted(ids).logits
+    assert not torch.allclose(adapted_logits, before, atol=1e-3)
+    # The merged folder's own RoPE is the long one: both are asked under none.
+    merged.model.rotary_emb, merged.config = untouched.model.rotary_emb, untouched.config
+    assert torch.allclose(merged(ids).logits, adapted_logits, atol=1e-4)
+
+
+def test_lora_with_norms_and_embeddings_trains_them(here: Path) -> None:
+    train(here, lora=2, norms=True, embeddings=True, merge=True, learning_rate=1e-2)
+    merged: Any = AutoModelForCausalLM.from_pretrained(here / "run" / "checkpoint", dtype=torch.float32)
+    base: Any = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32)
+    changed = {name for name, weight in base.named_parameters() if not torch.equal(weight, merged.get_parameter(name))}
+    assert {"model.norm.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"} <= changed
+    assert not (here / "run" / "checkpoint" / "adapter_config.json").exists()
+
+
+# Kills
+
+
+def steps_of(run: Path) -> int:
+    path = run / "training.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_a_training_killed_at_any_moment_ends_in_the_same_weights_and_losses(here: Path) -> None:
+    assert longrope(*command("-q", out="whole")).code == 0
+    moments: list[Callable[[], bool]] = [
+        lambda: steps_of(here / "run") >= 2,  # before the first checkpoint
+        lambda: (here / "run" / "checkpoints" / "checkpoint-3").exists(),  # while it is written, or just after
+        lambda: steps_of(here / "run") >= 8,
+        lambda: (here / "run" / ".checkpoint.unfinished").exists() or (here / "run" / "checkpoint").exists(),
+    ]
+    for moment, which in zip(moments, [signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGKILL], strict=True):
+        with start(*command("-q"), cwd=here) as process:
+            wait_for(moment, process)
+            process.send_signal(which)
+            out, err = process.communicate(timeout=60)
+        assert out == ""
+        assert process.returncode == (130 if which == signal.SIGINT else -which), err
+    assert longrope(*command("-q")).code == 0
+    for name in ("training.jsonl", "metrics.json", "checkpoint/model.safetensors", "checkpoint/factors.json"):
+        assert (here / "run" / name).read_bytes() == (here / "whole" / name).read_bytes(), name
+    assert not (here / "run" / ".checkpoint.unfinished").exists()
+
+
+def unfinish(run: Path) -> None:
+    for name in ("DONE", "metrics.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoint")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_damaged_checkpoint_is_told_and_without_it_the_one_before_is_gone_on_with() -> None:
+    assert longrope(*command()).code == 0
+    losses = Path("run/training.jsonl").read_bytes()
+    unfinish(Path("run"))
+    optimizer = Path("run/checkpoints/checkpoint-12/optimizer.pt")
+    whole = optimizer.read_bytes()
+    optimizer.write_bytes(whole[:-100])
+    rule = "a training goes on from whole files; restore the file, or remove that folder"
+    message = refused(*command())
+    assert message.startswith(f"checkpoint: got run/checkpoints/checkpoint-12: optimizer.pt; {rule}")
+    optimizer.write_bytes(b"\0" * len(whole))
+    assert refused(*command()).startswith("checkpoint: got run/checkpoints/checkpoint-12: ")
+    shutil.rmtree(optimizer.parent)
+    assert longrope(*command()).code == 0
+    assert Path("run/training.jsonl").read_bytes() == losses
+
+
+# Bad input
+
+
+@pytest.mark.usefixtures("here")
+def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_what_was_good() -> None:
+    ran = longrope(*command("--learning-rate", 1e38, "--schedule", "constant", "-q"))
+    assert (ran.code, ran.out) == (2, "")
+    (line,) = ran.err.splitlines()
+    assert line.startswith("longrope: training: got a ")
+    assert " at step " in line
+    assert "the loss stays a number" in line
+    for path in Path("run").rglob("model.safetensors"):
+        assert all(bool(torch.isfinite(each).all()) for each in _weights(path))
+
+
+def _weights(path: Path) -> list[torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return list(load_file(path).values())
+
+
+def test_a_window_longer_than_memory_is_told_before_the_first_step_with_what_would_fit(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_run, "free_memory", lambda device: 2_500_000)
+    with pytest.raises(UserError) as caught:
+        train(here)
+    found = str(caught.value)
+    assert found.startswith(f"memory: got windows of {TARGET} tokens, of which 2 take ")
+    fits = int(found.partition("use at most ")[2].split()[0])
+    assert 0 < fits < TARGET
+    assert not (here / "run" / "training.jsonl").exists()
+    losses = train(here, "shorter", length=fits - fits % 8, factors=here / "good.json")
+    assert len(losses) == 4
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--recipe", "ours"], "--recipe: got 'ours'; it is one of longrope-llama2, longrope-mistral, longrope2"),
+        (["--steps", 0], "--steps: got 0; it is at least 1"),
+        (["--schedule", "zigzag"], "--schedule: got zigzag; it is one of linear, cosine, constant"),
+        (["--length", 1024], "sequence: got 1024 tokens; the factor table ends at 192"),
+        (["--mixed", 2], "--mixed: got 2.0; it is a share between 0 and 1"),
+        (["--lora", 0], "--lora: got 0; a rank is at least 1"),
+        (["--merge"], "--merge: got no --lora; it is a setting of LoRA"),
+        (["-f", "none"], "--factors: got none, and no factors.json beside the weights"),
+    ],
+)
+def test_bad_input_is_one_line(more: list[object], message: str) -> None:
+    given = command(*more)
+    if more[0] in ("-f",):
+        del given[given.index("-f") : given.index("-f") + 2]
+    assert message in refused(*given)
+
+
+@pytest.mark.usefixtures("here")
+def test_other_settings_are_refused_and_nothing_is_lost() -> None:
+    assert longrope(*command("-q")).code == 0
+    before = contents(Path("run"))
+    assert "settings.learning_rate was 0.001, now 0.002" in refused(*command("--learning-rate", 2e-3))
+    assert contents(Path("run")) == before
+
+
+def test_without_steps_a_recipe_has_to_say_them(here: Path) -> None:
+    with pytest.raises(UserError, match=r"^--steps: got none; a training has a number of steps; give --steps$"):
+        train(here, steps=None)
+    with pytest.raises(UserError, match=r"^--steps: got none"):
+        train(here, steps=None, recipe="longrope2")

@@ -1,0 +1,148 @@
+"""Windows of a training: their ends, their documents, and that each depends on the seed and its index alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from byte_tokenizer import BOS, EOS, byte_tokenizer
+from commands import SHAPE, TARGET, table
+from longrope.documents import Document
+from longrope.errors import UserError
+from longrope.patch import Patch
+from longrope.training.loss import NO_TARGET, chunked_loss
+from longrope.training.windows import LongWindows, MixedWindows, collate
+from models import ORIGINAL, build
+
+TOKENIZER: Any = byte_tokenizer(ORIGINAL)
+
+
+def document(name: str, size: int) -> Document:
+    rng = np.random.default_rng(len(name) + size)
+    return Document(name, bytes(rng.integers(97, 122, size).tolist()).decode())
+
+
+BOOKS = [document("a", 1000), document("b", 450), document("c", 90)]
+
+
+def windows(count: int = 20, length: int = 100, seed: int = 0) -> LongWindows:
+    return LongWindows(BOOKS, TOKENIZER, length=length, count=count, seed=seed)
+
+
+def text_of(window: dict[str, torch.Tensor]) -> str:
+    return bytes(window["input_ids"][1:-1].tolist()).decode()
+
+
+def test_a_window_is_a_span_of_one_document_between_bos_and_eos() -> None:
+    for window in (windows()[index] for index in range(20)):
+        ids = window["input_ids"]
+        assert (int(ids[0]), int(ids[-1]), len(ids)) == (BOS, EOS, 100)
+        assert any(text_of(window) in book.text for book in BOOKS)
+        assert torch.equal(window["labels"], ids)
+        assert torch.equal(window["position_ids"], torch.arange(100))
+
+
+def test_an_epoch_reads_as_much_of_every_document_as_fits_and_nothing_twice() -> None:
+    made = windows()
+    assert made.an_epoch == 1000 // 98 + 450 // 98, "the third is too short"
+    for epoch in (range(14), range(14, 28)):
+        found = [text_of(made[index]) for index in epoch]
+        places = [(book.name, book.text.index(text)) for text in found for book in BOOKS if text in book.text]
+        assert len(places) == 14
+        for name in "ab":
+            starts = sorted(start for of, start in places if of == name)
+            assert min(np.diff(starts), default=98) >= 98
+    assert {text_of(made[index]) for index in range(14)} != {text_of(made[index]) for index in range(14, 28)}
+
+
+def test_a_window_depends_on_the_seed_and_its_index_alone() -> None:
+    backwards = windows()
+    found = {index: text_of(backwards[index]) for index in range(19, -1, -1)}
+    assert [found[index] for index in range(20)] == [text_of(windows()[index]) for index in range(20)]
+    other = LongWindows(BOOKS[::-1], TOKENIZER, length=100, count=20, seed=0)
+    assert [text_of(other[index]) for index in range(20)] == [found[index] for index in range(20)]
+    assert text_of(windows(seed=1)[0]) != found[0]
+
+
+def test_documents_that_are_too_short_are_refused_with_the_longest() -> None:
+    message = (
+        r"^--documents: got 3 documents, the longest of 1000 tokens; a window of 2048 tokens holds 2046 of one "
+        r"document; give longer documents, or a shorter --length$"
+    )
+    with pytest.raises(UserError, match=message):
+        windows(length=2048)
+
+
+SHORT = [document("s", 30), document("t", 17), document("u", 100)]
+
+
+def mixed(share: float = 0.5) -> MixedWindows:
+    long = LongWindows(BOOKS, TOKENIZER, length=TARGET, count=40, seed=0)
+    return MixedWindows(long, SHORT, TOKENIZER, short_length=ORIGINAL, share=share)
+
+
+def packed_of(made: MixedWindows) -> list[dict[str, torch.Tensor]]:
+    return [window for window in (made[index] for index in range(40)) if int((window["position_ids"] == 0).sum()) > 1]
+
+
+def pieces_of(window: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
+    starts = [*torch.nonzero(window["position_ids"] == 0)[:, 0].tolist(), TARGET]
+    return list(pairwise(starts))
+
+
+def test_packed_documents_begin_anew_and_are_not_predicted_from_the_one_before() -> None:
+    made = packed_of(mixed())
+    assert 10 < len(made) < 30, "about half of them"
+    for window in made:
+        assert len(window["input_ids"]) == TARGET
+        for start, end in pieces_of(window):
+            assert end - start <= ORIGINAL
+            assert int(window["input_ids"][start]) == BOS
+            assert int(window["labels"][start]) == NO_TARGET
+            assert torch.equal(window["labels"][start + 1 : end], window["input_ids"][start + 1 : end])
+            if end < TARGET:
+                text = bytes(window["input_ids"][start + 1 : end - 1].tolist()).decode()
+                assert int(window["input_ids"][end - 1]) == EOS
+                assert any(text in short.text for short in SHORT)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_a_packed_window_has_the_loss_of_its_documents_alone_under_their_own_factors(name: str) -> None:
+    """Beside a long window in the same batch, which has the long factors."""
+    model: Any = build(name)
+    long = next(window for window in (mixed()[index] for index in range(40)) if len(pieces_of(window)) == 1)
+    batch = [packed_of(mixed())[0], long]
+    with torch.no_grad(), Patch(model, SHAPE) as patch:
+        patch.install(table())
+        with chunked_loss(model):
+            found = float(model(**collate(batch)).loss)
+        total, count = 0.0, 0
+        for start, end in pieces_of(batch[0]):
+            patch.install(table().rows[0])
+            ids = batch[0]["input_ids"][None, start:end]
+            if end - start > 1:
+                total += float(model(input_ids=ids, labels=ids).loss) * (end - start - 1)
+                count += end - start - 1
+        patch.install(table().rows[1])
+        ids = batch[1]["input_ids"][None]
+        total, count = total + float(model(input_ids=ids, labels=ids).loss) * (TARGET - 1), count + TARGET - 1
+    assert found == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_share_that_is_none_and_nothing_to_pack_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^--mixed: got 1\.5; it is a share between 0 and 1"):
+        mixed(1.5)
+    with pytest.raises(UserError, match=r"^--mixed: got no text to pack"):
+        MixedWindows(windows(), [Document("e", "")], TOKENIZER, short_length=ORIGINAL, share=0.5)
+
+
+def test_a_tokenizer_without_ends_has_none(tmp_path: Path) -> None:
+    tokenizer: Any = byte_tokenizer(ORIGINAL)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    made = LongWindows(BOOKS, tokenizer, length=100, count=3, seed=0)[0]
+    assert bytes(made["input_ids"].tolist()).decode() in BOOKS[0].text + BOOKS[1].text
