@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longrope.errors import UserError
+from longrope.evaluate.intervals import mean_interval
 from longrope.lengths import format_length
 from longrope.model import LoadedModel
 from longrope.windows import Window
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_RESAMPLES = 2000
 _NO_TARGET = -100  # of a window's last token
 
 
@@ -30,7 +30,7 @@ _NO_TARGET = -100  # of a window's last token
 class Perplexity:
     """exp of the mean negative log-likelihood over `tokens` scored tokens.
 
-    ci: 95% bootstrap interval over documents, None with fewer than two. losses: summed negative log-likelihood in
+    ci: 95% interval over documents, None with fewer than two. losses: summed negative log-likelihood in
     nats of each window; counts: its scored tokens. Paired differences between methods are made of these.
     """
 
@@ -189,20 +189,16 @@ def check_stride(length: int, stride: int) -> None:
 def summarize(losses: NDArray[np.float64], counts: NDArray[np.int64], documents: Sequence[str]) -> Perplexity:
     """Token-weighted perplexity of window losses (N,) and their interval over documents."""
     value = math.exp(min(float(losses.sum() / counts.sum()), 700.0))
-    interval = bootstrap_interval(losses, counts, documents)
+    interval = perplexity_interval(losses, counts, documents)
     return Perplexity(value=value, tokens=int(counts.sum()), ci=interval, losses=losses, counts=counts)
 
 
-def bootstrap_interval(
+def perplexity_interval(
     losses: NDArray[np.float64], counts: NDArray[np.int64], documents: Sequence[str]
 ) -> tuple[float, float] | None:
-    """95% percentile bootstrap of the perplexity, resampling documents, whose windows are not independent."""
-    names, groups = np.unique(np.asarray(documents), return_inverse=True)
-    if len(names) < 2 or not np.isfinite(losses).all():
+    """95% interval of a perplexity over documents, whose windows are not independent; None with fewer than two."""
+    interval = mean_interval(losses, counts.astype(np.float64), documents)
+    if interval is None:
         return None
-    summed = np.bincount(groups, weights=losses)
-    counted = np.bincount(groups, weights=counts)
-    draws = np.random.default_rng(0).integers(len(names), size=(_RESAMPLES, len(names)))
-    means = summed[draws].sum(1) / counted[draws].sum(1)
-    low, high = np.exp(np.minimum(np.quantile(means, [0.025, 0.975]), 700.0))
-    return float(low), float(high)
+    low, high = (math.exp(min(end, 700.0)) for end in interval)
+    return low, high

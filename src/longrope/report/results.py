@@ -57,10 +57,9 @@ class Result:
     @property
     def told_apart(self) -> bool:
         """Whether there is no difference from the best, or its paired interval leaves zero out."""
-        if self.against is None or not self.against.value or self.against.ci is None:
+        if self.against is None or not self.against.value:
             return True
-        low, high = self.against.ci
-        return not low <= 0 <= high
+        return self.against.ci is not None and not self.against.ci[0] <= 0 <= self.against.ci[1]
 
 
 def read_metrics(run: Path) -> tuple[Mapping[str, Any], dict[str, tuple[Result, ...]]]:
