@@ -365,7 +365,8 @@ def test_sliding_perplexity_is_that_of_every_token_with_its_own_context(ground: 
     length, ids = 40, np.array([BOS, *(ground / "texts" / "0.txt").read_bytes()[:99]])
     total = 0.0
     for token in range(1, len(ids)):
-        context = torch.from_numpy(ids[None, max(0, token + 1 - length) : token])
+        context = torch.from_numpy(ids[None, max(0, token + 1 - length) : token].copy())
+        context[0, 0] = BOS
         total -= float(small.model(context).logits[0, -1].double().log_softmax(-1)[ids[token]])
     measured = measure_sliding(small, [Window("0.txt", "0", 0, ids)], length=length, stride=1)
     assert measured.tokens == 99

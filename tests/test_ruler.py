@@ -305,6 +305,7 @@ def test_a_summary_is_the_mean_over_tasks() -> None:
     }
     assert mixed.details["left_out"] == [task for task in TASKS if task not in ("vt", "fwe")]
     half = 1.96 * 0.4 / np.sqrt(100) / 2  # of half the mean of a hundred draws
+    assert mixed.ci is not None
     assert mixed.ci == pytest.approx(share_interval(0.7, 200))
     assert mixed.ci[0] < 0.7 - half < 0.7 + half < mixed.ci[1], "no narrower than what the draws themselves say"
     reduced = [{**each, "reduced": True} for each in records({"vt": [1.0, 0.0]})]
@@ -321,7 +322,7 @@ def test_perfect_answers_score_one_and_empty_ones_nothing(tiny: LoadedModel) -> 
             for task in [item.data["task"]]
         ]
         summary = ruler.summarize(1100, told)
-        expected = (value, share_interval(value, len(items)), [])
+        expected: tuple[Any, ...] = (value, share_interval(value, len(items)), [])
         assert (summary.value, summary.ci, summary.details["left_out"]) == expected
 
 

@@ -140,7 +140,7 @@ def measure_sliding(loaded: LoadedModel, documents: Sequence[Window], *, length:
     """Perplexity of whole documents under a window of `length` tokens that slides by `stride`.
 
     Every token but the first of a document is scored once, with at least length - stride tokens before it (fewer at
-    the document's start).
+    the document's start). Every window begins with BOS where the tokenizer has one.
     """
     found = [sliding_loss(loaded, document, length=length, stride=stride) for document in documents]
     losses, counts = zip(*found, strict=True)
@@ -152,6 +152,7 @@ def sliding_loss(loaded: LoadedModel, document: Window, *, length: int, stride: 
     together: dict[tuple[int, int], list[int]] = {}  # starts of windows of one size that score the same tokens
     for start, end, first_scored in sliding_spans(len(document.ids), length, stride):
         together.setdefault((end - start, first_scored - start - 1), []).append(start)
+    bos = loaded.tokenizer.bos_token_id  # every window begins with it, in the place of its oldest token
     total, count = 0.0, 0
     for (size, unscored), starts in together.items():
 
@@ -162,7 +163,10 @@ def sliding_loss(loaded: LoadedModel, document: Window, *, length: int, stride: 
         windows = np.lib.stride_tricks.sliding_window_view(document.ids, size)
         rows = max(1, loaded.batch_tokens // size)
         for first in range(0, len(starts), rows):
-            total += float(in_batches(loaded, run, torch.from_numpy(windows[starts[first : first + rows]])).sum())
+            ids = windows[starts[first : first + rows]]  # a copy
+            if bos is not None:
+                ids[:, 0] = bos
+            total += float(in_batches(loaded, run, torch.from_numpy(ids)).sum())
         count += len(starts) * (size - 1 - unscored)
     return total, count
 
