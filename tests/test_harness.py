@@ -215,6 +215,27 @@ def test_the_result_says_what_was_asked_and_how(loaded: LoadedModel, tasks: Path
     assert result["requests"]["write_local"] == {"cut": 2, "rows": {"48": 3, "100": 4}}
 
 
+def test_its_value_is_the_mean_over_tasks_of_shares(loaded: LoadedModel, tasks: Path) -> None:
+    found = harness(loaded, table(), list(TASKS), include_path=tasks)
+    shares = [found["tasks"]["choice_local"]["acc"], found["tasks"]["write_local"]["exact_match"]]
+    assert found["value"] == pytest.approx(sum(shares) / 2), "perplexity of roll_local is no share"
+    assert harness(loaded, table(), ["roll_local"], include_path=tasks)["value"] is None
+    (tasks / "both.yaml").write_text(
+        "group: both\ntask: [choice_local, write_local]\naggregate_metric_list: [{metric: acc}]\n"
+    )
+    grouped = harness(loaded, table(), ["both"], include_path=tasks)
+    assert grouped["groups"] == ["both"]
+    assert grouped["value"] == pytest.approx(sum(shares) / 2)
+
+
+def test_prompts_are_cut_where_it_is_said(loaded: LoadedModel, tasks: Path) -> None:
+    longer, shorter = (
+        harness(loaded, None, ["choice_local"], include_path=tasks, max_length=length) for length in (TARGET, ORIGINAL)
+    )
+    assert (longer["max_length"], longer["requests"]["choice_local"]["cut"]) == (TARGET, 0)
+    assert shorter["requests"]["choice_local"]["cut"] > 0
+
+
 def test_the_checkpoint_as_it_is(loaded: LoadedModel, tasks: Path) -> None:
     as_it_is = harness(loaded, None, ["roll_local"], include_path=tasks, batch_size=2)
     scaled = harness(loaded, ones(loaded, ORIGINAL), ["roll_local"], include_path=tasks, batch_size=2)

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from commands import TARGET, contents, longrope, refused, table, write_checkpoin
 from longrope.checkpoint import LoadOptions
 from longrope.compare import compare
 from longrope.evaluate.execute import Step
+from longrope.evaluate.passkey import SHORT
 from longrope.evaluate.run import evaluate
 from longrope.report import write_report
 from longrope.report.read import read_run
@@ -158,6 +161,41 @@ def test_methods_are_compared_in_a_task_of_lm_eval_and_go_on_after_a_kill() -> N
     assert longrope(*words, "--out", "run").code == 0
     assert Path("run/metrics.json").read_bytes() == metrics
     assert refused(*words, "--workers", 2) == ("--workers: got 2; one process asks lm-eval's tasks; leave it out")
+
+
+@pytest.mark.usefixtures("here")
+def test_answers_to_other_questions_are_not_gone_on_with() -> None:
+    assert longrope(*command("harness", "--out", "run")).code == 0
+    Path("run/DONE").unlink()
+    Path("capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    assert "items.capitals was " in refused(*command("harness", "--out", "run", "-q"))
+    assert "settings.batch_size was not set, now 1" in refused(*command("harness", "--out", "run", "--batch-size", 1))
+
+
+@pytest.mark.usefixtures("here")
+def test_answers_that_are_damaged_and_tasks_that_are_no_yaml_are_told() -> None:
+    assert longrope(*command("harness", "--out", "run")).code == 0
+    Path("run/DONE").unlink()
+    (answers,) = Path("run").glob("answers_rank*.db")
+    answers.write_bytes(b"no database" * 999)
+    message = refused(*command("harness", "--out", "run"))
+    assert re.match(r"answers: got run/answers_rank0\.db \(.*\); .*; remove it, and they are asked for again", message)
+    Path("tasks/broken.yaml").write_text("task: [")
+    message = refused(*command("harness"))
+    assert message.startswith("--include-path: got tasks/broken.yaml: ")
+    assert message.endswith("; its files are YAML; mend the file, or take it out")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_passkey_run_goes_on_with_the_very_prompts_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert longrope(*command("passkey", "--out", "run")).code == 0
+    Path("run/DONE").unlink()
+    # As another version might word it.
+    monkeypatch.setattr(import_module("longrope.evaluate.passkey"), "SHORT", replace(SHORT, filler="Snow is white. "))
+    assert "items.128 was " in refused(*command("passkey", "--out", "run"))
+    assert "--digits: got 19; a number has at most 18; give a smaller number" in refused(
+        *command("needle", "--digits", 19)
+    )
 
 
 def test_the_library_has_every_measure_under_one_name(here: Path) -> None:

@@ -17,9 +17,9 @@ from commands import write_checkpoint
 from longrope.checkpoint import LoadOptions, model_source
 from longrope.documents import Document
 from longrope.errors import UserError
+from longrope.evaluate.intervals import share_interval
 from longrope.evaluate.measures import Measure
 from longrope.evaluate.needle import NeedleMeasure
-from longrope.evaluate.passkey import wilson_interval
 from longrope.evaluate.templates import NEEDLE, SHORT_NEEDLE, NeedleTemplate
 from longrope.model import LoadedModel, load_model
 
@@ -130,7 +130,7 @@ def test_the_heat_map_has_a_row_a_depth() -> None:
     measure = NeedleMeasure(DOCUMENTS, depths=2, tries=2)
     summary = measure.summarize(500, json.loads(json.dumps(records)))
     assert summary.details == {"by_depth": [[0.0, 0.5, 2, 1.5], [1.0, 1.0, 2, None]]}
-    assert (summary.value, summary.tokens, summary.ci) == (0.75, 2000, wilson_interval(3, 4))
+    assert (summary.value, summary.tokens, summary.ci) == (0.75, 2000, share_interval(0.75, 4))
     assert measure.name == "needle"
 
 

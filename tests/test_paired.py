@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from longrope.evaluate.intervals import paired_share_interval
 from longrope.evaluate.paired import (
     Difference,
     against_best,
     perplexity_difference,
     records_difference,
-    score_difference,
     share_difference,
 )
 
@@ -26,9 +26,11 @@ DOCUMENTS = [str(index // 2) for index in range(30)]
 
 
 def test_equal_inputs_differ_by_nothing() -> None:
-    nothing = Difference(0.0, 0.0, 0.0)
-    assert perplexity_difference(LOSSES, LOSSES, COUNTS, DOCUMENTS) == nothing
-    assert share_difference([True, False, True], [True, False, True]) == nothing
+    assert perplexity_difference(LOSSES, LOSSES, COUNTS, DOCUMENTS) == Difference(0.0, 0.0, 0.0)
+    same = share_difference([True, False, True], [True, False, True])
+    assert same.value == 0.0
+    assert same.low == -same.high, "three tries tell little"
+    assert same.high > 0.3
 
 
 @pytest.mark.parametrize("documents", [DOCUMENTS, ["one"] * 30])
@@ -41,7 +43,9 @@ def test_a_constant_shift_a_token_is_a_factor_without_spread(documents: list[str
 def test_tokens_weigh_the_difference() -> None:
     found = perplexity_difference([10.0, 30.0], [9.0, 30.0], [10, 30], ["a", "b"])
     assert found.value == pytest.approx(math.exp(1 / 40) - 1)
-    assert (found.low, found.high) == pytest.approx((0.0, math.exp(1 / 10) - 1)), "all of either document"
+    # Gaps of 1 and 0 where 10/40 and 30/40 are the mean's: both are 3/4 off, and t of one degree is 12.7.
+    half = 12.7062 * math.sqrt(2 * 2 * 0.75**2) / 40
+    assert (found.low, found.high) == pytest.approx(tuple(np.expm1([1 / 40 - half, 1 / 40 + half])))
 
 
 def test_an_interval_over_documents_is_that_of_the_central_limit() -> None:
@@ -63,17 +67,9 @@ def test_windows_of_one_document_are_resampled_together() -> None:
 def test_shares_differ_by_what_is_found_more_with_the_spread_of_the_items_that_changed() -> None:
     ours, theirs = [True] * 70 + [False] * 30, [True] * 50 + [False] * 50
     found = share_difference(ours, theirs)
-    half = 1.96 * math.sqrt(0.2 * 0.8 / 100)
+    half = 1.96 * math.sqrt(0.2 * 0.8 / 100)  # the central limit
     assert found.value == pytest.approx(0.2)
     assert (found.low, found.high) == pytest.approx((0.2 - half, 0.2 + half), abs=0.02)
-
-
-def test_the_seed_fixes_the_interval() -> None:
-    first, again, other = (share_difference([1, 0, 1, 1, 0], [0, 0, 0, 1, 1], seed=seed) for seed in (0, 0, 1))
-    assert first == again
-    assert other.value == first.value
-    wider = [perplexity_difference(LOSSES, LOSSES[::-1], COUNTS, DOCUMENTS, seed=seed).low for seed in (0, 1)]
-    assert wider[0] != wider[1]
 
 
 def test_a_value_that_is_not_finite_has_no_difference() -> None:
@@ -81,26 +77,29 @@ def test_a_value_that_is_not_finite_has_no_difference() -> None:
     assert all(math.isnan(value) for value in (found.value, found.low, found.high))
 
 
-def test_one_item_has_a_difference_and_no_interval() -> None:
-    for found in (
-        perplexity_difference([11.0], [10.0], [10], ["a"]),
-        share_difference([True], [False]),
-        score_difference([1.0, 1.0, 0.5], [0.0, 0.0, 0.5], ["a", "a", "b"]),
-    ):
-        assert found.value > 0
-        assert math.isnan(found.low)
-        assert math.isnan(found.high)
-        assert not found.is_clear
+def test_one_item_tells_nothing_apart() -> None:
+    one = perplexity_difference([11.0], [10.0], [10], ["a"])
+    assert one.value > 0
+    assert math.isnan(one.low)
+    found = share_difference([True], [False])
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low < 0
+    assert not one.is_clear
+    assert not found.is_clear
 
 
-def test_scores_are_means_over_tasks_and_resampled_within_them() -> None:
+def test_ten_found_and_ten_lost_are_clear() -> None:
+    assert share_difference([True] * 10, [False] * 10).is_clear
+    assert not share_difference([True] * 10, [True] * 8 + [False] * 2).is_clear
+
+
+def test_scores_are_means_over_tasks() -> None:
     tasks = ["a"] * 3 + ["b"] * 1000
     gaps = np.r_[[0.5] * 3, np.tile([0.0, 0.2], 500)]
-    found = score_difference(gaps, np.zeros(1003), tasks)
-    half = 1.96 * 0.1 / math.sqrt(1000) / 2
+    found = share_difference(gaps, np.zeros(1003), tasks)
     assert found.value == pytest.approx((0.5 + 0.1) / 2)
-    assert (found.low, found.high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.15 * half)
-    assert found.is_clear
+    few = 4 / (1 / 3 + 1 / 1000)
+    assert (found.low, found.high) == pytest.approx(paired_share_interval(0.3, 0.0, few)), "the three of a task decide"
 
 
 def test_the_best_is_what_the_others_are_held_against() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from byte_tokenizer import BOS
 from commands import longrope, write_checkpoint
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
+from longrope.evaluate.intervals import share_interval
 from longrope.evaluate.measures import Measure
-from longrope.evaluate.passkey import PAPER, SHORT, PasskeyMeasure, PasskeyTemplate, passkey, wilson_interval
+from longrope.evaluate.passkey import PAPER, SHORT, PasskeyMeasure, PasskeyTemplate, passkey
 from longrope.model import LoadedModel, load_model
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
@@ -40,25 +38,6 @@ def small(ground: Path) -> LoadedModel:
 @pytest.fixture(scope="module")
 def tiny() -> LoadedModel:
     return load_model("tiny", FLOAT32)
-
-
-def test_wilson_intervals_are_the_closed_form() -> None:
-    square = 1.96**2
-    assert wilson_interval(10, 10) == pytest.approx((10 / (10 + square), 1.0))
-    assert wilson_interval(0, 10) == pytest.approx((0.0, square / (10 + square)))
-    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-
-
-@given(st.integers(1, 500).flatmap(lambda tries: st.tuples(st.integers(0, tries), st.just(tries))))
-def test_a_wilson_interval_solves_its_equation_and_mirrors(drawn: tuple[int, int]) -> None:
-    found, tries = drawn
-    low, high = wilson_interval(found, tries)
-    assert 0 <= low < high <= 1
-    assert low - 1e-12 <= found / tries <= high + 1e-12
-    for bound in (low, high):
-        if 1e-9 < bound < 1 - 1e-9:  # at 0 and 1 the other root is cut off
-            assert abs(found / tries - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / tries), abs=1e-9)
-    assert wilson_interval(tries - found, tries) == pytest.approx((1 - high, 1 - low))
 
 
 # Prompts
@@ -123,7 +102,7 @@ def test_a_key_counts_as_found_exactly_when_greedy_decoding_writes_it(tiny: Load
         written.append(out[0, -6:].tolist() == prompt[-6:])
     assert retrieval.found.tolist() == written
     assert retrieval.value == sum(written) / 6
-    assert retrieval.ci == wilson_interval(sum(written), 6)
+    assert retrieval.ci == share_interval(sum(written) / 6, 6)
 
 
 def test_random_weights_find_no_key(small: LoadedModel) -> None:
@@ -171,7 +150,7 @@ def test_deciles_count_the_tries_between_their_ends() -> None:
     rows = [[decile / 10, (decile + 1) / 10, *share.get(decile, (None, 0))] for decile in range(10)]
     assert summary.details == {"by_depth": rows}
     assert summary.value == 0.5
-    assert summary.ci == wilson_interval(3, 6)
+    assert summary.ci == share_interval(0.5, 6)
 
 
 def test_ten_tries_have_one_in_each_decile(small: LoadedModel) -> None:

@@ -75,7 +75,7 @@ def test_lines_that_are_half_written_wait_for_the_next_look(tmp_path: Path) -> N
     view = look_at(path)
     outcomes = ["perplexity 4.482", "found", "not found", "vt 0.500", "-"]
     assert view.last == tuple(f"yarn at 2k i{n} {outcome}" for n, outcome in enumerate(outcomes))
-    assert view.facts["measured so far"] == "5 lines in results.jsonl"
+    assert view.facts["measured so far"] == "5 items in results.jsonl"
 
 
 def test_a_file_that_is_broken_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def compare(
     out = out if out is not None else default_run_path(command, loaded.name, max(wanted))
     rows = rows_of(loaded, wanted, methods, factors)
     if suite is not None:
+        for table in factors.values():
+            table.row_for(max(wanted))  # all have the same prompts, as long as the longest of the lengths
         tables = {method: _table_of(loaded, method, rows) for method in methods} | dict(factors)
         return harness_run(command, loaded, tables, suite, settings, length=max(wanted), out=out)
     made, documents = make_measure(measure, loaded, wanted, given)

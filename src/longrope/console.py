@@ -247,10 +247,10 @@ def results_table(results: Sequence[Mapping[str, Any]], *, title: str, measure: 
 
 
 def _not_told_apart(result: Mapping[str, Any]) -> bool:
-    """Whether there is a difference from the best, and its paired interval reaches zero."""
+    """Whether there is a difference from the best, and its paired interval reaches zero, or there is none."""
     against = result.get("against_best") or {}
     interval = against.get("ci")
-    return bool(against.get("value")) and interval is not None and interval[0] <= 0 <= interval[1]
+    return bool(against.get("value")) and (interval is None or interval[0] <= 0 <= interval[1])
 
 
 def _cell(value: float | None, best: float | None) -> str:

@@ -48,8 +48,12 @@ def metrics(
     results: Sequence[Result],
     measure: str = "perplexity",
     documents: Sequence[Window] = (),
+    items: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The JSON document of a command that measures: metrics.json, and stdout under --json."""
+    """The JSON document of a command that measures: metrics.json, and stdout under --json.
+
+    items: hash of what was run, by length or task: results of other runs belong beside these where it is equal.
+    """
     return {
         "command": command,
         "model": loaded.name,
@@ -58,5 +62,6 @@ def metrics(
         "documents": fingerprint(documents) if documents else None,
         "versions": {"longrope": __version__} | {name: version(name) for name in ("torch", "transformers")},
         "measure": measure,
+        **({"items": dict(items)} if items else {}),
         "results": [result.to_dict() for result in results],
     }

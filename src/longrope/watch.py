@@ -23,6 +23,7 @@ from longrope.errors import UserError
 from longrope.lengths import format_length
 from longrope.report.facts import command_line
 from longrope.report.read import RunData, read_run
+from longrope.report.results import length_of
 from longrope.report.searched import counts, evaluations_text
 from longrope.report.style import count_text, duration_text, slug, value_text
 from longrope.report.tensorboard_files import EventLog
@@ -166,12 +167,12 @@ def _line(line: bytes) -> str:
         return ""
     if not isinstance(record, dict):
         return ""
-    if "method" in record and isinstance(length := record.get("length"), int):
+    if "method" in record and (length := length_of(record.get("length"))):
         words = [str(record["method"]), "at", format_length(length), str(record.get("item", ""))]
         words += [_outcome(record.get("record"))]
     else:
-        value = record.get("value")
-        number = value_text(float(value)) if isinstance(value, int | float) else "-"
+        value = _real(record.get("value"))
+        number = "-" if value is None else value_text(value)
         place = f"{record['index']}." if "index" in record else ""
         words = [place, str(record.get("origin", record.get("key", ""))), number]
     return " ".join(_one_line(word) for word in words if word)
@@ -181,12 +182,21 @@ def _outcome(record: object) -> str:
     """What came of an item: its perplexity, its score, or whether the answer was found."""
     if not isinstance(record, dict):
         return "-"
-    loss, count, score = record.get("loss"), record.get("count"), record.get("score")
-    if isinstance(count, int) and count > 0:
-        return f"perplexity {value_text(math.exp(min(loss / count, 700.0)))}" if isinstance(loss, int | float) else "-"
-    if isinstance(score, int | float):
-        return f"{record.get('task', '')} {value_text(float(score))}".strip()
+    loss, count, score = (_real(record.get(name)) for name in ("loss", "count", "score"))
+    if count:
+        return "-" if loss is None else f"perplexity {value_text(math.exp(min(loss / count, 700.0)))}"
+    if score is not None:
+        return f"{record.get('task', '')} {value_text(score)}".strip()
     return {True: "found", False: "not found"}.get(record.get("found", "-"), "-")
+
+
+def _real(value: object) -> float | None:
+    """A number that a float holds."""
+    try:
+        found = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _one_line(text: str) -> str:
@@ -198,8 +208,8 @@ def _search(data: RunData) -> dict[str, str]:
     if not data.evaluations:
         return {}
     facts = {}
-    wanted = data.settings.get("evaluations") or data.settings.get("token_passes")
-    budget = f" of {count_text(float(wanted))}" if isinstance(wanted, int | float) else ""
+    wanted = _real(data.settings.get("evaluations") or data.settings.get("token_passes"))
+    budget = "" if wanted is None else f" of {count_text(wanted)}"
     facts["search"] = f"{evaluations_text(data)}{budget}"
     best = min((e.value for e in data.evaluations if e.kind == "complete" and e.value is not None), default=None)
     if best is not None:
@@ -223,7 +233,10 @@ def _results(run: Path, data: RunData) -> dict[str, str]:
         noun = "method" if methods == 1 else "methods"
         facts[measure] = f"{methods} {noun} at {names}"
     if not (run / METRICS).is_file() and (run / RESULTS).is_file():
-        facts["measured so far"] = f"{(run / RESULTS).read_bytes().count(10):,} lines in {RESULTS}"
+        ignored = data.config.get("ignored")
+        total = _real(ignored.get("items")) if isinstance(ignored, Mapping) else None
+        of = "" if total is None else f" of {total:,.0f}"
+        facts["measured so far"] = f"{(run / RESULTS).read_bytes().count(10):,}{of} items in {RESULTS}"
     return facts
 
 

@@ -6,14 +6,21 @@ import copy
 import difflib
 import fnmatch
 import importlib
+import json
 import logging
 import math
+import sqlite3
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import datasets
+import yaml
 
 from longrope.errors import UserError
 from longrope.factors import FactorTable
@@ -37,6 +44,8 @@ def harness(
     chat: bool = False,
     unsafe_code: bool = False,
     answers: Path | None = None,
+    max_length: int | None = None,
+    prepared: Prepared | None = None,
 ) -> dict[str, Any]:
     """Results of lm-eval's tasks, groups, tags or patterns (`mmlu_*`), each request under the row its length asks for.
 
@@ -46,10 +55,13 @@ def harness(
     as YAML files, beside the catalogue. seed: of few-shot examples and sampling, for Python's, numpy's and torch's
     global generators too; None are lm-eval's defaults, which published figures have. chat: prompts go through the
     tokenizer's chat template. unsafe_code: run tasks that execute what the model writes. answers: a file in which every
-    answer is kept and found again by a later call with the same model, factors and settings.
+    answer is kept and found again by a later call with the same model, factors and settings. max_length: where prompts
+    are cut and windows end, by default where the factors do. prepared: the tasks, where they are loaded already.
 
     Returns {"tasks": {task: {metric: value, metric_stderr: value}}, ...}; a metric of a filter other than lm-eval's
-    default is named `metric,filter`. "requests" says how many of each task were cut, and how many used which row.
+    default is named `metric,filter`. "value" is the mean over tasks, groups not counted, of the first metric of each
+    that is a share and better when higher; None where no task has one. "requests" says how many of each task were cut,
+    and how many used which row.
     Raises UserError for what does not exist or cannot be read, and when lm-eval is not installed.
     """
     _check_numbers(limit, num_fewshot, batch_size)
@@ -57,18 +69,18 @@ def harness(
         rule = "its tokenizer has a chat template"
         raise UserError("--chat", got=f"{loaded.name}, which has none", rule=rule, do="leave --chat out")
     _check_folder(include_path)
+    _check_answers(answers)
     lm_eval = _lm_eval()
     from longrope.evaluate.harness_model import RegimeModel  # imports lm_eval
 
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     # What lm-eval and its tasks print is no result.
     with redirect_stdout(sys.stderr), loaded.patch() as patch:
-        manager, names = _find_tasks(tasks, include_path)
-        model = RegimeModel(loaded, table, patch, batch_size)
+        prepared = prepared or prepare(tasks, include_path, unsafe_code=unsafe_code)
+        manager, names, loaded_tasks = prepared.manager, prepared.names, prepared.tasks
+        model = RegimeModel(loaded, table, patch, batch_size, max_length)
         if note := patch.widen_window(model.max_length):
             logger.info(note)
-        # Loaded here, because whatever goes wrong in a task's files and data sets is for its user to mend.
-        loaded_tasks = _load(manager, names, unsafe_code)
         manager.load = lambda _: loaded_tasks
         results = lm_eval.simple_evaluate(
             model=model,
@@ -85,8 +97,14 @@ def harness(
         requests = {name: _requests(model, task.instances) for name, task in loaded_tasks["tasks"].items()}
     if cut := sum(each["cut"] for each in requests.values()):
         logger.warning("%d prompts were cut from the left to %d tokens, where the factors end", cut, model.max_length)
+    better = {name: dict(metrics) for name, metrics in results.get("higher_is_better", {}).items()}
+    groups = sorted(name for name, members in results.get("group_subtasks", {}).items() if members)
+    found = {name: _metrics(values) for name, values in results["results"].items()}
     return {
-        "tasks": {name: _metrics(values) for name, values in results["results"].items()},
+        "value": _mean({name: values for name, values in found.items() if name not in groups}, better),
+        "tasks": found,
+        "groups": groups,
+        "higher_is_better": better,
         "num_fewshot": dict(results["n-shot"]),
         "examples": {name: count["effective"] for name, count in results["n-samples"].items()},
         "limit": limit,
@@ -94,6 +112,61 @@ def harness(
         "requests": requests,
         "versions": {"lm_eval": results["lm_eval_version"], "tasks": dict(results["versions"])},
     }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tasks that are found and loaded: lm-eval's manager, their names, and what it makes of them."""
+
+    manager: Any
+    names: list[str]
+    tasks: Any
+
+    def hashes(self) -> dict[str, str]:
+        """A hash of every task's documents and of what is made of them."""
+        found = {}
+        for name, task in sorted(self.tasks["tasks"].items()):
+            digest = sha256(_text(task.dump_config()).encode())
+            for document in task.eval_docs:
+                digest.update(_text(document).encode())
+            found[name] = f"sha256:{digest.hexdigest()}"
+        return found
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars of `datasets`, which come before what may be refused."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def prepare(tasks: Sequence[str], include_path: str | Path | None = None, *, unsafe_code: bool = False) -> Prepared:
+    """Find and load tasks. Raises UserError for what does not exist and what goes wrong in their files and data."""
+    with redirect_stdout(sys.stderr), _no_bars():
+        manager, names = _find_tasks(tasks, include_path)
+        return Prepared(manager, names, _load(manager, names, unsafe_code))
+
+
+def _text(described: object) -> str:
+    """As JSON; a function by its name, for its address changes."""
+    return json.dumps(described, sort_keys=True, default=lambda each: getattr(each, "__name__", type(each).__name__))
+
+
+def _mean(tasks: Mapping[str, Mapping[str, float | None]], better: Mapping[str, Mapping[str, bool]]) -> float | None:
+    shares = []
+    for name, metrics in tasks.items():
+        known = [
+            value
+            for metric, value in metrics.items()
+            if better.get(name, {}).get(metric.partition(",")[0]) and value is not None and 0 <= value <= 1
+        ]
+        shares += known[:1]
+    return sum(shares) / len(shares) if shares else None
 
 
 def _check_numbers(limit: float | None, num_fewshot: int | None, batch_size: int | None) -> None:
@@ -107,6 +180,19 @@ def _check_numbers(limit: float | None, num_fewshot: int | None, batch_size: int
     if batch_size is not None and batch_size < 1:
         rule = "it is at least 1"
         raise UserError("--batch-size", got=batch_size, rule=rule, do="leave it out to have it chosen by length")
+
+
+def _check_answers(answers: Path | None) -> None:
+    """Raise UserError for kept answers that cannot be read: lm-eval would find out in a thread of its own."""
+    for file in sorted(answers.parent.glob(f"{answers.name}_rank*.db")) if answers is not None else []:
+        try:
+            with closing(sqlite3.connect(file)) as database:
+                said = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            said = str(error)
+        if said != "ok":
+            rule = "answers that were kept can be read"
+            raise UserError("answers", got=f"{file} ({said})", rule=rule, do="remove it, and they are asked for again")
 
 
 def _lm_eval() -> Any:
@@ -128,6 +214,12 @@ def _check_folder(include_path: str | Path | None) -> None:
     if include_path is not None and not Path(include_path).is_dir():
         rule = "it is a folder of tasks as YAML files"
         raise UserError("--include-path", got=include_path, rule=rule, do="give the folder that holds them")
+    for file in sorted(Path(include_path).rglob("*.yaml")) if include_path is not None else []:
+        try:
+            yaml.compose(file.read_text("utf-8"))  # lm-eval passes over a file that it cannot read
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            got, rule = f"{file}: {' '.join(str(error).split())[:200]}", "its files are YAML"
+            raise UserError("--include-path", got=got, rule=rule, do="mend the file, or take it out") from None
 
 
 def _find_tasks(wanted: Sequence[str], include_path: str | Path | None) -> tuple[Any, list[str]]:

@@ -34,12 +34,20 @@ class RegimeModel(HFLM):  # type: ignore[misc]  # lm_eval has no types
     The row of the table is chosen for each request by its own length: the tokens that the model is given to score a
     continuation, or prompt and all tokens that may follow it to write one. table None is the checkpoint as it is.
     batch_size: rows of a batch; None puts rows of like length together, as many as loaded.batch_tokens allows. A batch
-    too large for memory is halved. The model computes as loaded, without autocast, as lm-eval does by itself.
+    too large for memory is halved. max_length: where prompts are cut, by default where the table, or the checkpoint,
+    ends. The model computes as loaded, without autocast, as lm-eval does by itself.
     """
 
-    def __init__(self, loaded: LoadedModel, table: FactorTable | None, patch: Patch, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        table: FactorTable | None,
+        patch: Patch,
+        batch_size: int | None,
+        max_length: int | None = None,
+    ) -> None:
         self.loaded, self.table, self.patch, self.wanted = loaded, table, patch, batch_size
-        longest = table.rows[-1].up_to if table else loaded.rope.max_length
+        longest = max_length or (table.rows[-1].up_to if table else loaded.rope.max_length)
         theirs = logging.getLogger(HFLM.__module__)
         level = theirs.level
         theirs.setLevel(logging.ERROR)  # it warns that the model is loaded already

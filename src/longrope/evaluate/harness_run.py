@@ -12,7 +12,7 @@ from typing import Any
 from longrope import __version__
 from longrope.checkpoint import LoadOptions, load_options
 from longrope.describe import describe_model, describe_options, metrics
-from longrope.evaluate.harness import check_tasks, harness
+from longrope.evaluate.harness import Prepared, check_tasks, harness, prepare
 from longrope.evaluate.methods import Result
 from longrope.evaluate.run import table_of
 from longrope.factors import FactorTable
@@ -44,11 +44,15 @@ class HarnessSettings:
         check_tasks(given.tasks, given.include_path)
         return given
 
+    def prepared(self) -> Prepared:
+        """The tasks, loaded."""
+        return prepare(self.tasks, self.include_path, unsafe_code=self.unsafe_code)
+
     def told(self) -> dict[str, Any]:
         """What results depend on, for config.json."""
         folder = str(self.include_path) if self.include_path else None
         said = {"tasks": list(self.tasks), "limit": self.limit, "num_fewshot": self.num_fewshot, "seed": self.seed}
-        return {**said, "chat": self.chat, "include_path": folder}
+        return {**said, "chat": self.chat, "include_path": folder, "batch_size": self.batch_size}
 
 
 def evaluate_harness(
@@ -61,8 +65,8 @@ def evaluate_harness(
 ) -> dict[str, Any]:
     """lm-eval's tasks on one model; the document that --json prints.
 
-    Writes a run folder where `out` names one; resumed, answers that are there are not asked for again. The result's
-    value is the mean over tasks of the first metric of each. keywords: the fields of HarnessSettings and LoadOptions.
+    Writes a run folder where `out` names one; resumed, answers that are there are not asked for again. For the
+    result's value see `harness`. keywords: the fields of HarnessSettings and LoadOptions.
     Raises UserError for bad input.
     """
     given = HarnessSettings.taken(keywords)
@@ -87,19 +91,23 @@ def harness_run(
 ) -> dict[str, Any]:
     """A result for each of some tables, or the checkpoint as it is (None), by name; what metrics.json holds.
 
-    told: what results depend on beside the settings. length: what results stand under, by default where the factors
-    end. Raises UserError for bad input.
+    told: what results depend on beside the settings. length: of the longest prompt of any, which results stand under;
+    by default where the factors end. Raises UserError for bad input.
     """
     told = {**given.told(), **told, **describe_options(loaded)}
+    prepared = given.prepared()
+    hashes = prepared.hashes()
 
     def measured(answers: Path | None) -> dict[str, Any]:
         results = []
-        for name, table in tables.items():
+        for number, (name, table) in enumerate(tables.items()):
             kept = None if answers is None else answers if len(tables) == 1 else answers.with_name(f"{ANSWERS}-{name}")
-            found = harness(loaded, table, answers=kept, **vars(given))
-            at = found["max_length"] if length is None else length
-            results.append(Result(name, at, _value(found["tasks"]), 0, None, None, found))
-        return metrics(command, loaded, told, results, "harness")
+            # lm-eval's tasks hold what was asked of them: others for each table.
+            tasks = given.prepared() if number else prepared
+            found = harness(loaded, table, answers=kept, max_length=length, prepared=tasks, **vars(given))
+            value = math.nan if found["value"] is None else found["value"]
+            results.append(Result(name, found["max_length"], value, 0, None, None, found))
+        return metrics(command, loaded, told, results, "harness", items=hashes)
 
     if out is None:
         return measured(None)
@@ -108,6 +116,7 @@ def harness_run(
         "longrope": __version__,
         "model": describe_model(loaded),
         "settings": told,
+        "items": hashes,
         "ignored": {"command_line": command_line()},
     }
     with RunFolder.open(Path(out), config) as run:
@@ -117,13 +126,3 @@ def harness_run(
         run.save_metrics(measured(run.path / ANSWERS))
         run.finish()
         return run.metrics()
-
-
-def _value(tasks: Mapping[str, Mapping[str, Any]]) -> float:
-    """The mean over tasks of the first metric of each."""
-    firsts = [
-        next((value for name, value in found.items() if "stderr" not in name and isinstance(value, int | float)), None)
-        for found in tasks.values()
-    ]
-    known = [float(value) for value in firsts if value is not None]
-    return sum(known) / len(known) if known else math.nan

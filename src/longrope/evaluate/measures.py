@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +27,15 @@ class Item:
     key: str
     ids: NDArray[np.int64]
     data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fingerprint_of(items: Sequence[Item]) -> str:
+    """`sha256:...` over the keys and ids of items: equal prompts and windows, whatever made them."""
+    digest = sha256()
+    for item in items:
+        digest.update(f"{item.key}:{len(item.ids)}:".encode())
+        digest.update(item.ids.astype("<i8").tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 @dataclass(frozen=True)

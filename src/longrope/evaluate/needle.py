@@ -13,8 +13,8 @@ import numpy as np
 from longrope.documents import Document
 from longrope.errors import UserError
 from longrope.evaluate.answers import answers
+from longrope.evaluate.intervals import share_interval
 from longrope.evaluate.measures import Item, Record, Summary
-from longrope.evaluate.passkey import wilson_interval
 from longrope.evaluate.templates import INTRO_FROM, NEEDLE, SHORT_NEEDLE, NeedleTemplate, describe_template
 from longrope.model import LoadedModel
 from longrope.windows import choose_windows
@@ -119,5 +119,5 @@ class NeedleMeasure:
             losses = [record["loss"] for record in cell]
             mean = None if None in losses else math.fsum(losses) / len(cell)
             by_depth.append([depth, share, len(cell), mean])
-        interval = wilson_interval(sum(found), len(found))
+        interval = share_interval(sum(found) / len(found), len(found))
         return Summary(sum(found) / len(found), len(found) * length, interval, {"by_depth": by_depth})

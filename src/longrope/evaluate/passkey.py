@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from longrope.errors import UserError
 from longrope.evaluate.answers import answers
+from longrope.evaluate.intervals import share_interval
 from longrope.evaluate.measures import Item, Record, Summary
 from longrope.evaluate.prompts import inner_ids
 from longrope.evaluate.templates import INTRO_FROM, PAPER, SHORT, PasskeyTemplate, describe_template
@@ -91,7 +92,7 @@ class PasskeyMeasure:
             inside = [bool(record["found"]) for record in records if min(int(record["depth"] * _DECILES), 9) == decile]
             share = sum(inside) / len(inside) if inside else None
             by_depth.append([decile / _DECILES, (decile + 1) / _DECILES, share, len(inside)])
-        interval = wilson_interval(sum(found), len(found))
+        interval = share_interval(sum(found) / len(found), len(found))
         return Summary(sum(found) / len(found), len(found) * length, interval, {"by_depth": by_depth})
 
 
@@ -117,7 +118,7 @@ def passkey(
     records = measure.run(loaded, measure.items(loaded, length))
     found = np.array([bool(record["found"]) for record in records])
     depths = np.array([float(record["depth"]) for record in records])
-    return Retrieval(float(found.mean()), tries, wilson_interval(int(found.sum()), tries), depths, found)
+    return Retrieval(float(found.mean()), tries, share_interval(float(found.mean()), tries), depths, found)
 
 
 def make_prompts(
@@ -130,11 +131,3 @@ def make_prompts(
     items = PasskeyMeasure(tries, seed, template).items(loaded, length)
     ends = [item.ids[-item.data["answer"] :].tolist() for item in items]
     return np.stack([item.ids for item in items]), ends, np.array([item.data["depth"] for item in items])
-
-
-def wilson_interval(successes: int, tries: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927), which stays within 0 and 1 and is no point at 0% or 100%."""
-    share, spread = successes / tries, z * z / tries
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * (share * (1 - share) / tries + spread / (4 * tries)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)

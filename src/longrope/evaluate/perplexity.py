@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longrope.errors import UserError
+from longrope.evaluate.intervals import mean_interval
 from longrope.lengths import format_length
 from longrope.model import LoadedModel
 from longrope.windows import Window
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_RESAMPLES = 2000
 _NO_TARGET = -100  # of a window's last token
 
 
@@ -30,7 +30,7 @@ _NO_TARGET = -100  # of a window's last token
 class Perplexity:
     """exp of the mean negative log-likelihood over `tokens` scored tokens.
 
-    ci: 95% bootstrap interval over documents, None with fewer than two. losses: summed negative log-likelihood in
+    ci: 95% interval over documents, None with fewer than two. losses: summed negative log-likelihood in
     nats of each window; counts: its scored tokens. Paired differences between methods are made of these.
     """
 
@@ -140,7 +140,7 @@ def measure_sliding(loaded: LoadedModel, documents: Sequence[Window], *, length:
     """Perplexity of whole documents under a window of `length` tokens that slides by `stride`.
 
     Every token but the first of a document is scored once, with at least length - stride tokens before it (fewer at
-    the document's start).
+    the document's start). Every window begins with BOS where the tokenizer has one.
     """
     found = [sliding_loss(loaded, document, length=length, stride=stride) for document in documents]
     losses, counts = zip(*found, strict=True)
@@ -152,6 +152,7 @@ def sliding_loss(loaded: LoadedModel, document: Window, *, length: int, stride: 
     together: dict[tuple[int, int], list[int]] = {}  # starts of windows of one size that score the same tokens
     for start, end, first_scored in sliding_spans(len(document.ids), length, stride):
         together.setdefault((end - start, first_scored - start - 1), []).append(start)
+    bos = loaded.tokenizer.bos_token_id  # every window begins with it, in the place of its oldest token
     total, count = 0.0, 0
     for (size, unscored), starts in together.items():
 
@@ -162,7 +163,10 @@ def sliding_loss(loaded: LoadedModel, document: Window, *, length: int, stride: 
         windows = np.lib.stride_tricks.sliding_window_view(document.ids, size)
         rows = max(1, loaded.batch_tokens // size)
         for first in range(0, len(starts), rows):
-            total += float(in_batches(loaded, run, torch.from_numpy(windows[starts[first : first + rows]])).sum())
+            ids = windows[starts[first : first + rows]]  # a copy
+            if bos is not None:
+                ids[:, 0] = bos
+            total += float(in_batches(loaded, run, torch.from_numpy(ids)).sum())
         count += len(starts) * (size - 1 - unscored)
     return total, count
 
@@ -189,20 +193,16 @@ def check_stride(length: int, stride: int) -> None:
 def summarize(losses: NDArray[np.float64], counts: NDArray[np.int64], documents: Sequence[str]) -> Perplexity:
     """Token-weighted perplexity of window losses (N,) and their interval over documents."""
     value = math.exp(min(float(losses.sum() / counts.sum()), 700.0))
-    interval = bootstrap_interval(losses, counts, documents)
+    interval = perplexity_interval(losses, counts, documents)
     return Perplexity(value=value, tokens=int(counts.sum()), ci=interval, losses=losses, counts=counts)
 
 
-def bootstrap_interval(
+def perplexity_interval(
     losses: NDArray[np.float64], counts: NDArray[np.int64], documents: Sequence[str]
 ) -> tuple[float, float] | None:
-    """95% percentile bootstrap of the perplexity, resampling documents, whose windows are not independent."""
-    names, groups = np.unique(np.asarray(documents), return_inverse=True)
-    if len(names) < 2 or not np.isfinite(losses).all():
+    """95% interval of a perplexity over documents, whose windows are not independent; None with fewer than two."""
+    interval = mean_interval(losses, counts.astype(np.float64), documents)
+    if interval is None:
         return None
-    summed = np.bincount(groups, weights=losses)
-    counted = np.bincount(groups, weights=counts)
-    draws = np.random.default_rng(0).integers(len(names), size=(_RESAMPLES, len(names)))
-    means = summed[draws].sum(1) / counted[draws].sum(1)
-    low, high = np.exp(np.minimum(np.quantile(means, [0.025, 0.975]), 700.0))
-    return float(low), float(high)
+    low, high = (math.exp(min(end, 700.0)) for end in interval)
+    return low, high

@@ -10,7 +10,7 @@ from typing import Any
 from longrope import __version__
 from longrope.describe import describe_model, describe_windows, metrics
 from longrope.evaluate.execute import OnStep, Rows, execute
-from longrope.evaluate.measures import Item, Measure
+from longrope.evaluate.measures import Item, Measure, fingerprint_of
 from longrope.evaluate.methods import Result, rows_of
 from longrope.evaluate.perplexity_measure import PerplexityMeasure
 from longrope.factors import FactorTable
@@ -19,6 +19,9 @@ from longrope.runs import METRICS, RunFolder, command_line
 from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
+
+RECORDS = 1
+"""Version of what a line of results.jsonl holds: a run of another is not gone on with."""
 
 Conclude = Callable[[list[Result]], list[Result]]
 
@@ -74,16 +77,19 @@ def measure_run(
     for note in loaded.notes:
         logger.info(note)
     told = {**settings, **measure.settings}
+    hashes = {str(length): fingerprint_of(of_length) for length, of_length in items.items()}
     if out is None:
         results = execute(loaded, measure, rows, items, workers=workers, on_step=on_step)
-        return metrics(command, loaded, told, conclude(results), name or measure.name, documents)
+        return metrics(command, loaded, told, conclude(results), name or measure.name, documents, hashes)
     config = {
         "command": command,
         "longrope": __version__,
         "model": describe_model(loaded),
         "settings": told,
+        "items": hashes,  # a run goes on with the very prompts that it began with
+        "records": RECORDS,
         "documents": {"unseen": describe_windows(documents)},
-        "ignored": {"command_line": command_line()},
+        "ignored": {"command_line": command_line(), "items": sum(len(items[length]) for _, length in rows)},
     }
     with RunFolder.open(Path(out), config) as run:
         if run.finished:
@@ -99,6 +105,6 @@ def measure_run(
             on_record=run.log_result,
             on_step=on_step,
         )
-        run.save_metrics(metrics(command, loaded, told, conclude(results), name or measure.name, documents))
+        run.save_metrics(metrics(command, loaded, told, conclude(results), name or measure.name, documents, hashes))
         run.finish()
         return run.metrics()

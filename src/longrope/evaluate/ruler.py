@@ -16,6 +16,7 @@ import numpy as np
 
 from longrope.errors import UserError
 from longrope.evaluate.generation import greedy
+from longrope.evaluate.intervals import effective_tries, share_interval
 from longrope.evaluate.measures import Item, Record, Summary
 from longrope.evaluate.ruler_fit import Encode, encoder, item, needs
 from longrope.evaluate.ruler_questions import Question, passages, read_questions
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 SAMPLES = 20
 """Of each task at each length, unless asked otherwise."""
 _SHOWN = 500  # characters of an output that are kept
-_RESAMPLES = 2000
 _CHARACTERS = 16  # of a user's texts for each token of a window: more than any tokenizer needs
 
 
@@ -134,7 +134,7 @@ class Ruler:
         return [_record(loaded, item) for item in items]
 
     def summarize(self, length: int, records: Sequence[Record]) -> Summary:
-        """Mean over tasks of the mean score (0 to 1), with a bootstrap interval over samples within tasks.
+        """Mean over tasks of the mean score (0 to 1), with its interval over samples.
 
         details: `tasks` with score, samples and, where a short window asked for one, how many had a reduced form;
         `left_out`, the tasks that were not measured.
@@ -148,14 +148,9 @@ class Ruler:
             reduced = sum(bool(record.get("reduced")) for record in of_task)
             tasks[task] = {"score": float(values.mean()), "samples": len(values)}
             tasks[task] |= {"reduced": reduced} if reduced else {}
-        ci = None
-        if min(map(len, scores)) > 1:
-            rng = np.random.default_rng(self.seed)
-            drawn = [values[rng.integers(len(values), size=(_RESAMPLES, len(values)))].mean(1) for values in scores]
-            low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
-            ci = (float(low), float(high))
         value = float(np.mean([values.mean() for values in scores]))
         left_out = [task for task in TASKS if task not in tasks]
+        ci = share_interval(value, effective_tries([len(values) for values in scores]))
         return Summary(value, length * len(records), ci, {"tasks": tasks, "left_out": left_out})
 
     def _asked(self, task: str) -> tuple[Question, ...]:

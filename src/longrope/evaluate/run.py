@@ -105,6 +105,7 @@ _MAKERS: Mapping[str, Callable[[LoadedModel, Sequence[int], MeasureSettings], Ma
 }
 COMPARED = (*_MAKERS, "harness")  # what methods can be compared in
 MEASURES = (*_MAKERS, "nonuniformity", "harness")
+_MOST_DIGITS = 18  # numbers are drawn as 64-bit integers
 _OF_DOCUMENTS = ("perplexity", "needle", "nonuniformity")
 
 
@@ -128,6 +129,9 @@ def check_measure(name: str, given: MeasureSettings, known: Sequence[str] = MEAS
     ):
         if value is not None and value < 1:
             raise UserError(what, got=value, rule="it is at least 1", do="give a larger number")
+    if given.digits > _MOST_DIGITS:
+        rule = f"a number has at most {_MOST_DIGITS}"
+        raise UserError("--digits", got=given.digits, rule=rule, do="give a smaller number")
 
 
 def evaluate(

@@ -88,6 +88,8 @@ def gap_plot(run: RunData, name: str = "gap") -> Plot | None:
     against = [(length, result.value) for length, result in reference.items() if result and result.value]
     traces = [_gap_trace(run, method, against) for method in reversed(methods_of(run))]
     gaps = [gap for trace in traces for gap in trace["y"] if gap is not None and abs(gap) <= _WIDEST_GAP]
+    if not gaps:  # of a baseline that finds nothing, no part is more
+        return None
     margin = 0.1 * (max(gaps) - min(gaps)) or 1.0
     label = look(found.baseline.method).label
     title = letters(f"difference from {label} in %")

@@ -20,6 +20,7 @@ from longrope.report.style import (
     length_text,
     look,
     percent_text,
+    title_of,
     value_text,
 )
 from longrope.runs import lower_is_better
@@ -81,6 +82,8 @@ def best_of(results: Iterable[Result], measure: str) -> Result | None:
 
 def verdict(run: RunData) -> Verdict | None:
     """The comparison at the target length, else at the longest length where one of ours has a value."""
+    if run.measure in ("harness", "nonuniformity"):  # rows of a study and means over metrics are no methods at a length
+        return None
     ours = [result for result in run.results if is_ours(result.method)]
     at_target = [result for result in ours if result.length == run.target_length]
     longest = max((result.length for result in ours if result.value is not None), default=None)
@@ -118,6 +121,8 @@ def _outcome(run: RunData) -> str:
         change = "" if found.change is None else f" ({percent_text(found.change)})"
         at = "" if found.length == run.target_length else f" at {length_text(found.length)}"
         return f"{run.measure}{at} {_short(found.ours.value)}{against}{change}"
+    if run.measure in ("harness", "nonuniformity") and run.results:
+        return f"{title_of(run.measure).lower()}, {len(run.results)} results"
     if best := best_of((r for r in run.results if r.length == max(run.lengths)), run.measure):
         value = f"{run.measure} {_short(best.value)} at {length_text(best.length)} tokens"
         return f"{look(best.method).label} is the best of {len({r.method for r in run.results})}, {value}"
@@ -228,6 +233,8 @@ def measured_on(run: RunData) -> str:
     """Which windows the results come from, as a sentence; nothing of measures that make their own prompts."""
     if run.measure not in ("perplexity", "nonuniformity"):
         return ""
+    if shared := run.searched_on.get(run.measure):
+        return f"Measured on documents of which the search has read {shared}, too."
     if any(result.seen for result in run.results):
         return "Measured on the windows that the search itself used."
     of = "windows that the search did not see" if run.documents.get("search") else "the windows listed below"
@@ -244,7 +251,10 @@ def not_measured(runs: Sequence[RunData]) -> dict[str, str]:
         if measure not in there:
             words = ["longrope", "evaluate", measure, str(run.model.get("name", "MODEL"))]
             words += ["--factors", run.path] if run.table else []
-            words += ["--lengths", ",".join(format_length(length) for length in lengths) or "N"]
+            if measure == "nonuniformity":  # at one length, beyond the original one
+                words += ["--lengths", format_length(lengths[-1]) if lengths else "N"]
+            elif measure != "harness":
+                words += ["--lengths", ",".join(format_length(length) for length in lengths) or "N"]
             words += _FURTHER.get(measure, [])
             made[measure] = shlex.join([*words, "--out", f"{run.path}/{measure}"])
     return made
@@ -261,7 +271,12 @@ def missing(run: RunData) -> list[str]:
         said.append("The factors: there is no factors.json.")
     if not run.evaluations:
         said.append("The convergence: there is no evaluations.jsonl with evaluations.")
-    return said
+    return said + [f"Inside the run, {sentence}" for sentence in run.left_out]
+
+
+def missing_of(runs: Sequence[RunData]) -> list[str]:
+    """What each of several runs does not have, and what lies inside it and is not shown."""
+    return [f"{run.name}: {sentence}" for run in runs for sentence in missing(run)]
 
 
 def settings(run: RunData) -> dict[str, str]:

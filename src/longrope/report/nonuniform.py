@@ -8,7 +8,7 @@ from longrope.report.facts import Cell, Row, methods_of
 from longrope.report.figures import Plot, letters, make_axis, make_figure, make_trace
 from longrope.report.read import RunData
 from longrope.report.results import Result
-from longrope.report.style import GREY, OURS_COLOUR, Look, length_text, look, parts_of, value_text
+from longrope.report.style import GREY, OURS_COLOUR, UNSCALED, Look, length_text, look, parts_of, value_text
 from longrope.report.tables import Table
 
 _MADE_OF = ("#1F86C7", "#009E73", "#E69F00", "#CC79A7", "#8C6BD1")
@@ -90,6 +90,11 @@ def _groups(run: RunData, chosen: list[Result]) -> Plot | None:
             style = Look(_name(run, result, chosen, what), index == 0, colour, "solid", symbol, 2.5 - 0.75 * index)
             trace = make_trace(middles, [row[2 + index] for row in rows], style)
             traces.append(trace | {"text": places, "hovertemplate": "%{text}: %{y:.3f}"})
+        for method, value in result.details.get("whole", ()):
+            name = _name(run, result, chosen, "nothing rescaled" if method == UNSCALED else f"all rescaled ({method})")
+            style = Look(name, False, GREY, "dot" if method == UNSCALED else "dash", "circle-open", 1.25)
+            level = make_trace([middles[0], middles[-1]], [value, value], style) if middles else {}
+            traces += [level | {"mode": "lines", "hovertemplate": "%{y:.3f}"}] if level else []
     if not traces:
         return None
     figure = make_figure(traces, xaxis=make_axis("pair i (fast pairs left)"), yaxis=make_axis("perplexity", type="log"))

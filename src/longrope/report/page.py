@@ -35,7 +35,7 @@ def _content(runs: Sequence[RunData]) -> dict[str, Any]:
         "headline": facts.headline(runs[0]) if alone else f"{len(runs)} runs side by side",
         "finished": all(run.finished for run in runs),
         "cards": facts.cards(runs[0]) if alone else [],
-        "missing": facts.missing(runs[0]) if alone else [],
+        "missing": facts.missing(runs[0]) if alone else facts.missing_of(runs),
         "sections": sections,
         "not_measured": facts.not_measured(runs),
         "factor_tables": [

@@ -11,7 +11,7 @@ from longrope.baselines import RopeShape
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.files import read_json, read_lines
-from longrope.report.results import RUN_SEPARATOR, Result, check, inner_runs, number, read_mapping, read_metrics
+from longrope.report.results import RUN_SEPARATOR, Result, check, length_of, number, read_mapping, read_measured
 from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, METRICS
 
 Kind = Literal["complete", "failed", "partial", "gradient", "unrounded"]
@@ -50,7 +50,8 @@ class RunData:
 
     results: of the first measure, on held-out windows where there are some, else on all. seen: beside those, on the
     windows of the search. measures: all results by measure. inner: config.json of the runs inside it, whose results
-    are among them. path: as it was given.
+    are among them. left_out: what lies inside and is not shown, a sentence each. searched_on: by measure, documents
+    that the search has read, too. path: as it was given.
     """
 
     name: str
@@ -66,6 +67,8 @@ class RunData:
     finished: bool
     measures: Mapping[str, tuple[Result, ...]] = field(default_factory=dict)
     inner: tuple[Mapping[str, Any], ...] = ()
+    left_out: tuple[str, ...] = ()
+    searched_on: Mapping[str, int] = field(default_factory=dict)
     path: str = "RUN"
 
     def of(self, measure: str) -> RunData:
@@ -79,12 +82,12 @@ class RunData:
     def original_length(self) -> int | None:
         """Trained length in tokens, None when nothing says it."""
         length = self.model.get("original_length", self.table.original_length if self.table else None)
-        return length if isinstance(length, int) else None
+        return length_of(length)
 
     @property
     def target_length(self) -> int | None:
         """Wanted length in tokens: asked for, else the longest row of the factors, else the longest measured."""
-        if isinstance(asked := self.settings.get("to"), int):
+        if asked := length_of(self.settings.get("to")):
             return asked
         if self.table:
             return self.table.lengths[-1]
@@ -93,8 +96,8 @@ class RunData:
     @property
     def evaluation_tokens(self) -> int | None:
         """Token-passes of one evaluation: all search windows, each of the target length. None when nothing says it."""
-        windows, target = len(self.documents.get("search", ())), self.settings.get("to")
-        return windows * target if isinstance(target, int) and windows * target > 0 else None
+        windows, target = len(self.documents.get("search", ())), length_of(self.settings.get("to"))
+        return windows * target if target and windows else None
 
     @property
     def lengths(self) -> list[int]:
@@ -114,7 +117,8 @@ def read_run(run: Path) -> RunData:
         got = f"{run}, which has none of {', '.join(files)}" if run.is_dir() else f"{run}, which is no folder"
         raise UserError("run", got=got, rule="a run is a folder that a command wrote", do="give the --out of a command")
     config = read_mapping(run / CONFIG)
-    metrics, measures = read_metrics(run)
+    measured = read_measured(run, config)
+    metrics, measures = measured.own, measured.measures
     if "command" not in config and (run / CONFIG).exists():  # a checkpoint has a config.json too
         got = f"{run}, whose {CONFIG} names no command"
         raise UserError("run", got=got, rule="a run is a folder that a command wrote", do="give the --out of a command")
@@ -141,7 +145,9 @@ def read_run(run: Path) -> RunData:
         # The page of a demo is part of the demo, so it is made before DONE; by then everything is measured.
         finished=(run / DONE).exists() or bool(metrics),
         measures=measures,
-        inner=tuple(read_mapping(folder / CONFIG) for folder in inner_runs(run)),
+        inner=measured.inner,
+        left_out=measured.left_out,
+        searched_on=measured.searched_on,
         path=str(run),
     )
     return data.of(next(iter(measures), str(metrics.get("measure", "perplexity"))))

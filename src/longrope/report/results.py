@@ -10,9 +10,10 @@ from typing import Any, cast
 
 from longrope.errors import UserError
 from longrope.files import read_json
-from longrope.runs import METRICS, is_run
+from longrope.runs import CONFIG, METRICS, is_run
 
 RUN_SEPARATOR = "\x1f"  # between the name of a run and that of a method, where several runs are shown
+_LONGEST = 2**62  # tokens
 _INTERVAL = 2  # an interval is its two ends
 # Details of each measure that are plotted: rows of numbers (n) and texts (s), or objects by task.
 _DETAILS: dict[str, dict[str, str]] = {
@@ -21,7 +22,7 @@ _DETAILS: dict[str, dict[str, str]] = {
     "needle": {"by_depth": "nnnn"},
     "ruler": {"tasks": "tasks"},
     "harness": {"tasks": "tasks"},
-    "nonuniformity": {"groups": "nnnn", "start_tokens": "nsn", "attention": "ssn"},
+    "nonuniformity": {"whole": "sn", "groups": "nnnn", "start_tokens": "nsn", "attention": "ssn"},
 }
 MEASURES = tuple(_DETAILS)
 Details = Mapping[str, Any]
@@ -57,41 +58,110 @@ class Result:
     @property
     def told_apart(self) -> bool:
         """Whether there is no difference from the best, or its paired interval leaves zero out."""
-        if self.against is None or not self.against.value or self.against.ci is None:
+        if self.against is None or not self.against.value:
             return True
-        low, high = self.against.ci
-        return not low <= 0 <= high
+        return self.against.ci is not None and not self.against.ci[0] <= 0 <= self.against.ci[1]
 
 
-def read_metrics(run: Path) -> tuple[Mapping[str, Any], dict[str, tuple[Result, ...]]]:
-    """A run's own metrics.json as it is, and the results of all by measure; of two alike the later folder's stays.
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of a run: all results by measure, its own measure first.
 
-    Its own measure comes first. Raises UserError for a file that is not as it should be, naming it.
+    own: its metrics.json as it is. inner: config.json of the runs inside it whose results are among them. left_out:
+    what is there and is not shown, a sentence each. searched_on: by measure, documents that the search has read, too.
     """
-    first = read_mapping(run / METRICS)
+
+    own: Mapping[str, Any]
+    measures: Mapping[str, tuple[Result, ...]]
+    inner: tuple[Mapping[str, Any], ...]
+    left_out: tuple[str, ...]
+    searched_on: Mapping[str, int]
+
+
+def read_measured(run: Path, config: Mapping[str, Any]) -> Measured:
+    """A run's own metrics.json and those of the runs inside it, as far as they are of the same model and items.
+
+    Raises UserError for an own file that is not as it should be, naming it; what is wrong inside is left out, and said.
+    """
+    own = read_mapping(run / METRICS)
     found: dict[str, dict[tuple[str, int, bool], Result]] = {}
-    datas = {path: read_mapping(path) for path in (folder / METRICS for folder in [run, *inner_runs(run)])}
-    for path, data in sorted(datas.items(), key=lambda item: (item[0].parent != run, _place(item[1]))):
-        results = data.get("results", [])
-        good = isinstance(results, list) and all(isinstance(item, Mapping) for item in results)
-        check(good, path, "results is a list")
-        measure = str(data.get("measure", "perplexity"))
-        kept = found.setdefault(measure, {})
-        for item in cast(list[Mapping[str, Any]], results):
-            made = _result(item, measure, path)
-            kept[made.method, made.length, made.seen] = made
-    return first, {measure: tuple(kept.values()) for measure, kept in found.items() if kept}
+    items: dict[str, Mapping[str, Any]] = {}
+    if own:
+        measure = str(own.get("measure", "perplexity"))
+        found[measure], items[measure] = _results(own, run / METRICS), _items(own)
+    inner, left_out, searched_on = [], [], {}
+    for folder in _folders(run):
+        try:
+            if not is_run(folder):
+                continue
+            theirs, data = read_mapping(folder / CONFIG), read_mapping(folder / METRICS)
+            measure = str(data.get("measure", "perplexity"))
+            if reason := _strange(data, theirs, config, items.get(measure)):
+                left_out.append(f"{folder.name}: {reason}")
+                continue
+            results = _results(data, folder / METRICS)
+        except UserError as error:
+            left_out.append(f"{folder.name}: {error}")
+            continue
+        found.setdefault(measure, {}).update(results)
+        items[measure] = {**items.get(measure, {}), **_items(data)}
+        inner.append(theirs)
+        if shared := _hashes(theirs, "unseen") & _hashes(config, "search"):
+            searched_on[measure] = len(shared)
+    order = sorted(found, key=lambda name: (bool(own) and name != own.get("measure", "perplexity"), _place(name)))
+    measures = {measure: tuple(found[measure].values()) for measure in order if found[measure]}
+    return Measured(own, measures, tuple(inner), tuple(left_out), searched_on)
 
 
-def inner_runs(run: Path) -> list[Path]:
-    """Folders inside a run that are runs: what was measured of it afterwards. By name."""
-    folders = sorted(path for path in run.glob("*/") if path.is_dir()) if run.is_dir() else []
-    return [folder for folder in folders if is_run(folder)]
+def _results(data: Mapping[str, Any], path: Path) -> dict[tuple[str, int, bool], Result]:
+    results = data.get("results", [])
+    good = isinstance(results, list) and all(isinstance(item, Mapping) for item in results)
+    check(good, path, "results is a list")
+    measure = str(data.get("measure", "perplexity"))
+    made = [_result(item, measure, path) for item in cast(list[Mapping[str, Any]], results)]
+    return {(each.method, each.length, each.seen): each for each in made}
 
 
-def _place(data: Mapping[str, Any]) -> int:
+def _folders(run: Path) -> list[Path]:
+    return sorted(path for path in run.glob("*/") if path.is_dir()) if run.is_dir() else []
+
+
+def _strange(
+    data: Mapping[str, Any], theirs: Mapping[str, Any], config: Mapping[str, Any], items: Mapping[str, Any] | None
+) -> str:
+    """Why the results of a run inside another do not belong beside its own; empty when they do."""
+    if not data:
+        return "not finished, it has no metrics.json."
+    if not _same_model(theirs.get("model"), config.get("model")):
+        return "of another model; give it to the report beside this run."
+    if items is not None:
+        mine = _items(data)
+        if not items or not mine or any(items.get(key, each) != each for key, each in mine.items()):
+            return "not on the same items as what is shown; give it to the report beside this run."
+    return ""
+
+
+def _same_model(theirs: object, own: object) -> bool:
+    """Whether two runs are of the same model, as far as they say; a dtype of its own is no other model."""
+    if not isinstance(theirs, Mapping) or not isinstance(own, Mapping):
+        return True
+    names = ("name", "rope_theta", "rotary_dim", "original_length")
+    return all(theirs.get(name) == own.get(name) for name in names if name in theirs and name in own)
+
+
+def _items(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    items = data.get("items")
+    return items if isinstance(items, Mapping) else {}
+
+
+def _hashes(config: Mapping[str, Any], use: str) -> set[str]:
+    documents = config.get("documents")
+    named = documents.get(use) if isinstance(documents, Mapping) else None
+    return {str(each["sha256"]) for each in named or () if isinstance(each, Mapping) and each.get("sha256")}
+
+
+def _place(name: str) -> int:
     """Known measures in their order, whatever else there is behind them."""
-    name = data.get("measure", "perplexity")
     return MEASURES.index(name) if name in MEASURES else len(MEASURES)
 
 
@@ -120,10 +190,15 @@ def number(value: object, path: Path, name: str) -> float | None:
     return found if math.isfinite(found) else None
 
 
+def length_of(value: object) -> int | None:
+    """A number of tokens that can be one, else None."""
+    return value if type(value) is int and 0 < value < _LONGEST else None
+
+
 def _result(item: Mapping[str, Any], measure: str, path: Path) -> Result:
     method, length, ci = item.get("method"), item.get("length"), item.get("ci")
     check(isinstance(method, str), path, "a method is a name")
-    check(type(length) is int and length > 0, path, "a length is a positive whole number")
+    check(length_of(length) is not None, path, "a length is a positive whole number")
     tokens = number(item.get("tokens"), path, "tokens")
     return Result(
         method=cast(str, method).replace(RUN_SEPARATOR, " "),

@@ -53,7 +53,7 @@ def harness_table(run: RunData) -> Table | None:
     rows = []
     for result in results:
         figures, cells = _figures(result), []
-        before = base.get((parts_of(result.method)[0], result.length), {})
+        before = base.get(parts_of(result.method)[0], {})
         for task, name in columns:
             value, error = figures.get((task, name)), figures.get((task, _error_of(name)))
             old = before.get((task, name))
@@ -137,10 +137,10 @@ def _title(task: str, name: str) -> str:
     return f"{task} {name.removesuffix(',none')}"
 
 
-def _base(results: list[Result]) -> dict[tuple[str, int], Figures]:
-    """The model as it is, by run and length."""
+def _base(results: list[Result]) -> dict[str, Figures]:
+    """The model as it is, by run; results of tasks stand under where factors end, which is another length for it."""
     plain = [result for result in results if parts_of(result.method)[1] == UNSCALED]
-    return {(parts_of(result.method)[0], result.length): _figures(result) for result in plain}
+    return {parts_of(result.method)[0]: _figures(result) for result in plain}
 
 
 def _pattern(dash: str) -> str:
