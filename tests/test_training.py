@@ -134,6 +134,7 @@ def test_mixed_windows_keep_a_row_for_short_sequences() -> None:
     assert config["max_position_embeddings"] == ORIGINAL, "two attention factors: config.json cannot say it"
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
 def test_lora_trains_its_adapters_alone_and_merged_is_the_same_model(here: Path) -> None:
     from peft import PeftModel
 
@@ -229,7 +230,7 @@ def test_a_damaged_checkpoint_is_told_and_without_it_the_one_before_is_gone_on_w
 
 @pytest.mark.usefixtures("here")
 def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_what_was_good() -> None:
-    ran = longrope(*command("--learning-rate", 1e38, "--schedule", "constant", "-q"))
+    ran = longrope(*command("--learning-rate", 1e30, "--schedule", "constant", "-q"))
     assert (ran.code, ran.out) == (2, "")
     (line,) = ran.err.splitlines()
     assert line.startswith("longrope: training: got a ")
@@ -248,7 +249,7 @@ def _weights(path: Path) -> list[torch.Tensor]:
 def test_a_window_longer_than_memory_is_told_before_the_first_step_with_what_would_fit(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_run, "free_memory", lambda device: 2_500_000)
+    monkeypatch.setattr(training_run, "free_memory", lambda device: 1_000_000)
     with pytest.raises(UserError) as caught:
         train(here)
     found = str(caught.value)

@@ -223,7 +223,7 @@ def _train(
             )
             for callback in (PrinterCallback, ProgressCallback):  # stdout is for our JSON
                 trainer.remove_callback(callback)
-            with _told(path, given, last):
+            with _told(path, given, last, watch):
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
         model.config.use_cache = True  # Trainer switched it off
         if given.lora is not None:
@@ -317,33 +317,23 @@ def _fits(loaded: LoadedModel, trained: Any, given: Training, together: int) -> 
 
 
 @contextmanager
-def _told(path: Path, given: Training, last: Path | None) -> Iterator[None]:
+def _told(path: Path, given: Training, last: Path | None, watch: Watch) -> Iterator[None]:
     """What goes wrong in Trainer that is not ours: memory, disks, checkpoints that cannot be read."""
+    full = "a checkpoint can be written", "free space there; the same command goes on"
     try:
         with disk_errors(path):
             yield
     except UserError:
         raise
-    except RuntimeError as error:
-        if out_of_memory(error):
-            rule, do = (
-                "a step fits into the device's memory",
-                "use a shorter --length, --gradient-checkpointing or --lora",
-            )
-            raise UserError("memory", got=f"windows of {given.length} tokens", rule=rule, do=do) from None
-        if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
-            rule, do = "a checkpoint can be written", "free space there; the same command goes on"
-            raise UserError("output", got=f"{path} (the disk refused)", rule=rule, do=do) from None
-        if last is not None and ("PytorchStreamReader" in str(error) or "state_dict" in str(error)):
-            raise damaged(last, str(error).splitlines()[0][:200]) from None
-        raise
     except Exception as error:
-        kind = type(error).__name__
-        if kind == "SafetensorError" and ("No space" in str(error) or "I/O" in str(error)):
-            rule, do = "a checkpoint can be written", "free space there; the same command goes on"
-            raise UserError("output", got=f"{path} ({error})", rule=rule, do=do) from None
-        if last is not None and kind in ("SafetensorError", "UnpicklingError", "EOFError", "JSONDecodeError"):
-            raise damaged(last, str(error).splitlines()[0][:200] if str(error) else kind) from None
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            rule, do = "a step fits into the device's memory", "use a shorter --length, or --lora"
+            raise UserError("memory", got=f"windows of {given.length} tokens", rule=rule, do=do) from None
+        if last is not None and not watch.begun:  # whatever it was, it was reading that
+            raise damaged(last, said) from None
+        if "PytorchStreamWriter" in said or "No space left" in said:  # torch's and safetensors' own errors
+            raise UserError("output", got=f"{path} ({said})", rule=full[0], do=full[1]) from None
         raise
 
 
