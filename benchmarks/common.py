@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +111,15 @@ def spread(values: Sequence[float] | Vector) -> dict[str, float]:
     """Lowest, quartiles, median and highest of some numbers."""
     names = ("lowest", "lower_quartile", "median", "upper_quartile", "highest")
     return dict(zip(names, np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True))
+
+
+def memory_of(side: str, **options: int | str) -> dict[str, int]:
+    """What memory.py measures of a side, in a process of its own."""
+    script = str(Path(__file__).with_name("memory.py"))
+    command = [sys.executable, script, side, *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    used: dict[str, int] = json.loads(done.stdout)
+    return used
 
 
 def random_llama(*, vocabulary: int, hidden: int, layers: int, seed: int, device: str) -> LoadedModel:

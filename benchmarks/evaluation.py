@@ -9,7 +9,6 @@ docs/benchmarks.md says what is measured and how. Ends with status 1 when a figu
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +27,7 @@ from common import (
     Figure,
     llama_name,
     machine,
+    memory_of,
     paired,
     print_table,
     random_llama,
@@ -168,20 +168,8 @@ def gradient_memory(sizes: Sizes, *, seed: int, threads: int, device: str) -> Fi
 
 
 def _memory_of(side: str, sizes: Sizes, seed: int, threads: int, device: str) -> dict[str, int]:
-    options = {
-        "tokens": sizes.memory_tokens,
-        "vocabulary": VOCABULARY,
-        "hidden": sizes.memory_hidden,
-        "layers": sizes.memory_layers,
-        "seed": seed,
-        "threads": threads,
-        "device": device,
-    }
-    script = str(Path(__file__).with_name("memory.py"))
-    command = [sys.executable, script, side, *(f"--{name}={value}" for name, value in options.items())]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    used: dict[str, int] = json.loads(done.stdout)
-    return used
+    size = {"vocabulary": VOCABULARY, "hidden": sizes.memory_hidden, "layers": sizes.memory_layers}
+    return memory_of(side, tokens=sizes.memory_tokens, **size, seed=seed, threads=threads, device=device)
 
 
 def install_time(loaded: LoadedModel, installs: int, seed: int) -> Figure:

@@ -1,6 +1,6 @@
-"""Peak memory of one long window: run by evaluation.py, each side in a process of its own.
+"""Peak memory of one long window: run by evaluation.py and training.py, each side in a process of its own.
 
-    python benchmarks/memory.py {ours,labels,gradient,kept} --tokens 32768 ...
+    python benchmarks/memory.py {ours,labels,gradient,kept,step,bare-step} --tokens 32768 ...
 
 Prints one JSON object: bytes in use before the call, the peak during it, and their difference. On CPU the first is the
 process's resident set and the second its highest, as getrusage has it; on CUDA both are those of torch's allocator. A
@@ -13,6 +13,7 @@ import argparse
 import json
 import resource
 import sys
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -23,6 +24,7 @@ from longrope.baselines import baseline
 from longrope.model import LoadedModel
 from longrope.search.objective import Evaluator
 from longrope.search.tasks import Task
+from longrope.training.loss import chunked_loss
 from longrope.windows import Window
 
 WARM_UP = 64
@@ -59,7 +61,37 @@ def labels(loaded: LoadedModel, window: Window) -> float:
     return float(loss)
 
 
-SIDES = {"ours": ours, "labels": labels, "gradient": gradient, "kept": kept}
+def step(loaded: LoadedModel, window: Window) -> float:
+    """The loss of a training step on all weights as `finetune` makes it: forward and backward, no optimizer."""
+    model: Any = loaded.model.requires_grad_(True).train()
+    with chunked_loss(model):
+        return _step(loaded, window)
+
+
+def bare_step(loaded: LoadedModel, window: Window) -> float:
+    """The same with the model's own loss."""
+    loaded.model.requires_grad_(True).train()
+    return _step(loaded, window)
+
+
+def _step(loaded: LoadedModel, window: Window) -> float:
+    model: Any = loaded.model
+    ids = torch.from_numpy(window.ids)[None].to(loaded.device)
+    with loaded.autocast():
+        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    model.zero_grad()
+    return float(loss.detach())
+
+
+SIDES = {
+    "ours": ours,
+    "labels": labels,
+    "gradient": gradient,
+    "kept": kept,
+    "step": step,
+    "bare-step": bare_step,
+}
 
 
 def resident(device: torch.device) -> int:
