@@ -19,6 +19,7 @@ COMMANDS = [
     "evaluate ruler",
     "evaluate nonuniformity",
     "evaluate harness",
+    "finetune",
     "factors",
     "export",
     "report",
