@@ -775,6 +775,24 @@ def test_what_measures_it_is_a_command_that_can_be_given(run: Path, measure: str
     assert re.match(r"longrope: (model|--tasks): got ", ran.err), "the command line itself is right"
 
 
+def test_a_training_is_drawn_by_step(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trained"
+    path.mkdir()
+    for name in ("config.json", "factors.json"):
+        shutil.copy(run / name, path)
+    lines = [{"step": step, "loss": 5.0 / step, "grad_norm": 1.0} for step in range(1, 6)]
+    (path / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "lo')
+    (trace,) = figures_of(path)["training"]["data"]
+    assert trace["x"] == [1, 2, 3, 4, 5]
+    assert trace["y"] == pytest.approx([5.0, 2.5, 1.667, 1.25, 1.0], abs=1e-3)
+    page = Page(write_report(path))
+    assert "Loss by step" in page.text
+    assert "evaluations.jsonl" not in page.text
+    (path / "training.jsonl").write_text('{"step": "first", "loss": 1.0}\n{}\n')
+    with pytest.raises(UserError, match="step: a number"):
+        write_report(path)
+
+
 def test_a_baseline_that_finds_nothing_has_no_gaps(run: Path, tmp_path: Path) -> None:
     path = shutil.copytree(run, tmp_path / "run")
     results = [

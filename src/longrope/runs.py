@@ -1,7 +1,7 @@
 """The run folder: everything one command made, on disk at every moment, resumable, written by one process at a time.
 
 RUN/config.json (everything needed to repeat it), evaluations.jsonl (one line a candidate evaluation), results.jsonl
-(one line a measurement), factors.json, metrics.json, and DONE, written last.
+(one line a measurement), training.jsonl (one line a step), factors.json, metrics.json, and DONE, written last.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from longrope.files import (
 from longrope.lengths import format_length
 
 CONFIG, FACTORS, METRICS, DONE = "config.json", "factors.json", "metrics.json", "DONE"
-EVALUATIONS, RESULTS = "evaluations.jsonl", "results.jsonl"
+EVALUATIONS, RESULTS, LOSSES = "evaluations.jsonl", "results.jsonl", "training.jsonl"
 _NUMBER = int | float | None
 _EVALUATION_KEYS: dict[str, type | UnionType] = {"key": str, "value": _NUMBER}
 _RESULT_KEYS: dict[str, type | UnionType] = {"method": str, "length": int, "item": str, "record": dict}
@@ -225,7 +225,7 @@ def _show(value: object) -> str:
 
 def lower_is_better(measure: str) -> bool:
     """Whether a measure of metrics.json falls when a method is better: perplexity; the others are shares found."""
-    return measure in ("perplexity", "nonuniformity")
+    return measure in ("perplexity", "nonuniformity", "loss")
 
 
 def command_line() -> list[str] | None:

@@ -265,11 +265,11 @@ def missing(run: RunData) -> list[str]:
     said = []
     if not run.config:
         said.append("What was asked: there is no config.json.")
-    if not run.results:
+    if not run.results and not run.losses:
         said.append(f"{run.measure.capitalize()} by length: there is no metrics.json with results.")
     if run.table is None:
         said.append("The factors: there is no factors.json.")
-    if not run.evaluations:
+    if not run.evaluations and not run.losses:
         said.append("The convergence: there is no evaluations.jsonl with evaluations.")
     return said + [f"Inside the run, {sentence}" for sentence in run.left_out]
 

@@ -16,6 +16,8 @@ from longrope.report.read import RunData
 from longrope.report.searched import search_facts
 from longrope.report.style import length_text, run_colour
 
+_OWN_SECTIONS = {"convergence": "Convergence", "training": "Training"}
+
 
 def page(runs: Sequence[RunData]) -> str:
     """The whole HTML page of a run, or of several side by side."""
@@ -43,8 +45,8 @@ def _content(runs: Sequence[RunData]) -> dict[str, Any]:
             for run in runs
             if run.table
         ],
-        "factor_plots": [plot for plot in searched if plot.name != "convergence"],
-        "convergence": [plot for plot in searched if plot.name == "convergence"],
+        "factor_plots": [plot for plot in searched if plot.name not in _OWN_SECTIONS],
+        "own_sections": [(_OWN_SECTIONS[plot.name], plot) for plot in searched if plot.name in _OWN_SECTIONS],
         "figures": {plot.name: plot.figure for plot in made},
         "version": __version__,
         "style": Markup(_resource("page.css")),

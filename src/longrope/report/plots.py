@@ -17,6 +17,7 @@ from longrope.report.read import RunData
 from longrope.report.style import slug, title_of
 from longrope.report.tables import Table, length_tables
 from longrope.report.tasks import harness_plot, harness_table, ruler_table
+from longrope.report.trained import training_plot
 from longrope.runs import lower_is_better
 
 __all__ = ["Section", "measure_sections", "plots", "plots_of", "search_plots"]
@@ -51,9 +52,9 @@ def measure_sections(runs: Sequence[RunData]) -> list[Section]:
 
 
 def search_plots(runs: Sequence[RunData]) -> list[Plot]:
-    """Factors, wavelengths and convergence of one run or of several."""
+    """Factors, wavelengths, convergence and loss by step of one run or of several."""
     searched = convergence_plot(runs[0]) if len(runs) == 1 else convergences_plot(runs)
-    return [plot for plot in (factors_plot(runs), wavelengths_plot(runs), searched) if plot]
+    return [plot for plot in (factors_plot(runs), wavelengths_plot(runs), searched, training_plot(runs)) if plot]
 
 
 def _section(run: RunData, *, first: bool) -> Section:

@@ -12,7 +12,7 @@ from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.files import read_json, read_lines
 from longrope.report.results import RUN_SEPARATOR, Result, check, length_of, number, read_mapping, read_measured
-from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, METRICS
+from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, LOSSES, METRICS
 
 Kind = Literal["complete", "failed", "partial", "gradient", "unrounded"]
 
@@ -51,7 +51,7 @@ class RunData:
     results: of the first measure, on held-out windows where there are some, else on all. seen: beside those, on the
     windows of the search. measures: all results by measure. inner: config.json of the runs inside it, whose results
     are among them. left_out: what lies inside and is not shown, a sentence each. searched_on: by measure, documents
-    that the search has read, too. path: as it was given.
+    that the search has read, too. losses: (step, loss) of a training. path: as it was given.
     """
 
     name: str
@@ -69,6 +69,7 @@ class RunData:
     inner: tuple[Mapping[str, Any], ...] = ()
     left_out: tuple[str, ...] = ()
     searched_on: Mapping[str, int] = field(default_factory=dict)
+    losses: tuple[tuple[float, float | None], ...] = ()
     path: str = "RUN"
 
     def of(self, measure: str) -> RunData:
@@ -112,7 +113,7 @@ class RunData:
 
 def read_run(run: Path) -> RunData:
     """Read a run folder. Raises UserError for a folder that is no run and for a corrupt file, naming it."""
-    files = (CONFIG, METRICS, FACTORS, EVALUATIONS)
+    files = (CONFIG, METRICS, FACTORS, EVALUATIONS, LOSSES)
     if not any((run / name).is_file() for name in files):
         got = f"{run}, which has none of {', '.join(files)}" if run.is_dir() else f"{run}, which is no folder"
         raise UserError("run", got=got, rule="a run is a folder that a command wrote", do="give the --out of a command")
@@ -147,6 +148,7 @@ def read_run(run: Path) -> RunData:
         measures=measures,
         inner=measured.inner,
         left_out=measured.left_out,
+        losses=_losses(run / LOSSES),
         searched_on=measured.searched_on,
         path=str(run),
     )
@@ -161,6 +163,12 @@ def _documents(data: object, path: Path) -> dict[str, tuple[Document, ...]]:
         check(isinstance(entries, list) and all(isinstance(entry, Mapping) for entry in entries), path, rule)
         documents[use] = tuple(_document(entry) for entry in entries)
     return documents
+
+
+def _losses(path: Path) -> tuple[tuple[float, float | None], ...]:
+    lines = read_lines(path)
+    steps = ((number(line.get("step"), path, "step"), number(line.get("loss"), path, "loss")) for line in lines)
+    return tuple((step, loss) for step, loss in steps if step is not None)
 
 
 def _document(entry: Mapping[str, Any]) -> Document:

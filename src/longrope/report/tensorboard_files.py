@@ -75,6 +75,9 @@ def scalars(run: RunData) -> Iterator[tuple[str, int, float]]:
         if each.kind == "complete" and each.value is not None and each.value < best:
             best = each.value
             yield "search/best", round(spent), best
+    for step, loss in run.losses:
+        if loss is not None:
+            yield "training/loss", round(step), loss
     for measure, results in run.measures.items():
         for result in sorted(results, key=lambda result: result.length):
             if result.value is not None:

@@ -30,12 +30,12 @@ from longrope.files import disk_errors, write_atomically
 from longrope.lengths import as_length, format_length
 from longrope.memory import Kept, free_memory
 from longrope.model import LoadedModel, load_model
-from longrope.runs import METRICS, RunFolder, command_line, default_run_path
+from longrope.runs import LOSSES, METRICS, RunFolder, command_line, default_run_path
 from longrope.training.callbacks import Progress, Watch
 from longrope.training.lora import LoraSettings, with_lora
 from longrope.training.loss import chunked_loss
 from longrope.training.recipes import Recipe, recipe_of
-from longrope.training.state import LOSSES, damaged, keep_losses, last_whole, step_of
+from longrope.training.state import damaged, keep_losses, last_whole, step_of
 from longrope.training.windows import LongWindows, MixedWindows, collate
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from longrope.files import append_line, read_lines, read_object, write_atomicall
 
 WHOLE = "longrope.json"
 """Written into a checkpoint when all else is there: the size of every file."""
-LOSSES = "training.jsonl"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
