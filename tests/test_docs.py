@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from longrope.checkpoint import model_source
+from longrope.evaluate.ruler_texts import read_templates
+from longrope.evaluate.templates import read_needle_template, read_passkey_template
 from reference import COMMANDS, PAGE, help_text
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +61,16 @@ def test_links_lead_to_files_that_are_there(page: Path) -> None:
 @pytest.mark.parametrize("target", ["demo", "test", "lint", "format", "bench", "docs"])
 def test_the_makefile_has_the_target(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_templates_in_the_docs_can_be_given(tmp_path: Path) -> None:
+    (prompts,) = blocks(ROOT / "docs" / "measures.md", "toml")
+    (tmp_path / "prompts.toml").write_text(prompts)
+    assert read_passkey_template(tmp_path / "prompts.toml").filler
+    assert "Anna Berg" in read_needle_template(tmp_path / "prompts.toml").names
+    (texts,) = blocks(ROOT / "docs" / "ruler.md", "toml")
+    (tmp_path / "ruler.toml").write_text("\ufeff" + texts, "utf-8")  # as some editors write it
+    assert read_templates(tmp_path / "ruler.toml")
 
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

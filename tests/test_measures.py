@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -224,6 +225,10 @@ def test_the_library_has_every_measure_under_one_name(here: Path) -> None:
             ["compare", "model", "--lengths", 96, "--measure", "speed"],
             r"measure: got 'speed'; it is one of perplexity, passkey, needle, ruler, harness; choose one of them",
         ),
+        (
+            ["compare", "model", "--lengths", 96, "--measure", "passkey", "--stride", 5],
+            r"^--stride: got --measure passkey; it is an option of perplexity; leave it out$",
+        ),
         (["compare", "model", "--lengths", 96], r"--documents: got none; perplexity is measured on documents"),
         (["compare", "model", "--lengths", 96, "--measure", "needle"], r"--documents: got none; needle is measured on"),
     ],
@@ -243,6 +248,57 @@ def test_a_run_that_is_half_written_or_of_another_measure_is_told(measure: str) 
     assert longrope(*command("perplexity", "--out", "run")).code == 0
     message = refused(*command(measure, "--out", "run"))
     assert f'command was "evaluate perplexity", now "evaluate {measure}"' in message
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("measure", ["perplexity", "passkey", "needle", "ruler", "nonuniformity"])
+def test_a_record_or_a_metrics_file_of_another_shape_is_told(measure: str) -> None:
+    assert longrope(*command(measure, "--out", "run")).code == 0
+    lines = Path("run/results.jsonl").read_text().splitlines()
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    for broken in ({}, {**metrics, "results": None}, {**metrics, "results": [True]}, {**metrics, "results": [{}]}):
+        Path("run/metrics.json").write_text(json.dumps(broken))
+        message = refused(*command(measure, "--out", "run"))
+        assert message.startswith("measurements of the run: got run/metrics.json; it holds results")
+    Path("run/DONE").unlink()
+    for record in ({}, {**json.loads(lines[1])["record"], "found": "x", "loss": "x", "score": None}):
+        line = json.dumps({**json.loads(lines[1]), "record": record})
+        Path("run/results.jsonl").write_text("\n".join([lines[0], line]) + "\n")
+        message = refused(*command(measure, "--out", "run"))
+        assert re.match(
+            r"lines: got run/results\.jsonl, line 2 with no proper '\w+' in its record; every line", message
+        )
+
+
+@pytest.mark.usefixtures("here")
+def test_another_tokenizer_or_chat_template_is_another_harness_run() -> None:
+    assert longrope(*command("harness", "--out", "run")).code == 0
+    settings = json.loads(Path("model/tokenizer_config.json").read_text())
+    Path("model/tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
+    assert "settings.tokenizer was " in refused(*command("harness", "--out", "run", "-q"))
+
+
+@pytest.mark.usefixtures("here")
+def test_a_function_of_a_task_that_fails_is_told_with_its_file() -> None:
+    Path("tasks/odd.py").write_text("def wrong(doc, results):\n    raise KeyError('boom')\n")
+    Path("tasks/odd.yaml").write_text(TASK.replace("capitals\n", "odd\n", 1) + "process_results: !function odd.wrong\n")
+    ran = longrope(*command("harness", "--tasks", "odd", "-q"))
+    assert ran.code == 2
+    assert re.search(r"longrope: --tasks: got odd: KeyError: 'boom' in .*tasks/odd\.py; .*; mend the function", ran.err)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_full_disk_under_kept_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sqlite says it: the disk of these tests is not full."""
+    lm_eval = import_module("lm_eval")
+
+    def full(**settings: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", full)
+    ran = longrope(*command("harness", "--out", "run", "-q"))
+    assert ran.code == 2
+    assert "output: got run/answers_rank*.db (database or disk is full); " in ran.err
 
 
 @pytest.mark.usefixtures("here")

@@ -245,10 +245,10 @@ def test_a_file_words_both_kinds_of_prompt(tmp_path: Path, small: LoadedModel) -
     path = written(tmp_path, FILE)
     passkey, needle = read_passkey_template(path), read_needle_template(path)
     assert passkey == PasskeyTemplate(
-        "", "Das Gras ist grün. ", "Der {{Code}} ist {key}. ", "\nWie ist der Code?", " Er ist", " {key}"
+        "Das Gras ist grün. ", "Der {{Code}} ist {key}. ", "\nWie ist der Code?", lead=" Er ist", answer=" {key}"
     )
     assert needle == NeedleTemplate(
-        "Lies. ", "Für {key} gilt {number}. ", "Was gilt für {key}?", names=("Anna", "Bernd")
+        "Für {key} gilt {number}. ", "Was gilt für {key}?", intro="Lies. ", names=("Anna", "Bernd")
     )
     assert describe_template(needle) == {
         "intro": "Lies. ",
@@ -271,9 +271,13 @@ def test_a_file_words_both_kinds_of_prompt(tmp_path: Path, small: LoadedModel) -
         (
             "filler",
             "fuller",
-            r"\[passkey\] fuller: got an unknown field; the fields are intro, filler, stat",
+            r"\[passkey\] fuller: got an unknown field; the fields are filler, statement, question",
         ),
-        ('intro = ""', "", r"\[passkey\] intro: got no such field; a passkey template has it; add it"),
+        (
+            'filler = "Das Gras ist grün. "',
+            "",
+            r"\[passkey\] filler: got no such field; a passkey template has it; add it",
+        ),
         ("ist {key}. ", "ist geheim. ", r"\[passkey\] statement: got no \{key\}; it holds \{key\}; put it in"),
         ("{key}. ", "{kay}. ", r"\[passkey\] statement: got \{kay\}; the placeholders here are \{key\}, and a brace"),
         ("{key}. ", "{key!r}. ", r"\[passkey\] statement: got \{key!r\}; the placeholders here are \{key\}"),

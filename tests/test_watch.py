@@ -68,14 +68,14 @@ def test_lines_that_are_half_written_wait_for_the_next_look(tmp_path: Path) -> N
         file.write('{"index": 7, "origin": "muta')
     assert last_lines(path)[-1] == "6. mutation 4.268"
     records = [{"loss": 9.0, "count": 6, "document": "a"}, {"depth": 0.1, "found": True}]
-    records += [{"depth": 0.1, "found": False}, {"task": "vt", "score": 0.5}, {"loss": None, "count": 6}]
+    records += [{"depth": 0.1, "found": False}, {"task": "vt", "score": 0.5}, {"loss": None, "count": 6}, {"found": {}}]
     lines = [{"method": "yarn", "length": 2048, "item": f"i{n}", "record": record} for n, record in enumerate(records)]
     (path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.utime(path / "results.jsonl", (2e9, 2e9))
     view = look_at(path)
-    outcomes = ["perplexity 4.482", "found", "not found", "vt 0.500", "-"]
+    outcomes = ["perplexity 4.482", "found", "not found", "vt 0.500", "-", "-"]
     assert view.last == tuple(f"yarn at 2k i{n} {outcome}" for n, outcome in enumerate(outcomes))
-    assert view.facts["measured so far"] == "5 items in results.jsonl"
+    assert view.facts["measured so far"] == "6 items in results.jsonl"
 
 
 def test_a_file_that_is_broken_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
@@ -95,8 +95,11 @@ def test_names_cannot_move_the_cursor_or_be_markup(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a run is a folder that a command wrote"):
         watch(tmp_path, once=True)
-    ran = longrope("watch", tmp_path / "none", "--once")
-    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    for name in ("none", "model"):
+        ran = longrope("watch", tmp_path / name, "--once")
+        assert (ran.code, len(ran.err.splitlines())) == (2, 1)
 
 
 def test_the_view_of_a_run_ends_with_it(tmp_path: Path) -> None:

@@ -10,9 +10,7 @@ from longrope.cli_options import (
     Attention,
     BatchSize,
     Chat,
-    Depths,
     Device,
-    Digits,
     Dtype,
     Factors,
     FewShot,
@@ -26,7 +24,6 @@ from longrope.cli_options import (
     Precision,
     Questions,
     Quiet,
-    Samples,
     Stride,
     Tasks,
     Template,
@@ -41,7 +38,18 @@ from longrope.cli_options import (
     options_of,
     tables_of,
 )
+from longrope.errors import UserError
 from longrope.lengths import format_length, parse_lengths
+
+_PROMPTS = ("template", "chat")
+# Options of each measure; all others of the command are of every one.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "perplexity": ("documents", "windows", "stride"),
+    "passkey": ("tries", *_PROMPTS),
+    "needle": ("documents", "depths", "tries", "digits", *_PROMPTS),
+    "ruler": ("documents", "tasks", "samples", "questions", *_PROMPTS),
+    "harness": ("tasks", "limit", "num_fewshot", "batch_size", "include_path", "unsafe_code", "chat"),
+}
 
 
 def compare(
@@ -60,10 +68,10 @@ def compare(
     windows: Windows = None,
     stride: Stride = None,
     tries: Annotated[int | None, typer.Option(min=1, help="Prompts of a length (passkey) or a cell (needle).")] = None,
-    depths: Depths = 10,
-    digits: Digits = 7,
+    depths: Annotated[int | None, typer.Option(min=1, help="Of needle: evenly spaced depths; 10 by default.")] = None,
+    digits: Annotated[int | None, typer.Option(min=1, help="Of needle: of the number; 7 by default.")] = None,
     tasks: Tasks = None,
-    samples: Samples = 20,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of RULER: of each task; 20 by default.")] = None,
     questions: Questions = None,
     limit: Limit = None,
     num_fewshot: FewShot = None,
@@ -105,14 +113,25 @@ def compare(
     chosen = DEFAULT_METHODS if methods is None else [part.strip() for part in methods.split(",")]
     tables = tables_of(factors, taken=[*chosen, "checkpoint"])
     options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
-    settings: dict[str, Any] = {"tasks": names_of(tasks), "chat": chat}
-    if measure == "harness":
-        settings |= {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "seed": seed}
-        settings |= {"tasks": names_of(tasks) or [], "include_path": include_path, "unsafe_code": unsafe_code}
-    else:
-        settings |= {"documents": documents or [], "windows": windows, "stride": stride, "tries": tries}
-        settings |= {"depths": depths, "digits": digits, "samples": samples, "questions": questions}
-        settings |= {"template": template, "seed": seed or 0}
+    settings = _of_measure(
+        measure,
+        documents=documents,
+        windows=windows,
+        stride=stride,
+        tries=tries,
+        depths=depths,
+        digits=digits,
+        tasks=names_of(tasks),
+        samples=samples,
+        questions=questions,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        include_path=include_path,
+        unsafe_code=unsafe_code,
+        template=template,
+        chat=chat,
+    )
     resume_with()
     with measuring_progress(quiet) as on_step:
         measured = run_compare(
@@ -125,6 +144,7 @@ def compare(
             out=out,
             options=options,
             on_step=on_step,
+            **({} if seed is None else {"seed": seed}),
             **settings,
         )
     title = f"{measure}, methods set up for {format_length(max(wanted))}"
@@ -134,3 +154,14 @@ def compare(
         err.print(tasks_by_method_table(measured["results"], title=title))
     else:
         err.print(results_table(measured["results"], title=title, measure=measure))
+
+
+def _of_measure(measure: str, **options: Any) -> dict[str, Any]:
+    """The options that were given. Raises UserError for one that the measure does not have."""
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    for name in given:
+        if measure in _OPTIONS and name not in _OPTIONS[measure]:
+            having = ", ".join(each for each, names in _OPTIONS.items() if name in names)
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(flag, got=f"--measure {measure}", rule=f"it is an option of {having}", do="leave it out")
+    return given

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,14 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "original_length": loaded.rope.original_length,
         "fingerprint": loaded.fingerprint,
     }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of what a tokenizer makes of texts: its vocabulary and rules, and its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    told = [rules, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)]
+    return f"sha256:{hashlib.sha256(json.dumps(told).encode()).hexdigest()}"
 
 
 def describe_windows(windows: Sequence[Window]) -> list[dict[str, Any]]:

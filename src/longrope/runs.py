@@ -110,7 +110,12 @@ class RunFolder:
 
     def metrics(self) -> dict[str, Any]:
         """What metrics.json holds. Raises UserError when it is missing or corrupt."""
-        return read_object(self.path / METRICS, "measurements of the run")
+        found = read_object(self.path / METRICS, "measurements of the run")
+        results = found.get("results")
+        if not isinstance(results, list) or not all(_is_result(each) for each in results):
+            rule, do = "it holds results by method and length", f"remove {DONE} there: the same command measures again"
+            raise UserError("measurements of the run", got=self.path / METRICS, rule=rule, do=do)
+        return found
 
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Append a candidate evaluation to evaluations.jsonl."""
@@ -132,6 +137,10 @@ class RunFolder:
         """Write DONE: everything else is there."""
         write_atomically(self.path / DONE, "")
         self.finished = True
+
+
+def _is_result(data: object) -> bool:
+    return isinstance(data, dict) and isinstance(data.get("method"), str) and type(data.get("length")) is int
 
 
 def _dump(data: Mapping[str, Any]) -> str:

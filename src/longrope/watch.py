@@ -27,7 +27,7 @@ from longrope.report.results import length_of
 from longrope.report.searched import counts, evaluations_text
 from longrope.report.style import count_text, duration_text, slug, value_text
 from longrope.report.tensorboard_files import EventLog
-from longrope.runs import CONFIG, DONE, EVALUATIONS, METRICS, RESULTS
+from longrope.runs import CONFIG, DONE, EVALUATIONS, METRICS, RESULTS, is_run
 
 _LOCK = ".lock"
 _LINES = 6  # the last lines that are shown
@@ -106,7 +106,7 @@ def look_at(run: Path) -> View:
 
     A file that is written at this moment may be half there: what it says is told at the next look.
     """
-    if not run.is_dir() or not (any((run / name).exists() for name in (CONFIG, EVALUATIONS, RESULTS, DONE))):
+    if _is_other(run) or not any((run / name).exists() for name in (CONFIG, EVALUATIONS, RESULTS, DONE)):
         read_run(run)  # refuses, with what is wrong
     facts: dict[str, str] = {}
     problem = ""
@@ -127,6 +127,14 @@ def look_at(run: Path) -> View:
         facts["trouble"] = problem
     facts["state"] = _state(state, held, data)
     return View(state, facts, last_lines(run))
+
+
+def _is_other(run: Path) -> bool:
+    """Whether a folder is a checkpoint, or another with a config.json; a half-written one may be a run's."""
+    try:
+        return (run / CONFIG).exists() and not is_run(run)
+    except UserError:
+        return False
 
 
 def holder(run: Path) -> str | None:
@@ -187,7 +195,8 @@ def _outcome(record: object) -> str:
         return "-" if loss is None else f"perplexity {value_text(math.exp(min(loss / count, 700.0)))}"
     if score is not None:
         return f"{record.get('task', '')} {value_text(score)}".strip()
-    return {True: "found", False: "not found"}.get(record.get("found", "-"), "-")
+    found = record.get("found")
+    return "found" if found is True else "not found" if found is False else "-"
 
 
 def _real(value: object) -> float | None:

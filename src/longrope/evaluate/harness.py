@@ -9,8 +9,10 @@ import importlib
 import json
 import logging
 import math
+import pickle
 import sqlite3
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -82,18 +84,19 @@ def harness(
         if note := patch.widen_window(model.max_length):
             logger.info(note)
         manager.load = lambda _: loaded_tasks
-        results = lm_eval.simple_evaluate(
-            model=model,
-            tasks=names,
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=chat,
-            use_cache=str(answers) if answers else None,
-            log_samples=False,
-            confirm_run_unsafe_code=unsafe_code,
-            **(dict.fromkeys(seeds, seed) if seed is not None else {}),
-        )
+        with _told(tasks, include_path, answers):
+            results = lm_eval.simple_evaluate(
+                model=model,
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                apply_chat_template=chat,
+                use_cache=str(answers) if answers else None,
+                log_samples=False,
+                confirm_run_unsafe_code=unsafe_code,
+                **(dict.fromkeys(seeds, seed) if seed is not None else {}),
+            )
         requests = {name: _requests(model, task.instances) for name, task in loaded_tasks["tasks"].items()}
     if cut := sum(each["cut"] for each in requests.values()):
         logger.warning("%d prompts were cut from the left to %d tokens, where the factors end", cut, model.max_length)
@@ -182,6 +185,29 @@ def _check_numbers(limit: float | None, num_fewshot: int | None, batch_size: int
         raise UserError("--batch-size", got=batch_size, rule=rule, do="leave it out to have it chosen by length")
 
 
+@contextmanager
+def _told(tasks: Sequence[str], include_path: str | Path | None, answers: Path | None) -> Iterator[None]:
+    """What goes wrong in lm-eval that is the user's to mend: kept answers, the disk, functions of one's own tasks."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        rule, do = "the disk takes the answers that are kept", "free space there; the same command goes on"
+        raise UserError("output", got=f"{answers}_rank*.db ({error})", rule=rule, do=do) from None
+    except (pickle.UnpicklingError, EOFError) as error:
+        rule, do = "answers that were kept can be read", "remove these files, and they are asked for again"
+        raise UserError("answers", got=f"{answers}_rank*.db ({error})", rule=rule, do=do) from None
+    except UserError:
+        raise
+    except Exception as error:
+        folder = str(Path(include_path).resolve()) if include_path is not None else None
+        files = [str(Path(frame.filename).resolve()) for frame in traceback.extract_tb(error.__traceback__)]
+        own = next((file for file in reversed(files) if folder and file.startswith(folder)), None)
+        if own is None:
+            raise
+        got = f"{', '.join(tasks)}: {type(error).__name__}: {' '.join(str(error).split())[:200]} in {own}"
+        raise UserError("--tasks", got=got, rule="a task's own functions run", do="mend the function") from error
+
+
 def _check_answers(answers: Path | None) -> None:
     """Raise UserError for kept answers that cannot be read: lm-eval would find out in a thread of its own."""
     for file in sorted(answers.parent.glob(f"{answers.name}_rank*.db")) if answers is not None else []:
@@ -207,6 +233,8 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) ->
     """Raise UserError for what `harness` would refuse of tasks by their names, before a model is loaded."""
     _check_folder(include_path)
     _lm_eval()
+    if not tasks:
+        task_names(tasks, ())
     _find_tasks(tasks, include_path)
 
 
@@ -266,9 +294,12 @@ def _load(manager: Any, names: Sequence[str], unsafe_code: bool) -> Any:
     except Exception as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         got, rule = f"{', '.join(names)}: {text[:300]}", "a task needs its files and its data set"
-        raise UserError(
-            "--tasks", got=got, rule=rule, do="mend the task, or go online once to fetch its data"
-        ) from error
+        do = "mend the task, or go online once to fetch its data"
+        if "StopIteration" in (type(error).__name__, text):
+            got, rule, do = f"{', '.join(names)}: no examples", "a task has examples", "give it some"
+        elif "uplicate" in text:
+            rule, do = "a task is named once, by itself or in a group", "leave it or the group out"
+        raise UserError("--tasks", got=got, rule=rule, do=do) from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "MULTIMODAL", False):
             rule = "tasks are of text alone"

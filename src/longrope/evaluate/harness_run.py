@@ -11,7 +11,7 @@ from typing import Any
 
 from longrope import __version__
 from longrope.checkpoint import LoadOptions, load_options
-from longrope.describe import describe_model, describe_options, metrics
+from longrope.describe import describe_model, describe_options, metrics, tokenizer_hash
 from longrope.evaluate.harness import Prepared, check_tasks, harness, prepare
 from longrope.evaluate.methods import Result
 from longrope.evaluate.run import table_of
@@ -94,7 +94,7 @@ def harness_run(
     told: what results depend on beside the settings. length: of the longest prompt of any, which results stand under;
     by default where the factors end. Raises UserError for bad input.
     """
-    told = {**given.told(), **told, **describe_options(loaded)}
+    told = {**given.told(), **told, **describe_options(loaded), "tokenizer": tokenizer_hash(loaded.tokenizer)}
     prepared = given.prepared()
     hashes = prepared.hashes()
 
@@ -121,8 +121,9 @@ def harness_run(
     }
     with RunFolder.open(Path(out), config) as run:
         if run.finished:
+            measured_before = run.metrics()
             logger.info("%s is finished: its measurements are in %s", out, Path(out) / METRICS)
-            return run.metrics()
+            return measured_before
         run.save_metrics(measured(run.path / ANSWERS))
         run.finish()
         return run.metrics()

@@ -51,7 +51,7 @@ def share_interval(share: float, tries: float) -> tuple[float, float]:
     spread = _Z * _Z / tries
     middle = (share + spread / 2) / (1 + spread)
     half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / tries + spread / (4 * tries))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))  # also after rounding
 
 
 def paired_share_interval(better: float, worse: float, tries: float) -> tuple[float, float]:

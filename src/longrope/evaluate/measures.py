@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from types import UnionType
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,6 +63,11 @@ class Measure(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]:
         """What its results depend on beside model, factors, documents and length: JSON, for config.json."""
+        ...
+
+    @property
+    def record_keys(self) -> Mapping[str, type | UnionType]:
+        """What every record holds, by name and type."""
         ...
 
     @property

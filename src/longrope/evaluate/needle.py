@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,11 @@ class NeedleMeasure:
         counts = {"depths": self.depths, "tries": self.tries, "digits": self.digits, "seed": self.seed}
         wording = {"chat": self.chat, "template": describe_template(self.template)}
         return {**counts, **wording, "documents": f"sha256:{texts.hexdigest()}"}
+
+    @property
+    def record_keys(self) -> Mapping[str, type | UnionType]:
+        """As in `Measure`."""
+        return {"depth": int | float, "found": bool, "loss": int | float | None}
 
     @property
     def batched(self) -> bool:

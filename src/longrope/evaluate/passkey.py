@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,11 @@ class PasskeyMeasure:
         return {"tries": self.tries, "seed": self.seed, "chat": self.chat, "template": template}
 
     @property
+    def record_keys(self) -> Mapping[str, type | UnionType]:
+        """As in `Measure`."""
+        return {"depth": int | float, "found": bool}
+
+    @property
     def batched(self) -> bool:
         """As in `Measure`."""
         return True
@@ -69,6 +75,9 @@ class PasskeyMeasure:
                 do=f"measure at {fixed} tokens or more",
             )
         unit = inner_ids(loaded.tokenizer, template.filler.format())
+        if not unit:
+            rule, do = "it fills the window", "write sentences that this tokenizer has tokens for"
+            raise UserError("[passkey] filler", got="no tokens", rule=rule, do=do)
         filler = unit * (length // len(unit) + 1)
         return [
             Item(

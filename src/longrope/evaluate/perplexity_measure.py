@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ class PerplexityMeasure:
         """As in `Measure`; the windows of each length by their fingerprint."""
         prints = {str(length): fingerprint(windows) for length, windows in sorted(self.windows.items())}
         return {"stride": self.stride, "windows": prints}
+
+    @property
+    def record_keys(self) -> Mapping[str, type | UnionType]:
+        """As in `Measure`."""
+        by_position = {} if self.stride is not None else {"by_position": list}
+        return {"loss": int | float | None, "count": int, "document": str, **by_position}
 
     @property
     def batched(self) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 
 from longrope import __version__
 from longrope.describe import describe_model, describe_windows, metrics
+from longrope.errors import UserError
 from longrope.evaluate.execute import OnStep, Rows, execute
 from longrope.evaluate.measures import Item, Measure, fingerprint_of
 from longrope.evaluate.methods import Result, rows_of
 from longrope.evaluate.perplexity_measure import PerplexityMeasure
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel
-from longrope.runs import METRICS, RunFolder, command_line
+from longrope.runs import METRICS, RESULTS, RunFolder, command_line
 from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,20 @@ def measure_methods(
         run.log_result(line | {"factors": keys[line["method"], line["length"]]})
 
     return execute(loaded, measure, rows, items, windows=windows_name, known=known, on_record=log)
+
+
+def _checked(lines: list[dict[str, Any]], measure: Measure, path: Path) -> list[dict[str, Any]]:
+    """Lines of results.jsonl whose records are this measure's. Raises UserError for another, with its line."""
+    for number, line in enumerate(lines, start=1):
+        record = line["record"]
+        for name, kind in measure.record_keys.items():
+            value = record.get(name)
+            good = isinstance(value, kind) and name in record and (kind is bool or not isinstance(value, bool))
+            if not good or (name == "count" and value < 1):
+                rule = "every line is a record of this run; restore the file or start anew"
+                got = f"{path}, line {number} with no proper {name!r} in its record"
+                raise UserError("lines", got=got, rule=rule.partition(";")[0], do=rule.partition("; ")[2])
+    return lines
 
 
 def measure_run(
@@ -93,14 +108,15 @@ def measure_run(
     }
     with RunFolder.open(Path(out), config) as run:
         if run.finished:
+            measured_before = run.metrics()
             logger.info("%s is finished: its measurements are in %s", out, Path(out) / METRICS)
-            return run.metrics()
+            return measured_before
         results = execute(
             loaded,
             measure,
             rows,
             items,
-            known=run.results(),
+            known=_checked(run.results(), measure, run.path / RESULTS),
             workers=workers,
             on_record=run.log_result,
             on_step=on_step,

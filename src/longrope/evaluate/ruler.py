@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,11 @@ class Ruler:
             "haystack": _hash(self.haystack) if self.haystack else None,
             "templates": _hash(self.texts) if self.texts != ENGLISH else None,
         }
+
+    @property
+    def record_keys(self) -> Mapping[str, type | UnionType]:
+        """As in `Measure`."""
+        return {"task": str, "score": int | float}
 
     @property
     def batched(self) -> bool:

@@ -126,7 +126,7 @@ def read_templates(path: str | Path) -> Texts:
     a text without a placeholder that it needs.
     """
     try:
-        given = tomllib.loads(Path(path).read_text("utf-8"))
+        given = tomllib.loads(Path(path).read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         got = f"{str(path)!r}, which cannot be read"

@@ -80,10 +80,10 @@ def _placeholders(where: str, text: str) -> list[str]:
 class PasskeyTemplate:
     """The wording of passkey prompts; {key} stands for the key. Raises UserError for a misplaced placeholder."""
 
-    intro: str
     filler: str
     statement: str
     question: str
+    intro: str = ""
     lead: str = ""
     answer: str = " {key}"
 
@@ -107,9 +107,9 @@ class NeedleTemplate:
     Raises UserError for a misplaced placeholder.
     """
 
-    intro: str
     needle: str
     question: str
+    intro: str = ""
     lead: str = ""
     answer: str = " {number}"
     names: Sequence[str] = _NAMES
@@ -199,7 +199,7 @@ def _read(path: Path, kind: str, cls: type[Kind]) -> Kind:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         got, rule = f"{path}, which cannot be read", error.strerror or type(error).__name__
     except ValueError as error:  # not UTF-8, or not TOML

@@ -63,7 +63,8 @@ def _result_trace(run: RunData, method: str) -> dict[str, Any]:
     trace["hovertemplate"] = "%{text} at %{x:,} tokens"
     if any(result.ci for result in found):
         ends = [(r.value, *r.ci) if r.ci and r.value is not None else (0.0, 0.0, 0.0) for r in found]
-        above, below = [high - value for value, _, high in ends], [value - low for value, low, _ in ends]
+        above = [max(0.0, high - value) for value, _, high in ends]
+        below = [max(0.0, value - low) for value, low, _ in ends]
         trace["error_y"] = {"symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 3}
     return trace
 
