@@ -55,7 +55,7 @@ class Sizes:
 
     length: int = 2048
     steps: int = 4
-    blocks: int = 9
+    blocks: int = 5
     hidden: int = 512
     layers: int = 4
     memory_tokens: int = 8192

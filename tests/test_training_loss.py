@@ -25,6 +25,7 @@ def both(name: str, monkeypatch: pytest.MonkeyPatch, rows: int, **more: Any) -> 
     expected = {key: each.grad.clone() for key, each in model.named_parameters() if each.grad is not None}
     model.zero_grad()
     monkeypatch.setattr(longrope.training.loss, "chunk_rows", lambda vocabulary, device: rows)
+    monkeypatch.setattr(longrope.training.loss, "_LEAST_ROWS", 1)
     with chunked_loss(model):
         outputs = model(**inputs)
         outputs.loss.backward()

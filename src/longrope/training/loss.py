@@ -20,6 +20,8 @@ from longrope.errors import UserError
 from longrope.model import answering, chunk_rows, decoder_of
 
 NO_TARGET = -100
+# Fewer rows wait for the output projection and for its gradient, which is as large, rather than compute.
+_LEAST_ROWS = 256
 
 
 @contextmanager
@@ -61,9 +63,9 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
             with answering(decoder, outputs):
                 return cast(Tensor, own(input_ids=ids, use_cache=False).logits)
 
-        parameters = [each for each in _head(model).parameters() if each.requires_grad]
-        rows = max(1, chunk_rows(vocabulary, hidden.device.type) // hidden.shape[0])
-        total = _ChunkedLoss.apply(hidden, targets, logits_of, rows, *parameters)  # type: ignore[no-untyped-call]
+        head = _head(model)
+        rows = max(1, max(_LEAST_ROWS, chunk_rows(vocabulary, hidden.device.type)) // hidden.shape[0])
+        total = _ChunkedLoss.apply(hidden, targets, logits_of, rows, head, *_trained(head))  # type: ignore[no-untyped-call]
         count = (targets != NO_TARGET).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 
@@ -82,6 +84,25 @@ def _head(model: Any) -> nn.Module:
     return head
 
 
+def _trained(head: nn.Module) -> list[nn.Parameter]:
+    return [each for each in head.parameters() if each.requires_grad]
+
+
+@contextmanager
+def _cast_once(head: nn.Module, device: str) -> Iterator[None]:
+    """Give the output projection a weight of autocast's dtype for a while: it would be cast anew for every chunk."""
+    weight = head._parameters.get("weight")
+    if type(weight) is not nn.Parameter or not torch.is_autocast_enabled(device):
+        yield
+        return
+    half = weight.detach().to(torch.get_autocast_dtype(device))
+    head._parameters["weight"] = nn.Parameter(half, requires_grad=weight.requires_grad)
+    try:
+        yield
+    finally:
+        head._parameters["weight"] = weight
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of hidden states (B, T, D) and targets (B, T), differentiated in its forward pass."""
 
@@ -92,30 +113,32 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         logits_of: Callable[[Tensor, int], Tensor],
         rows: int,
+        head: nn.Module,
         *parameters: Tensor,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:])
+        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[5:])
         by_hidden = torch.zeros_like(hidden) if wanted else None
         # Of half-precision weights the sum over chunks is kept in float32: there are many.
         by_parameters = [torch.zeros_like(each, dtype=torch.float32) for each in parameters] if wanted else []
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, hidden.shape[1], rows):
-            chosen = targets[:, start : start + rows]
-            if not bool((chosen != NO_TARGET).any()):
-                continue
-            piece = hidden[:, start : start + rows].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
+        with torch.set_grad_enabled(wanted), _cast_once(head, hidden.device.type):
+            used = _trained(head)
+            for start in range(0, hidden.shape[1], rows):
+                chosen = targets[:, start : start + rows]
+                if not bool((chosen != NO_TARGET).any()):
+                    continue
+                piece = hidden[:, start : start + rows].detach().requires_grad_(wanted)
                 logits = logits_of(piece, start)
                 loss = cross_entropy(
                     logits.flatten(0, 1).float(), chosen.flatten(), ignore_index=NO_TARGET, reduction="sum"
                 )
-            total += loss.detach()
-            if by_hidden is not None:
-                by_piece, *by_each = torch.autograd.grad(loss, (piece, *parameters))
-                by_hidden[:, start : start + rows] = by_piece
-                for summed, part in zip(by_parameters, by_each, strict=True):
-                    summed += part
-            del logits, loss
+                total += loss.detach()
+                if by_hidden is not None:
+                    by_piece, *by_each = torch.autograd.grad(loss, (piece, *used))
+                    by_hidden[:, start : start + rows] = by_piece
+                    for summed, part in zip(by_parameters, by_each, strict=True):
+                        summed += part
+                del logits, loss
         if by_hidden is not None:
             ctx.save_for_backward(by_hidden, *by_parameters)
             ctx.dtypes = [each.dtype for each in parameters]
@@ -126,4 +149,4 @@ class _ChunkedLoss(torch.autograd.Function):
         (scale,) = gradients
         by_hidden, *by_parameters = ctx.saved_tensors
         scaled = [(each * scale).to(dtype) for each, dtype in zip(by_parameters, ctx.dtypes, strict=True)]
-        return by_hidden * scale.to(by_hidden.dtype), None, None, None, *scaled
+        return by_hidden * scale.to(by_hidden.dtype), None, None, None, None, *scaled
