@@ -429,7 +429,7 @@ def test_a_page_without_plots_carries_no_scripts(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    names = "config.json, metrics.json, factors.json, evaluations.jsonl"
+    names = "config.json, metrics.json, factors.json, evaluations.jsonl, training.jsonl"
     with pytest.raises(UserError) as caught:
         write_report(tmp_path)
     rule = "a run is a folder that a command wrote; give the --out of a command"
