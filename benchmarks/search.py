@@ -209,7 +209,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="no search: only the table and the plot")
     parser.add_argument("--out", type=Path, default=CELLS, metavar="FOLDER", help="where the cells are")
     parser.add_argument("--novels", type=Path, default=Path("runs/novels/model"), help="the second model")
-    parser.add_argument("--corpus", type=Path, default=Path("../shared/corpus"), help="its documents")
+    parser.add_argument("--corpus", type=Path, default=Path("corpus"), help="its documents: validation/ and test/")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"), help="where searches can go on from")
     args = parser.parse_args()
     torch.set_num_threads(1)
