@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sqlite3
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from commands import TARGET, contents, longrope, refused, table, write_checkpoint, write_documents
+from commands import TARGET, contents, longrope, refused, start, table, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
 from longrope.compare import compare
 from longrope.evaluate.execute import Step
@@ -32,7 +31,7 @@ output_type: multiple_choice
 doc_to_text: "The capital of {{country}} is"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 ROWS = [{"country": "Norway", "choices": [" Oslo", " Bergen"], "answer": 0}] * 3
 
@@ -287,18 +286,18 @@ def test_a_function_of_a_task_that_fails_is_told_with_its_file() -> None:
     assert re.search(r"longrope: --tasks: got odd: KeyError: 'boom' in .*tasks/odd\.py; .*; mend the function", ran.err)
 
 
-@pytest.mark.usefixtures("here")
-def test_a_full_disk_under_kept_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As sqlite says it: the disk of these tests is not full."""
-    lm_eval = import_module("lm_eval")
-
-    def full(**settings: Any) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
-
-    monkeypatch.setattr(lm_eval, "simple_evaluate", full)
-    ran = longrope(*command("harness", "--out", "run", "-q"))
-    assert ran.code == 2
-    assert "output: got run/answers_rank*.db (database or disk is full); " in ran.err
+def test_a_limit_of_file_sizes_under_kept_answers_is_told_and_the_run_goes_on(here: Path) -> None:
+    limited = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); "
+        "from longrope.cli import main; main()"
+    )
+    with start(*command("harness", "--out", "run", "-q"), cwd=here, code=limited) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("longrope: output: got run/answers_rank*.db (")
+    assert line.endswith("; the disk takes the answers that are kept; free space there; the same command goes on")
+    assert longrope(*command("harness", "--out", "run")).code == 0
 
 
 @pytest.mark.usefixtures("here")

@@ -144,7 +144,7 @@ class LoadedModel:
         whole: Any = self.model
         hidden: Tensor = outputs.last_hidden_state.detach()
         size = chunk_rows(self.model.config.get_text_config().vocab_size, hidden.device.type) // ids.shape[0] or 1
-        with answering(self.decoder, outputs), _cast_once(whole.get_output_embeddings()):
+        with answering(self.decoder, outputs), cast_once(whole.get_output_embeddings()):
             for start in range(0, ids.shape[1], size):
                 piece = hidden[:, start : start + size]
                 if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
@@ -179,18 +179,19 @@ def chunk_rows(vocabulary: int, device: str) -> int:
 
 
 @contextmanager
-def _cast_once(head: Any) -> Iterator[None]:
-    """Give the output projection weights of autocast's dtype for a while: it would cast them anew for every chunk."""
-    weight = getattr(head, "weight", None)
-    kind = weight.device.type if isinstance(weight, Tensor) else "meta"
-    if weight is None or kind == "meta" or not torch.is_autocast_enabled(kind):  # meta: offloaded, fetched at each call
+def cast_once(head: nn.Module | None) -> Iterator[None]:
+    """Give the output projection a weight of autocast's dtype for a while: it would be cast anew for every chunk."""
+    weight = None if head is None else head._parameters.get("weight")
+    kind = "meta" if weight is None else weight.device.type  # meta: offloaded, fetched at each call
+    if head is None or weight is None or kind == "meta" or not torch.is_autocast_enabled(kind):
         yield
         return
-    head.weight = nn.Parameter(weight.to(torch.get_autocast_dtype(kind)), requires_grad=False)
+    half = weight.detach().to(torch.get_autocast_dtype(kind))
+    head._parameters["weight"] = nn.Parameter(half, requires_grad=weight.requires_grad)
     try:
         yield
     finally:
-        head.weight = weight
+        head._parameters["weight"] = weight
 
 
 def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:

@@ -188,6 +188,9 @@ def _check_numbers(limit: float | None, num_fewshot: int | None, batch_size: int
 @contextmanager
 def _told(tasks: Sequence[str], include_path: str | Path | None, answers: Path | None) -> Iterator[None]:
     """What goes wrong in lm-eval that is the user's to mend: kept answers, the disk, functions of one's own tasks."""
+    theirs = logging.getLogger("sqlitedict")  # it tells what is raised here, with three stacks
+    level = theirs.level
+    theirs.setLevel(logging.CRITICAL + 1)
     try:
         yield
     except sqlite3.Error as error:
@@ -206,6 +209,8 @@ def _told(tasks: Sequence[str], include_path: str | Path | None, answers: Path |
             raise
         got = f"{', '.join(tasks)}: {type(error).__name__}: {' '.join(str(error).split())[:200]} in {own}"
         raise UserError("--tasks", got=got, rule="a task's own functions run", do="mend the function") from error
+    finally:
+        theirs.setLevel(level)
 
 
 def _check_answers(answers: Path | None) -> None:

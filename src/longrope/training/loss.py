@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
 from longrope.errors import UserError
-from longrope.model import answering, chunk_rows, decoder_of
+from longrope.model import answering, cast_once, chunk_rows, decoder_of
 
 NO_TARGET = -100
 # Fewer rows wait for the output projection and for its gradient, which is as large, rather than compute.
@@ -88,21 +88,6 @@ def _trained(head: nn.Module) -> list[nn.Parameter]:
     return [each for each in head.parameters() if each.requires_grad]
 
 
-@contextmanager
-def _cast_once(head: nn.Module, device: str) -> Iterator[None]:
-    """Give the output projection a weight of autocast's dtype for a while: it would be cast anew for every chunk."""
-    weight = head._parameters.get("weight")
-    if type(weight) is not nn.Parameter or not torch.is_autocast_enabled(device):
-        yield
-        return
-    half = weight.detach().to(torch.get_autocast_dtype(device))
-    head._parameters["weight"] = nn.Parameter(half, requires_grad=weight.requires_grad)
-    try:
-        yield
-    finally:
-        head._parameters["weight"] = weight
-
-
 class _ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of hidden states (B, T, D) and targets (B, T), differentiated in its forward pass."""
 
@@ -121,7 +106,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # Of half-precision weights the sum over chunks is kept in float32: there are many.
         by_parameters = [torch.zeros_like(each, dtype=torch.float32) for each in parameters] if wanted else []
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        with torch.set_grad_enabled(wanted), _cast_once(head, hidden.device.type):
+        with torch.set_grad_enabled(wanted), cast_once(head):
             used = _trained(head)
             for start in range(0, hidden.shape[1], rows):
                 chosen = targets[:, start : start + rows]
