@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from longrope.checkpoint import TINY, LoadOptions, load_tokenizer
 from longrope.convert import rope_config, table_from_config
@@ -219,3 +221,30 @@ def _quartiles(figure: Figure) -> str:
         if isinstance(numbers, Mapping) and "lower_quartile" in numbers:
             return f"{numbers['lower_quartile']:.3g} .. {numbers['upper_quartile']:.3g}"
     return ""
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that benchmarks with limits share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, once: a check of the script")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
+    return parser
+
+
+def run_benchmark(
+    name: str, args: argparse.Namespace, sizes: Mapping[str, Any], measure: Callable[[], Sequence[Figure]]
+) -> int:
+    """Measure, print the table and write the JSON; the exit code, 1 when a figure misses its limit."""
+    torch.set_num_threads(args.threads)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    name = f"{name}-quick" if args.quick else name
+    about: dict[str, Any] = {"benchmark": name, "date": today(), "seed": args.seed, "threads": args.threads}
+    about |= {"device": LoadOptions(device=args.device).placement, "machine": machine(), "versions": versions()}
+    figures = measure()
+    print_table(name, figures)
+    document = {**about, "sizes": dict(sizes), "figures": [figure.to_dict() for figure in figures]}
+    write_results(args.out / f"{name}.json", document)
+    return 0 if args.quick or all(figure.ok for figure in figures) else 1

@@ -8,35 +8,28 @@ docs/benchmarks.md says what is measured and how. Ends with status 1 when a figu
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from common import (
-    RESULTS,
     Figure,
+    arguments,
     llama_name,
-    machine,
     memory_of,
     paired,
-    print_table,
     random_llama,
     random_windows,
+    run_benchmark,
     spread,
     timed,
-    today,
-    versions,
-    write_results,
 )
 from longrope.baselines import baseline
 from longrope.checkpoint import TINY, LoadOptions
@@ -242,23 +235,14 @@ def measure_all(sizes: Sizes, *, seed: int, threads: int, device: str) -> list[F
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, once: a check of the script")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    sizes, name = (QUICK, "evaluation-quick") if args.quick else (Sizes(), "evaluation")
-    about: dict[str, Any] = {"benchmark": name, "date": today(), "seed": args.seed, "threads": args.threads}
-    about |= {"device": LoadOptions(device=args.device).placement, "machine": machine(), "versions": versions()}
-    figures = measure_all(sizes, seed=args.seed, threads=args.threads, device=args.device)
-    print_table(name, figures)
-    document = {**about, "sizes": asdict(sizes), "figures": [figure.to_dict() for figure in figures]}
-    write_results(args.out / f"{name}.json", document)
-    return 0 if args.quick or all(figure.ok for figure in figures) else 1
+    args = arguments(__doc__).parse_args()
+    sizes = QUICK if args.quick else Sizes()
+    return run_benchmark(
+        "evaluation",
+        args,
+        asdict(sizes),
+        lambda: measure_all(sizes, seed=args.seed, threads=args.threads, device=args.device),
+    )
 
 
 if __name__ == "__main__":

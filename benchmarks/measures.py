@@ -18,26 +18,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from common import (
-    RESULTS,
     Figure,
+    arguments,
     llama_name,
-    machine,
     paired,
-    print_table,
     random_llama,
     random_windows,
+    run_benchmark,
     timed,
-    today,
-    versions,
-    write_results,
 )
 from longrope.checkpoint import TINY, LoadOptions
 from longrope.documents import read_sources
@@ -193,13 +186,18 @@ def measure_one(side: str, args: argparse.Namespace) -> int | None:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def measure_all(sizes: Sizes, *, seed: int, threads: int, device: str) -> list[Figure]:
+    """Every figure; reach first, because a child process is born with the peak of its parent."""
+    reached = reach(sizes, seed=seed, threads=threads, device=device)
+    tiny = load_model(TINY, LoadOptions(device=device))
+    text = windows_of(tiny, read_sources(["stdlib"], share="unseen"), sizes.length, sizes.windows, seed)
+    large = random_llama(vocabulary=VOCABULARY, hidden=sizes.hidden, layers=sizes.layers, seed=seed, device=device)
+    random = random_windows(VOCABULARY, length=sizes.length, count=sizes.random_windows, seed=seed)
+    return [agreement(text), throughput(tiny, text, sizes.blocks), throughput(large, random, sizes.blocks), reached]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, once: a check of the script")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
+    parser = arguments(__doc__)
     parser.add_argument("--side", choices=["plain", "ours"], help=argparse.SUPPRESS)  # a process of `reach`
     for name in ("tokens", "hidden", "layers", "memory"):
         parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
@@ -207,29 +205,13 @@ def main() -> int:
     if args.side:
         print(json.dumps({"peak": measure_one(args.side, args)}))
         return 0
-    torch.set_num_threads(args.threads)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    sizes, name = (QUICK, "measures-quick") if args.quick else (Sizes(), "measures")
-    about: dict[str, Any] = {"benchmark": name, "date": today(), "seed": args.seed, "threads": args.threads}
-    about |= {"device": LoadOptions(device=args.device).placement, "machine": machine(), "versions": versions()}
-    # First, because a child process is born with the peak of its parent.
-    reached = reach(sizes, seed=args.seed, threads=args.threads, device=args.device)
-    tiny = load_model(TINY, LoadOptions(device=args.device))
-    text = windows_of(tiny, read_sources(["stdlib"], share="unseen"), sizes.length, sizes.windows, args.seed)
-    large = random_llama(
-        vocabulary=VOCABULARY, hidden=sizes.hidden, layers=sizes.layers, seed=args.seed, device=args.device
+    sizes = QUICK if args.quick else Sizes()
+    return run_benchmark(
+        "measures",
+        args,
+        asdict(sizes),
+        lambda: measure_all(sizes, seed=args.seed, threads=args.threads, device=args.device),
     )
-    random = random_windows(VOCABULARY, length=sizes.length, count=sizes.random_windows, seed=args.seed)
-    figures = [
-        agreement(text),
-        throughput(tiny, text, sizes.blocks),
-        throughput(large, random, sizes.blocks),
-        reached,
-    ]
-    print_table(name, figures)
-    document = {**about, "sizes": asdict(sizes), "figures": [figure.to_dict() for figure in figures]}
-    write_results(args.out / f"{name}.json", document)
-    return 0 if args.quick or all(figure.ok for figure in figures) else 1
 
 
 if __name__ == "__main__":

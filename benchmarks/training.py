@@ -9,35 +9,28 @@ loss by chunks. They are timed in turn, a few steps each, block by block.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.utils.logging import disable_progress_bar
 
 from common import (
-    RESULTS,
     Figure,
+    arguments,
     llama_name,
-    machine,
     memory_of,
     paired,
-    print_table,
     random_llama,
     random_windows,
+    run_benchmark,
     timed,
-    today,
-    versions,
-    write_results,
 )
 from longrope.baselines import baseline
 from longrope.checkpoint import TINY, LoadOptions
@@ -134,31 +127,25 @@ def step_memory(sizes: Sizes, *, seed: int, threads: int, device: str) -> Figure
     )
 
 
+def measure_all(sizes: Sizes, *, seed: int, threads: int, device: str) -> list[Figure]:
+    """Every figure; memory first, because a child process is born with the peak of its parent."""
+    memory = step_memory(sizes, seed=seed, threads=threads, device=device)
+    tiny = load_model(TINY, LoadOptions(device=device))
+    text = windows_of(tiny, read_sources(["stdlib"], share="search"), sizes.length, sizes.steps, seed)
+    large = random_llama(vocabulary=VOCABULARY, hidden=sizes.hidden, layers=sizes.layers, seed=seed, device=device)
+    random = random_windows(VOCABULARY, length=sizes.length, count=sizes.steps, seed=seed)
+    return [step_time(tiny, text, sizes), step_time(large, random, sizes), memory]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, once: a check of the script")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    sizes, name = (QUICK, "training-quick") if args.quick else (Sizes(), "training")
-    about: dict[str, Any] = {"benchmark": name, "date": today(), "seed": args.seed, "threads": args.threads}
-    about |= {"device": LoadOptions(device=args.device).placement, "machine": machine(), "versions": versions()}
-    # First, because a child process is born with the peak of its parent.
-    memory = step_memory(sizes, seed=args.seed, threads=args.threads, device=args.device)
-    tiny = load_model(TINY, LoadOptions(device=args.device))
-    text = windows_of(tiny, read_sources(["stdlib"], share="search"), sizes.length, sizes.steps, args.seed)
-    shape = {"vocabulary": VOCABULARY, "hidden": sizes.hidden, "layers": sizes.layers}
-    large = random_llama(**shape, seed=args.seed, device=args.device)
-    random = random_windows(VOCABULARY, length=sizes.length, count=sizes.steps, seed=args.seed)
-    figures = [step_time(tiny, text, sizes), step_time(large, random, sizes), memory]
-    print_table(name, figures)
-    document = {**about, "sizes": asdict(sizes), "figures": [figure.to_dict() for figure in figures]}
-    write_results(args.out / f"{name}.json", document)
-    return 0 if args.quick or all(figure.ok for figure in figures) else 1
+    args = arguments(__doc__).parse_args()
+    sizes = QUICK if args.quick else Sizes()
+    return run_benchmark(
+        "training",
+        args,
+        asdict(sizes),
+        lambda: measure_all(sizes, seed=args.seed, threads=args.threads, device=args.device),
+    )
 
 
 if __name__ == "__main__":
