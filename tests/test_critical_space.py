@@ -17,7 +17,7 @@ from longrope.search.critical import LongRope2
 from longrope.search.space import STEP, Chart, LongRope, Space, Vector, check_seed, isotonic
 
 SHAPE = RopeShape(500.0, 32, 256)  # 16 pairs, of which 4 .. 10 may be critical
-SPACES = [LongRope2(SHAPE, 8.0), LongRope2(SHAPE, 21 + 1 / 3), LongRope2(SHAPE, 4.0, trained=3.0)]
+SPACES = [LongRope2(SHAPE, 8.0), LongRope2(SHAPE, 21 + 1 / 3), LongRope2(SHAPE, 12.0)]
 PAIRS = SHAPE.pairs
 
 
@@ -49,7 +49,7 @@ def test_critical_pairs_stay_within_the_pairs_there_are() -> None:
 def is_member(vector: Vector, space: LongRope2, pair: int) -> bool:
     """By the definition: within [s, 2s] from c on, lambda_c^(i / c) below, non-decreasing, on the grid."""
     index = np.arange(space.pairs)
-    low, high = space.ratio * space.trained, 2 * space.ratio * space.trained
+    low, high = space.ratio, 2 * space.ratio
     return bool(
         np.allclose(vector, np.round(vector, 2), atol=1e-9)
         and (np.diff(vector) >= 0).all()
@@ -150,7 +150,7 @@ def test_openings_have_every_critical_pair_with_the_ratio_and_with_a_whole_facto
                 for name in (f"ntk-{pair}", f"drawn-{pair}"):
                     assert is_member(openings[name], space, pair)
                     assert len(set(openings[name][pair:])) == 1
-                assert openings[f"ntk-{pair}"][-1] == pytest.approx(space.ratio * space.trained, abs=STEP / 2)
+                assert openings[f"ntk-{pair}"][-1] == pytest.approx(space.ratio, abs=STEP / 2)
                 drawn.setdefault(pair, set()).add(openings[f"drawn-{pair}"][-1])
         low, high = math.ceil(space.low), math.floor(space.high)
         assert all(found == {float(each) for each in range(low, high + 1)} for found in drawn.values())

@@ -79,8 +79,8 @@ def test_a_linear_checkpoint_is_extended_from_what_it_was_trained_with(tmp_path:
     assert length == model.config.max_position_embeddings  # the configuration names no length before scaling
     pairs = loaded.rope.shape.pairs
     found = seeds(loaded, 2 * length)
-    assert found["own"].rescale == (factor,) * pairs
-    assert found["pi"].rescale == (2 * factor,) * pairs
+    assert found["own"].over(loaded.trained).rescale == (factor,) * pairs
+    assert found["pi"].over(loaded.trained).rescale == (2 * factor,) * pairs
     assert loaded.baseline("pi", 2 * length).rescale == (2 * factor,) * pairs
 
 

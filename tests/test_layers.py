@@ -32,16 +32,17 @@ LAYERS = [
     ["export"],
     ["training"],
     ["report"],
+    ["extension"],
     ["api", "compare", "demo"],
     ["console", "watch"],
     ["cli_options"],
-    ["cli_search", "cli_evaluate", "cli_compare", "cli_finetune"],
+    ["cli_search", "cli_evaluate", "cli_compare", "cli_finetune", "cli_extend"],
     ["cli"],
 ]
 WITHOUT_TORCH = (
     "watch errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
-    "cli cli_options cli_search cli_evaluate cli_compare cli_finetune"
+    "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend"
 ).split()
 
 

@@ -138,7 +138,7 @@ def _windows(loaded: LoadedModel, folder: Path, length: int) -> list[Window]:
 
 def test_a_checkpoint_trained_with_a_scaling_keeps_it(tmp_path: Path) -> None:
     linear = load_model(str(write_checkpoint(tmp_path, "llama-linear")), LoadOptions(dtype="float32"))
-    assert set(linear.trained_rescale) == {4.0}
+    assert set(linear.trained.rescale) == {4.0}
     lines = studies(linear, 2 * linear.rope.original_length, groups=8)
     only, without = of(lines, "groups")[7].factors.values()
     assert only.rescale == (4.0,) * 7 + (8.0,)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from longrope.errors import UserError as UserError
     from longrope.evaluate.run import evaluate as evaluate
     from longrope.export.transformers import export as export
+    from longrope.extension.run import extend as extend
     from longrope.factors import FactorTable as FactorTable
     from longrope.factors import RopeFactors as RopeFactors
     from longrope.search.driver import search as search
@@ -32,6 +33,7 @@ _PUBLIC = {
     "compare": "longrope.compare:compare",
     "evaluate": "longrope.evaluate.run:evaluate",
     "export": "longrope.export.transformers:export",
+    "extend": "longrope.extension.run:extend",
     "finetune": "longrope.training.run:finetune",
     "load": "longrope.api:load",
     "search": "longrope.search.driver:search",

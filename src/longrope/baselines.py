@@ -187,8 +187,12 @@ METHODS: dict[str, Method] = {
 }
 
 
-def baseline(name: str, shape: RopeShape, target: int, length: int | None = None) -> RopeFactors:
+def baseline(
+    name: str, shape: RopeShape, target: int, length: int | None = None, trained: int | None = None
+) -> RopeFactors:
     """Factors of a method set up for a target length; `NAME+su` replaces its own attention factor by su.
+
+    trained: the length that su counts from, by default the original one.
 
     Only dynamic-ntk depends on the `length` of the sequence (the target by default). For a target at or below the
     original length every method is the base model. Raises UserError for an unknown method.
@@ -204,5 +208,5 @@ def baseline(name: str, shape: RopeShape, target: int, length: int | None = None
         vector = dynamic_ntk(shape, ratio, length / shape.original_length)
     else:
         vector = METHODS[stem].vector(shape, ratio)
-    chosen = attention_factor(rule or METHODS[stem].own_attention, ratio, shape.original_length)
+    chosen = attention_factor(rule or METHODS[stem].own_attention, ratio, trained or shape.original_length)
     return RopeFactors(up_to=target, rescale=tuple(vector.tolist()), attention_factor=chosen)

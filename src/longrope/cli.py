@@ -17,6 +17,7 @@ import typer
 from longrope import __version__
 from longrope.cli_compare import compare
 from longrope.cli_evaluate import evaluate_app
+from longrope.cli_extend import extend
 from longrope.cli_finetune import finetune
 from longrope.cli_options import (
     VERBOSITY,
@@ -153,6 +154,7 @@ def _counted(described: Mapping[str, Any]) -> dict[str, Any]:
 app.command()(search)
 app.command()(compare)
 app.command()(finetune)
+app.command()(extend)
 
 
 @app.command()

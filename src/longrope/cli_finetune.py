@@ -49,6 +49,9 @@ def finetune(
     short_documents: Annotated[
         list[str] | None, typer.Option("--short-documents", metavar="D", help="For --mixed; pieces of -d by default.")
     ] = None,
+    hold_out: Annotated[
+        bool, typer.Option("--hold-out", help="Leave out a part of the documents by hash, as extend does.")
+    ] = False,
     lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train LoRA adapters of this rank.")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Of LoRA: train the embeddings, too.")] = False,
     norms: Annotated[bool, typer.Option("--norms", help="Of LoRA: train the norms, too.")] = False,
@@ -82,7 +85,14 @@ def finetune(
 
     given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup}
     given |= {"batch": batch, "weight_decay": weight_decay, "mixed": mixed, "short_documents": short_documents or []}
-    given |= {"embeddings": embeddings, "norms": norms, "merge": merge, "documents": documents, "seed": seed}
+    given |= {
+        "hold_out": hold_out,
+        "embeddings": embeddings,
+        "norms": norms,
+        "merge": merge,
+        "documents": documents,
+        "seed": seed,
+    }
     given |= {"gradient_checkpointing": gradient_checkpointing, "save_every": save_every, "keep": keep}
     options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
     path = out or default_run_path("finetune", model, parse_length(length))

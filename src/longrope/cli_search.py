@@ -57,6 +57,17 @@ def search(
             metavar="RULE", help="su, yarn, none, a number or search; by default su in evolution, else search."
         ),
     ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGE",
+            help="second: on top of the checkpoint's own factors; recovery: for a length that they reach.",
+        ),
+    ] = None,
+    search_length: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Search at this shorter length; a few evaluations at --to decide."),
+    ] = None,
     needle_depth: Annotated[
         str, typer.Option(metavar="DEPTH", help="Where needles are: spread, or start, as in LongRoPE2.")
     ] = "spread",
@@ -142,6 +153,8 @@ def search(
             space=space,
             start_tokens=start_tokens,
             attention_factor=attention_factor,
+            stage=stage,
+            search_length=None if search_length is None else parse_length(search_length),
             needle_depth=needle_depth,
             needle_digits=needle_digits,
             race=race,

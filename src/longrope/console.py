@@ -310,6 +310,18 @@ def factors_table(table: FactorTable) -> Table:
     return shown
 
 
+def costs_table(costs: Sequence[Mapping[str, Any]]) -> Table:
+    """The stages of an extension with what each costs at most."""
+    total = sum(cost["tokens"] for cost in costs)
+    shown = Table(title=f"{len(costs)} steps, {total:,} token-passes at most", title_justify="left")
+    shown.add_column("step")
+    shown.add_column("token-passes", justify="right")
+    shown.add_column("made of")
+    for cost in costs:
+        shown.add_row(cost["method"], f"{cost['tokens']:,}", cost["made_of"])
+    return shown
+
+
 def documents_table(described: Mapping[str, Any]) -> Table:
     """What `longrope documents` found: windows by length, and a histogram of lengths."""
     title = f"{described['documents']} documents, {described['tokens']:,} tokens, the longest {described['longest']:,}"

@@ -71,6 +71,21 @@ class RopeFactors:
         """A checked copy with some fields replaced."""
         return replace(self, **changes)
 
+    def over(self, base: RopeFactors) -> RopeFactors:
+        """These factors on top of others: rescale and attention factors multiply, and the more start tokens are kept.
+
+        So a second interpolation mu extends what a model was fine-tuned with, lambda = lambda_ft mu (LongRoPE, section
+        3.3). Raises UserError for another number of pairs.
+        """
+        if len(self.rescale) != len(base.rescale):
+            raise _wrong("rescale", f"{len(self.rescale)} numbers", f"those below have {len(base.rescale)}")
+        return replace(
+            self,
+            rescale=tuple((self.vector * base.vector).tolist()),
+            start_tokens=max(self.start_tokens, base.start_tokens),
+            attention_factor=self.attention_factor * base.attention_factor,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The row as it stands in factors.json."""
         return {

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,7 @@ from longrope.checkpoint import (
 )
 from longrope.configs import RopeConfig, rope_config, table_from_config
 from longrope.errors import UserError
-from longrope.factors import FactorTable, RopeFactors, last_row
+from longrope.factors import FactorTable, RopeFactors, last_row, unscaled
 from longrope.patch import Patch, check_frequencies, global_layers_turn, widen_window
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     batch_tokens: int = 8192
     """Tokens of short windows that are run together; evaluation halves it when memory runs out."""
+    under: RopeFactors | None = None
+    """What extensions multiply, where that is not what `trained` finds; see `fine_tuned`."""
     checkpoint_from: int | None = None
     """Windows from so many tokens on are differentiated with activation checkpointing; measured at the first one."""
     memory_share: float = 1.0
@@ -83,22 +85,46 @@ class LoadedModel:
         return self.table or self.own
 
     @property
-    def trained_rescale(self) -> tuple[float, ...]:
-        """Rescale factors that the weights were trained with at the original length; all 1 for an unscaled RoPE.
+    def trained(self) -> RopeFactors:
+        """What an extension multiplies: factors that the weights were trained with, up to the length of training.
 
-        They differ from 1 where a scaled configuration names no length before scaling (a linear one, mostly): then the
-        original length is the scaled one, and an extension multiplies what is there, as the second interpolation does.
+        All 1 and the original length for an unscaled RoPE. They differ from 1 in a second interpolation, and where a
+        scaled configuration names no length before scaling (a linear one, mostly): its original length is the scaled.
         """
+        if self.under is not None:
+            return self.under
         named = self.table is not None or self.rope.original_length < self.rope.max_length
         if named or self.rope.scaling == "default":
-            return (1.0,) * self.rope.shape.pairs
-        return last_row(self.own, self.rope.original_length).rescale
+            return unscaled(self.rope.shape.pairs, self.rope.original_length)
+        own = last_row(self.own, self.rope.original_length)
+        return own.with_values(up_to=self.rope.original_length, attention_factor=1.0, start_tokens=0)
+
+    def fine_tuned(self) -> LoadedModel:
+        """The same model for a second interpolation: extensions multiply its own longest row, and begin at its length.
+
+        Raises UserError for a checkpoint that is not extended.
+        """
+        last = self.meaning.rows[-1]
+        if last.up_to <= self.rope.original_length or set(last.rescale) == {1.0}:
+            got, rule = f"{self.name}, which is not extended", "a second interpolation is on top of a first"
+            do = "give a checkpoint that was fine-tuned with factors, or leave out --stage"
+            raise UserError("model", got=got, rule=rule, do=do)
+        return replace(self, under=last)
 
     def baseline(self, method: str, target: int, length: int | None = None) -> RopeFactors:
         """`baselines.baseline` for this model, on top of what its weights were trained with."""
-        row = baseline(method, self.rope.shape, target, length)
-        both = zip(row.rescale, self.trained_rescale, strict=True)
-        return row.with_values(rescale=tuple(factor * trained for factor, trained in both))
+        return self.multiplier(method, target, length).over(self.trained)
+
+    def multiplier(self, method: str, target: int, length: int | None = None) -> RopeFactors:
+        """What a baseline multiplies `trained` by.
+
+        In a second interpolation the ratio is that to the length of training; bands of pairs are those of the original
+        RoPE (as in the authors' start of that search), since slow pairs turn there as they did in the original window.
+        """
+        trained, shape = self.trained, self.rope.shape
+        scale = trained.up_to / shape.original_length
+        at = None if length is None else round(length / scale)
+        return baseline(method, shape, round(target / scale), at, trained.up_to).with_values(up_to=target)
 
     def check(self, factors: FactorTable | RopeFactors) -> None:
         """Raise UserError unless the factors are for this model."""

@@ -56,7 +56,7 @@ def studies(
     if groups is not None and not 1 <= groups <= pairs:
         rule = f"the model has {pairs} pairs, at least one for each group"
         raise UserError("--groups", got=groups, rule=rule, do=f"give 1 to {pairs}")
-    plain = RopeFactors(up_to=target, rescale=loaded.trained_rescale)
+    plain = loaded.trained.with_values(up_to=target)
     stretched = loaded.baseline("pi", target)
     lines = [Entry("whole", ("none",), {"none": plain}), Entry("whole", ("pi",), {"pi": stretched})]
     for group in np.array_split(np.arange(pairs), groups or min(GROUPS, pairs)):

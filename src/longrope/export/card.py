@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from longrope.factors import FactorTable
 from longrope.lengths import format_length
 
@@ -38,12 +41,40 @@ def model_card(name: str, table: FactorTable, window: str) -> str:
         'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")',
         "```",
         "",
+        *_rows(table),
+    ]
+    if made:
+        lines += ["", "Made by: " + ", ".join(f"{key} {value}" for key, value in made.items()) + "."]
+    return "\n".join([*lines, ""])
+
+
+def extension_card(name: str, table: FactorTable, stages: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of the checkpoint of an extension: what was done, and which factors it has by length."""
+    last = table.rows[-1]
+    trained = any(stage["do"] == "finetune" for stage in stages)
+    lines = [
+        f"# {name.rsplit('/', 1)[-1]}, extended to {format_length(last.up_to)} tokens",
+        "",
+        f"Original length {format_length(table.original_length)}, target {format_length(last.up_to)} "
+        f"({last.up_to / table.original_length:g}x), LongRoPE factors (arXiv 2402.13753), made with longrope.",
+        "The weights were fine-tuned." if trained else "The weights are those of the original checkpoint, unchanged.",
+        "",
+        "factors.json is the whole table, which longrope reads by itself. Where config.json can express it, it has it, "
+        "too; otherwise it has the original window, and `longrope export` writes a folder for an engine.",
+        "",
+        "Stages: " + "; ".join(str(stage["stage"]) for stage in stages) + ".",
+        "",
+        *_rows(table),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _rows(table: FactorTable) -> list[str]:
+    lines = [
         "| up to | start tokens | attention factor | rescale factors, first to last |",
         "| ---: | ---: | ---: | --- |",
     ]
     for row in table.rows:
         span = f"{row.rescale[0]:.4g} to {row.rescale[-1]:.4g}"
         lines.append(f"| {format_length(row.up_to)} | {row.start_tokens} | {row.attention_factor:.4f} | {span} |")
-    if made:
-        lines += ["", "Made by: " + ", ".join(f"{key} {value}" for key, value in made.items()) + "."]
-    return "\n".join([*lines, ""])
+    return lines

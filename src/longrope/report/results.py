@@ -14,6 +14,8 @@ from longrope.runs import CONFIG, METRICS, is_run
 
 RUN_SEPARATOR = "\x1f"  # between the name of a run and that of a method, where several runs are shown
 _LONGEST = 2**62  # tokens
+_CHECKPOINT = "checkpoint"  # of a run that makes one
+_STAGES = ("search", "finetune")
 _INTERVAL = 2  # an interval is its two ends
 # Details of each measure that are plotted: rows of numbers (n) and texts (s), or objects by task.
 _DETAILS: dict[str, dict[str, str]] = {
@@ -96,7 +98,9 @@ def read_measured(run: Path, config: Mapping[str, Any]) -> Measured:
                 continue
             theirs, data = read_mapping(folder / CONFIG), read_mapping(folder / METRICS)
             measure = str(data.get("measure", "perplexity"))
-            if reason := _strange(data, theirs, config, items.get(measure)):
+            if config.get("command") == "extend" and theirs.get("command") in _STAGES:
+                continue  # which is told of as a stage
+            if reason := _strange(data, theirs, config, items.get(measure), run):
                 left_out.append(f"{folder.name}: {reason}")
                 continue
             results = _results(data, folder / METRICS)
@@ -127,12 +131,16 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _strange(
-    data: Mapping[str, Any], theirs: Mapping[str, Any], config: Mapping[str, Any], items: Mapping[str, Any] | None
+    data: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    config: Mapping[str, Any],
+    items: Mapping[str, Any] | None,
+    run: Path,
 ) -> str:
     """Why the results of a run inside another do not belong beside its own; empty when they do."""
     if not data:
         return "not finished, it has no metrics.json."
-    if not _same_model(theirs.get("model"), config.get("model")):
+    if not _same_model(theirs.get("model"), config.get("model"), run):
         return "of another model; give it to the report beside this run."
     if items is not None:
         mine = _items(data)
@@ -141,9 +149,14 @@ def _strange(
     return ""
 
 
-def _same_model(theirs: object, own: object) -> bool:
-    """Whether two runs are of the same model, as far as they say; a dtype of its own is no other model."""
+def _same_model(theirs: object, own: object, run: Path) -> bool:
+    """Whether two runs are of the same model, as far as they say; a dtype of its own is no other model.
+
+    A model that a run has made itself is its own.
+    """
     if not isinstance(theirs, Mapping) or not isinstance(own, Mapping):
+        return True
+    if Path(str(theirs.get("name", ""))).resolve() == (run / _CHECKPOINT).resolve():
         return True
     names = ("name", "rope_theta", "rotary_dim", "original_length")
     return all(theirs.get(name) == own.get(name) for name in names if name in theirs and name in own)

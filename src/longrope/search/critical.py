@@ -20,13 +20,12 @@ class LongRope2:
     """Non-decreasing rescale factors in [s, 2s] from a critical pair c on, and lambda_c^(i/c) for i < c.
 
     c lies between the pair that turns ten times in the original window and the theoretical critical pair, both
-    included, and is part of what is searched. shape: the model's RoPE. trained: as in LongRoPE's space.
+    included, and is part of what is searched. shape: the model's RoPE.
     """
 
     shape: RopeShape
     ratio: float
     start_tokens: tuple[int, ...] = START_TOKENS
-    trained: float = 1.0
     step: float = STEP
 
     @property
@@ -37,7 +36,7 @@ class LongRope2:
     @property
     def low(self) -> float:
         """s: the least rescale factor from the critical pair on."""
-        return self.ratio * self.trained
+        return self.ratio
 
     @property
     def high(self) -> float:

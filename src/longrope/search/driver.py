@@ -19,10 +19,10 @@ from longrope.errors import UserError
 from longrope.evaluate.methods import Result
 from longrope.evaluate.recorded import measure_methods
 from longrope.factors import FactorTable, RopeFactors, last_row
-from longrope.lengths import as_length
+from longrope.lengths import as_length, format_length
 from longrope.model import LoadedModel, load_model
 from longrope.runs import FACTORS, RunFolder, command_line, default_run_path
-from longrope.search import methods, seeds
+from longrope.search import methods, seeds, shorter
 from longrope.search.archive import Archive
 from longrope.search.critical import LongRope2
 from longrope.search.descent import DescentSettings
@@ -38,6 +38,7 @@ from longrope.workers import open_workers, options_for
 
 logger = logging.getLogger(__name__)
 
+_DECIDING = 1  # windows of the target length, where another one is searched
 METHODS_BESIDE = ("pi", "ntk", "yarn", "yarn+su", "llama3+su")
 
 
@@ -48,6 +49,8 @@ class SearchWindows:
     search: Sequence[Window]
     gradient: Sequence[Window] = ()
     unseen: Sequence[Window] = ()
+    shorter: SearchWindows | None = None
+    """Those of the search at a shorter length, if there is one."""
     measured: Sequence[Window] = ()
     """Whole windows of the searched documents that the result is measured on, where the objective is another one."""
 
@@ -83,12 +86,19 @@ def search(
         raise UserError("options", got=", ".join(keywords) or "LoadOptions", rule=rule, do=do)
     options = options_for(workers, load_options(options, keywords))
     chosen.check_words()
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
-    chosen.check(loaded.rope.original_length)
+    loaded = prepared(model if isinstance(model, LoadedModel) else load_model(model, options), chosen)
     searched = read_sources(documents, share="search", tokenizer=loaded.tokenizer)
     held = read_sources(unseen, share="unseen", tokenizer=loaded.tokenizer) if unseen else []
     windows = choose_search_windows(loaded, chosen, searched, without(held, searched) if held else [])
     return search_windows(loaded, chosen, windows, out=out, init=init, workers=workers, on_progress=on_progress)
+
+
+def prepared(loaded: LoadedModel, settings: SearchSettings) -> LoadedModel:
+    """The model as a search of this stage takes it. Raises UserError when the settings make no sense for it."""
+    if settings.stage == "second":
+        loaded = loaded.fine_tuned()
+    settings.check(loaded.rope.original_length, loaded.meaning.rows[-1].up_to)
+    return loaded
 
 
 def without(held: Sequence[Document], searched: Sequence[Document]) -> list[Document]:
@@ -107,7 +117,12 @@ def choose_search_windows(
     loaded: LoadedModel, settings: SearchSettings, searched: Sequence[Document], unseen: Sequence[Document] = ()
 ) -> SearchWindows:
     """The windows of a search, fixed by its seed. Raises UserError when the documents do not hold them."""
-    length, count, seed = settings.to, settings.windows, settings.seed
+    if (inner := settings.shorter) is not None:
+        judged = windows_of(loaded, unseen, settings.to, settings.windows, settings.seed) if unseen else []
+        few = windows_of(loaded, searched, settings.to, settings.windows or _DECIDING, settings.seed)
+        at_inner = choose_search_windows(loaded, inner, searched)
+        return SearchWindows(few, unseen=judged, shorter=at_inner)
+    length, count, seed = settings.to, settings.window_count, settings.seed
     judged = windows_of(loaded, unseen, length, count, seed) if unseen else []
     plain = windows_of(loaded, searched, length, count, seed)
     wanted = settings.further_windows(len(plain))
@@ -129,7 +144,8 @@ def choose_search_windows(
 
     first = needles(count or default_window_count(length), seed)
     # Another seed, so that keys and numbers are others too.
-    return SearchWindows(first, needles(wanted, seed + 1, first) if wanted else [], judged, plain)
+    further = needles(wanted, seed + 1, first) if wanted else []
+    return SearchWindows(first, further, judged, measured=plain)
 
 
 def search_windows(
@@ -143,7 +159,7 @@ def search_windows(
     on_progress: OnProgress | None = None,
 ) -> FactorTable:
     """The search on windows already chosen; see `search`."""
-    settings.check(loaded.rope.original_length)
+    loaded = prepared(loaded, settings)
     if workers is not None and loaded.options.threads is None:
         got, rule = "a model loaded without --threads", "workers and this process have equally many threads"
         raise UserError("--workers", got=got, rule=rule, do="load it with LoadOptions(threads=1)")
@@ -158,7 +174,7 @@ def search_windows(
             logger.info("%s is finished: its factors are in %s", path, path / FACTORS)
             return FactorTable.load(path / FACTORS)
         table = run_search(run, loaded, settings, windows, init=init, workers=workers, on_progress=on_progress)
-        results = measure_result(run, loaded, table, settings.to, windows)
+        results = measure_result(run, loaded, table, settings, windows)
         run.save_metrics(metrics("search", loaded, config["settings"], results))
         run.finish()
     return table
@@ -181,13 +197,15 @@ def run_search(
     if known := len(run.evaluations()):
         logger.info("resuming %s after %d evaluations", run.path, known)
     problem = make_problem(loaded, settings, windows, init)
+    if windows.shorter is not None:
+        problem = replace(problem, seeds=_from_shorter(run, loaded, settings, windows, init, workers, on_progress))
     archive = Archive([window.scored for window in windows.search])
     everything = [*windows.search, *windows.gradient]
     budget = make_budget(settings, windows, len(problem.seeds))
-    if settings.method != "evolution":
-        with Evaluator(loaded, everything) as evaluator:  # before anything is paid for
+    if settings.method != "evolution" and windows.shorter is None:
+        with Evaluator(loaded, everything, loaded.trained) as evaluator:  # before anything is paid for
             budget = replace(budget, gradient_bytes=evaluator.gradient_bytes(problem.seeds[0][1]))
-    with open_workers(workers, loaded, partial(Evaluator, windows=everything)) as opened:
+    with open_workers(workers, loaded, partial(Evaluator, windows=everything, trained=loaded.trained)) as opened:
         loop = Loop(run, archive, opened, [len(window.ids) for window in everything], budget)
         loop.go(make_steps(problem, settings, archive), on_progress)
     if archive.best is None:
@@ -203,13 +221,37 @@ def run_search(
     return table
 
 
+def _from_shorter(
+    run: RunFolder,
+    loaded: LoadedModel,
+    settings: SearchSettings,
+    windows: SearchWindows,
+    init: Sequence[FactorTable],
+    workers: str | None,
+    on_progress: OnProgress | None,
+) -> seeds.Seeds:
+    """What is decided between at the target, after a search at a shorter length, which is a run inside this one."""
+    inner, to = settings.shorter, settings.to
+    assert inner is not None
+    assert windows.shorter is not None
+    path = run.path / f"search-{format_length(inner.to)}"
+    table = search_windows(
+        loaded, inner, windows.shorter, out=path, init=init, workers=workers, on_progress=on_progress
+    )
+    found = seeds.relative(table.row_for(inner.to), loaded.trained)
+    ratio, wanted = inner.to / loaded.trained.up_to, to / loaded.trained.up_to
+    return shorter.candidates(loaded, found, ratio, wanted, make_space(loaded, settings), to)
+
+
 def make_space(loaded: LoadedModel, settings: SearchSettings) -> Space:
     """The space of rescale vectors of a search on this model."""
     shape = loaded.rope.shape
-    ratio, trained = settings.to / shape.original_length, max(loaded.trained_rescale)
+    ratio = settings.to / loaded.trained.up_to
+    if settings.stage == "recovery":  # the bound of most published recovery tables, too: that of the trained length
+        ratio = loaded.meaning.rows[-1].up_to / shape.original_length
     if settings.space == "longrope2":
-        return LongRope2(shape, ratio, settings.start_choices, trained)
-    return LongRope(shape.pairs, ratio, settings.start_choices, trained)
+        return LongRope2(shape, ratio, settings.start_choices)
+    return LongRope(shape.pairs, ratio, settings.start_choices)
 
 
 def make_problem(
@@ -218,8 +260,11 @@ def make_problem(
     """What is searched: the space and its seeds. Raises UserError for a seed outside the bounds."""
     space, choices = make_space(loaded, settings), settings.start_choices
     names = seeds.PAPER if settings.method == "evolution" else seeds.ALL
-    found = seeds.vectors(loaded, space, settings.to, names, init, np.random.default_rng((settings.seed, 2)))
-    length = loaded.rope.original_length
+    if settings.stage == "recovery":
+        found = seeds.recovery(loaded, space, settings.to, init)
+    else:
+        found = seeds.vectors(loaded, space, settings.to, names, init, np.random.default_rng((settings.seed, 2)))
+    length = loaded.trained.up_to
     rule = settings.resolved().attention_factor or "su"
     if settings.method == "evolution" and rule == "search":
         rule = "su"  # where its mutations begin
@@ -237,6 +282,8 @@ def make_problem(
 
 def make_steps(problem: methods.Problem, settings: SearchSettings, archive: Archive) -> Steps[None]:
     """The search as a generator of tasks."""
+    if settings.search_length is not None:
+        return shorter.decide(problem.seeds, archive)
     if settings.method == "evolution":
         sizes = EvolutionSettings.for_length(settings.to, race=settings.race)
         return methods.evolution(problem, sizes, archive, settings.race, settings.seed)
@@ -248,6 +295,9 @@ def make_steps(problem: methods.Problem, settings: SearchSettings, archive: Arch
 def make_budget(settings: SearchSettings, windows: SearchWindows, tried: int) -> Budget:
     """What the search may cost and is going to cost; tried: seeds, each with each attention factor."""
     evaluations = settings.evaluations
+    if settings.search_length is not None:  # the limits are those of the search at the shorter length
+        total = sum(len(window.ids) for window in windows.search)
+        return Budget(evaluation=total, expected=tried)
     if settings.method == "evolution":
         expected = EvolutionSettings.for_length(settings.to).evaluations
         if settings.race and evaluations is None:
@@ -268,14 +318,21 @@ def make_budget(settings: SearchSettings, windows: SearchWindows, tried: int) ->
 def make_table(
     loaded: LoadedModel, settings: SearchSettings, windows: SearchWindows, found: RopeFactors, value: float
 ) -> FactorTable:
-    """Two rows: the checkpoint as it is up to its original length (all 1 where it is not scaled), and the found one."""
-    rope = loaded.rope
-    short = last_row(loaded.meaning, rope.original_length).with_values(up_to=rope.original_length)
+    """The checkpoint's own rows and the found one, where that is longest; of a recovery where it belongs.
+
+    Of a first extension two rows: the checkpoint as it is up to its original length (all 1 where it is not scaled).
+    """
+    rope, to = loaded.rope, settings.to
+    if settings.stage is None:
+        kept = [last_row(loaded.meaning, rope.original_length).with_values(up_to=rope.original_length)]
+    else:
+        kept = [row for row in loaded.meaning.rows if row.up_to != to]
+    own = found.over(loaded.trained).with_values(up_to=to)
     return FactorTable(
         rope_theta=rope.rope_theta,
         rotary_dim=rope.rotary_dim,
         original_length=rope.original_length,
-        rows=(short, found.with_values(up_to=settings.to)),
+        rows=tuple(sorted([*kept, own], key=lambda row: row.up_to)),
         model=loaded.name,
         provenance={
             "method": settings.method,
@@ -285,19 +342,25 @@ def make_table(
             "seed": settings.seed,
             "documents": fingerprint(windows.search),
             "longrope": __version__,
+            **({"stage": settings.stage} if settings.stage else {}),
+            **({"search_length": settings.search_length} if settings.search_length else {}),
         },
     )
 
 
 def measure_result(
-    run: RunFolder, loaded: LoadedModel, table: FactorTable, target: int, windows: SearchWindows
+    run: RunFolder, loaded: LoadedModel, table: FactorTable, settings: SearchSettings, windows: SearchWindows
 ) -> list[Result]:
     """The table and the baselines at the target length in perplexity, on the searched documents and on unseen ones."""
     results = []
     for name, chosen in (("search", windows.measured or windows.search), ("unseen", windows.unseen)):
         if chosen:
+            beside: Sequence[str] = METHODS_BESIDE
             tables = {"longrope": table}
-            results += measure_methods(loaded, {target: chosen}, METHODS_BESIDE, tables, run, windows_name=name)
+            if settings.stage == "recovery":  # nothing is extended here
+                beside = ("none",)
+                tables["checkpoint"] = loaded.meaning
+            results += measure_methods(loaded, {settings.to: chosen}, beside, tables, run, windows_name=name)
     return results
 
 

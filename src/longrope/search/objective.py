@@ -19,11 +19,12 @@ _PASSES_WITH_GRADIENT = 3
 class Evaluator:
     """Does tasks in this process, on windows that are the same for every candidate, so that differences are paired.
 
-    Carries a patch on the model for as long as it lives; `close` (or leaving it as a context) restores the model.
+    Factors of tasks multiply `trained`, by default what the weights were trained with. Carries a patch on the model for
+    as long as it lives; `close` (or leaving it as a context) restores the model.
     """
 
-    def __init__(self, loaded: LoadedModel, windows: Sequence[Window]) -> None:
-        self.loaded, self.windows = loaded, windows
+    def __init__(self, loaded: LoadedModel, windows: Sequence[Window], trained: RopeFactors | None = None) -> None:
+        self.loaded, self.windows, self.trained = loaded, windows, trained or loaded.trained
         self.patch = loaded.patch()
 
     def __call__(self, task: Task) -> Outcome:
@@ -32,11 +33,13 @@ class Evaluator:
         windows = [self.windows[index] for index in task.windows]
         tokens = sum(len(window.ids) for window in windows)
         if not task.gradient:
-            self.patch.install(task.factors)
+            self.patch.install(task.factors.over(self.trained))
             losses = window_losses(self.loaded, windows)
             seconds = time.perf_counter() - start
             return Outcome(tuple(losses.tolist()), tokens, seconds, peak_bytes=peak_memory(self.loaded.device))
-        losses, rescale, attention_factor, recomputed = loss_gradient(self.loaded, self.patch, task.factors, windows)
+        factors = task.factors.over(self.trained)
+        losses, rescale, attention_factor, recomputed = loss_gradient(self.loaded, self.patch, factors, windows)
+        rescale, attention_factor = rescale * self.trained.vector, attention_factor * self.trained.attention_factor
         return Outcome(
             losses=tuple(losses.tolist()),
             tokens=_PASSES_WITH_GRADIENT * tokens,
@@ -52,7 +55,7 @@ class Evaluator:
         Raises UserError when the model's loss has no derivative by the factors.
         """
         longest = max(self.windows, key=lambda window: len(window.ids))
-        return activation_bytes(self.loaded, self.patch, factors, longest)
+        return activation_bytes(self.loaded, self.patch, factors.over(self.trained), longest)
 
     def close(self) -> None:
         """Restore the model."""

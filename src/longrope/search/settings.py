@@ -12,8 +12,12 @@ from longrope.lengths import format_length
 from longrope.search.methods import METHODS
 from longrope.search.needle import DIGITS, Depth
 from longrope.search.space import START_TOKENS
+from longrope.windows import default_window_count
 
 OBJECTIVES = ("perplexity", "needle")
+STAGES = ("second", "recovery")
+# A recovery is at short lengths, where the windows of a longer search would be few tokens.
+_RECOVERY_TOKENS = 65536
 SPACES = ("longrope", "longrope2")
 # So few search windows are not what gradients are taken on: they would be learned by heart. More of them are, rather
 # than others, because an epoch is then no longer than what Adam averages over, and the windows' differences cancel.
@@ -37,6 +41,12 @@ class SearchSettings:
     """n-hat: a number, or `search` over the paper's list. By default search in evolution, else 0."""
     attention_factor: str | None = None
     """m: su, yarn, none, a number or search. By default su in evolution, else search."""
+    stage: str | None = None
+    """None: a first extension. second: the checkpoint was fine-tuned with its longest row, and what is searched
+    multiplies that. recovery: factors for a length that the checkpoint's row reaches already."""
+    search_length: int | None = None
+    """A shorter length that is searched instead, where the target is too dear: what is found there is carried over to
+    the target, where a few evaluations decide."""
     needle_depth: Depth = "spread"
     """Where the needle is: spread over the documents, or at their start (as LongRoPE2 has it)."""
     needle_digits: int = DIGITS
@@ -65,15 +75,43 @@ class SearchSettings:
             attention_factor=("su" if paper else "search") if self.attention_factor is None else self.attention_factor,
         )
 
-    def check(self, original_length: int) -> None:
-        """Raise UserError when they make no sense for a model of this original length."""
+    def check(self, original_length: int, reached: int | None = None) -> None:
+        """Raise UserError when they make no sense for a model of this original length.
+
+        reached: the longest length of the checkpoint's own factors.
+        """
         self.check_words()
-        if self.to <= original_length:
+        reached = reached or original_length
+        if self.stage == "recovery":
+            if not original_length <= self.to < reached:
+                raise UserError(
+                    "--to",
+                    got=f"{self.to} tokens",
+                    rule=f"a recovery is for lengths from the original {original_length} to below {reached}, where the "
+                    "checkpoint's own factors end",
+                    do="give such a length, and a checkpoint that was fine-tuned with factors",
+                )
+        elif self.stage == "second" and self.to <= reached:
+            raise UserError(
+                "--to",
+                got=f"{self.to} tokens",
+                rule=f"a second interpolation goes beyond {reached} tokens, where the checkpoint's own factors end",
+                do=f"give a longer target, such as {format_length(8 * reached)}",
+            )
+        elif self.to <= original_length:
             raise UserError(
                 "--to",
                 got=f"{self.to} tokens",
                 rule=f"the target is longer than the model's original length of {original_length}",
                 do=f"give a longer target, such as {format_length(8 * original_length)}, or --original-length",
+            )
+        least = reached if self.stage == "second" else original_length
+        if self.search_length is not None and (self.stage == "recovery" or not least < self.search_length < self.to):
+            raise UserError(
+                "--search-length",
+                got=f"{self.search_length} tokens" + (" in a recovery" if self.stage == "recovery" else ""),
+                rule=f"it is an extension that is shorter than the target: above {least} and below {self.to}",
+                do="give such a length, or leave it out",
             )
         self._check_factors(original_length)
 
@@ -85,6 +123,8 @@ class SearchSettings:
             "--space": (self.space, SPACES),
             "--needle-depth": (self.needle_depth, get_args(Depth)),
         }
+        if self.stage is not None:
+            words["--stage"] = (self.stage, STAGES)
         for flag, (word, known) in words.items():
             if word not in known:
                 rule = f"it is one of {', '.join(known)}"
@@ -128,6 +168,18 @@ class SearchSettings:
         if self.gradient_windows is None:
             return _INSTEAD if searched <= _FEW else 0
         return self.gradient_windows
+
+    @property
+    def shorter(self) -> SearchSettings | None:
+        """The search at the shorter length, if there is one."""
+        return None if self.search_length is None else replace(self, to=self.search_length, search_length=None)
+
+    @property
+    def window_count(self) -> int | None:
+        """How many search windows; None is the default of their length."""
+        if self.windows is None and self.stage == "recovery":
+            return max(default_window_count(self.to), -(-_RECOVERY_TOKENS // self.to))
+        return self.windows
 
     @property
     def start_choices(self) -> tuple[int, ...]:

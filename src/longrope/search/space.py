@@ -108,20 +108,19 @@ class Space(Protocol):
 class LongRope:
     """Vectors of `pairs` rescale factors in [1, high], non-decreasing, on a grid of `step`; and start tokens.
 
-    high = max(1.25 s, 1 + s), so that the paper's bound and that of its authors' code both fit; times `trained`, the
-    largest factor that the weights were trained with, 1 for an unscaled checkpoint.
+    high = max(1.25 s, 1 + s), so that the paper's bound and that of its authors' code both fit. Where an extension
+    multiplies what weights were trained with, this is the space of what it is multiplied by.
     """
 
     pairs: int
     ratio: float
     start_tokens: tuple[int, ...] = START_TOKENS
-    trained: float = 1.0
     step: float = STEP
 
     @property
     def high(self) -> float:
         """Upper bound of a rescale factor, on the grid."""
-        return float(np.floor(max(1.25 * self.ratio, 1 + self.ratio) * self.trained / STEP + 1e-9) * STEP)
+        return float(np.floor(max(1.25 * self.ratio, 1 + self.ratio) / STEP + 1e-9) * STEP)
 
     @property
     def bounds(self) -> str:

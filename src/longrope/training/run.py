@@ -21,7 +21,7 @@ from longrope import __version__
 from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_options
 from longrope.convert import factors_file, read_factors, to_transformers_config
 from longrope.describe import describe_model, describe_options
-from longrope.documents import Document, read_sources
+from longrope.documents import Document, hold_out, read_sources
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import out_of_memory
 from longrope.export.transformers import extended_config
@@ -50,14 +50,16 @@ _OPTIMIZER_BYTES = 12  # a gradient and two moments in float32
 class Training:
     """What is trained and how: the words of the command.
 
-    length: of a window in tokens. mixed: share of windows that are packed of short documents under the row of their own
-    length. lora: its rank, None for all weights. gradient_checkpointing: None is as memory asks for it. save_every:
-    steps between checkpoints, of which the last `keep` stay. tracker: whatever Trainer reports to.
+    length: of a window in tokens. hold_out: leave out the documents that `extend` holds out, to measure on. mixed:
+    share of windows that are packed of short documents under the row of their own length. lora: its rank, None for all
+    weights. gradient_checkpointing: None is as memory asks for it. save_every: steps between checkpoints, of which the
+    last `keep` stay. tracker: whatever Trainer reports to.
     """
 
     length: int
     documents: Sequence[str] = ()
     short_documents: Sequence[str] = ()
+    hold_out: bool = False
     mixed: float | None = None
     lora: LoraSettings | None = None
     gradient_checkpointing: bool | None = None
@@ -169,7 +171,8 @@ def _settings(
 
 
 def _described(given: Training, recipe: Recipe) -> dict[str, Any]:
-    told = {name: value for name, value in vars(given).items() if name not in ("tracker", "keep", "lora")}
+    told = {name: value for name, value in vars(given).items() if name not in ("tracker", "keep", "lora", "hold_out")}
+    told |= {"hold_out": True} if given.hold_out else {}
     told |= {"documents": list(given.documents), "short_documents": list(given.short_documents)}
     return told | vars(recipe) | {"lora": vars(given.lora) if given.lora else None}
 
@@ -177,6 +180,8 @@ def _described(given: Training, recipe: Recipe) -> dict[str, Any]:
 def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[LongWindows | MixedWindows, list[Document]]:
     assert recipe.steps is not None, "checked with the recipe"
     documents = read_sources(given.documents, share="search", tokenizer=loaded.tokenizer)
+    if given.hold_out:
+        documents, _ = hold_out(documents)
     long = LongWindows(
         documents, loaded.tokenizer, length=given.length, count=recipe.steps * recipe.batch, seed=given.seed
     )
@@ -352,6 +357,11 @@ def write_checkpoint(folder: Path, model: Any, loaded: LoadedModel, table: Facto
     """A transformers folder with its factors.json; config.json has the factors too, where it can express them."""
     model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(str(folder))
+    write_factors(folder, loaded, table)
+
+
+def write_factors(folder: Path, loaded: LoadedModel, table: FactorTable) -> None:
+    """The factors of a transformers folder: its factors.json, and config.json where that can express them."""
     table.save(folder / FACTORS_FILE)
     last = table.rows[-1]
     long = replace(table, rows=(last.with_values(up_to=table.original_length), last)) if len(table.rows) == 1 else table

@@ -1,0 +1,1 @@
+"""All stages of an extension in order: search, fine-tune, second interpolation, recovery."""

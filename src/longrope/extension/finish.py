@@ -1,0 +1,69 @@
+"""The end of an extension: the checkpoint with its whole table, and what it is worth on documents held out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from longrope.describe import describe_options, metrics
+from longrope.evaluate.passkey import PasskeyMeasure
+from longrope.evaluate.recorded import measure_methods, measure_run
+from longrope.export.card import extension_card
+from longrope.export.transformers import checkpoint_folder, copy_checkpoint
+from longrope.extension.going import Extension
+from longrope.extension.plan import measured_lengths
+from longrope.factors import FactorTable
+from longrope.files import disk_errors, read_json, write_atomically
+from longrope.runs import RunFolder
+from longrope.training.run import CHECKPOINT, write_factors
+from longrope.windows import windows_of
+
+
+def write_checkpoint(going: Extension, table: FactorTable) -> None:
+    """checkpoint/: the weights of the last stage with the whole table."""
+    going.watching.stage("writing the checkpoint")
+    folder = going.run / CHECKPOINT
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    loaded = going.model(going.base)
+    config = _json(checkpoint_folder(loaded) / "config.json")  # no row of an earlier stage is in it
+    source = checkpoint_folder(loaded) if going.current == going.base else Path(going.current)
+    dtype = {key: value for key, value in _json(source / "config.json").items() if key in ("dtype", "torch_dtype")}
+    with disk_errors(folder):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        copy_checkpoint(source, unfinished)
+        write_atomically(unfinished / "config.json", json.dumps(config | dtype, indent=2) + "\n")
+        write_factors(unfinished, loaded, table)
+        write_atomically(unfinished / "README.md", extension_card(going.base, table, going.told()))
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    read = read_json(path, "model")
+    assert isinstance(read, dict), "a model was loaded from it"
+    return read
+
+
+def measure(going: Extension, run: RunFolder, table: FactorTable) -> dict[str, Any]:
+    """Perplexity and passkeys of the checkpoint by length, and the base model's perplexity where it was trained."""
+    going.watching.stage("measuring")
+    wanted, original = going.plan.measures, going.original_length
+    lengths = measured_lengths(going.plan, table)
+    base = going.model(going.base)
+    windows = {each: windows_of(base, going.texts.unseen, each, wanted.windows, going.seed) for each in lengths}
+    results = []
+    if original in lengths:
+        results += measure_methods(base, {original: windows[original]}, ("none",), {}, run)
+    own = going.model(str(going.run / CHECKPOINT))
+    results += measure_methods(own, windows, (), {"longrope": table}, run)
+    settings = {"lengths": lengths, "seed": going.seed, **describe_options(own)}
+    if wanted.passkey:
+        rows = {("longrope", each): table.row_for(each) for each in lengths}
+        passkey = PasskeyMeasure(tries=wanted.passkey, seed=going.seed)
+        with going.watching.measuring() as on_step:
+            measure_run("extend", own, passkey, rows, settings, out=going.run / "passkey", on_step=on_step)
+    listed = [window for each in lengths for window in windows[each]]
+    return metrics("extend", own, settings, results, documents=listed)

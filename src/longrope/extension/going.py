@@ -1,0 +1,130 @@
+"""What the stages of an extension share: who is told, the documents by use, and what the last one has made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longrope.checkpoint import LoadOptions
+from longrope.documents import Document, hold_out, read_sources
+from longrope.errors import UserError
+from longrope.extension.done import Done, digest
+from longrope.extension.plan import Plan, measured_lengths
+from longrope.factors import FactorTable
+from longrope.model import LoadedModel, load_model
+from longrope.windows import token_lengths
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Watching:
+    """Who is told: of each stage in words, and of searches, trainings and measurements as their own commands do."""
+
+    stage: Callable[[str], None] = logger.info
+    search: Progress = nullcontext
+    training: Progress = nullcontext
+    measuring: Progress = nullcontext
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What an extension reads: sources to train on (hold_out: without those held out), to search on, to measure on."""
+
+    training: tuple[str, ...]
+    hold_out: bool
+    search: Sequence[Document]
+    unseen: Sequence[Document]
+
+
+@dataclass
+class Extension:
+    """An extension going on: what its stages share, and what the last one has made."""
+
+    run: Path
+    plan: Plan
+    options: LoadOptions
+    base: str
+    texts: Texts
+    seed: int
+    workers: str | None
+    launcher: Sequence[str]
+    tracker: str
+    watching: Watching
+    done: Done
+    original_length: int
+    tables: dict[int, FactorTable] = field(default_factory=dict)
+    """By length, what a first search found."""
+    current: str = ""
+    """The model as the last fine-tuning left it."""
+    table: FactorTable | None = None
+    """The factor table of the current model, so far."""
+    _hashes: dict[str, str] = field(default_factory=dict)
+    _loaded: LoadedModel | None = None
+
+    def model(self, name: str) -> LoadedModel:
+        """A model, loaded; the last one is kept, so that searches in a row load it once."""
+        if self._loaded is None or self._loaded.name != name:
+            self._loaded = None  # two are never in memory
+            self._loaded = load_model(name, self.options)
+        return self._loaded
+
+    def forget(self) -> None:
+        """Let the loaded model go, before a training takes the memory."""
+        self._loaded = None
+
+    def told(self) -> list[dict[str, Any]]:
+        """The stages with the seconds that each took, for metrics.json, the card and the page."""
+        return [stage.to_dict() | {"seconds": self.done.seconds(stage.name)} for stage in self.plan.stages]
+
+    def hash_of(self, name: str) -> str:
+        """Hash of a model's files, or the name of one that is no folder."""
+        if name not in self._hashes:
+            folder = Path(name)
+            self._hashes[name] = digest(folder) if folder.is_dir() else name
+        return self._hashes[name]
+
+
+def texts_of(
+    loaded: LoadedModel, documents: Sequence[str], unseen: Sequence[str], search_documents: Sequence[str]
+) -> Texts:
+    """Documents by use. Raises UserError when there is nothing to train, search or measure on."""
+    if not documents:
+        raise UserError("--documents", got="none", rule="a model is extended on documents", do="give at least one")
+    read = read_sources(documents, share="search", tokenizer=loaded.tokenizer)
+    searched = read_sources(search_documents, share="search", tokenizer=loaded.tokenizer) if search_documents else read
+    if unseen:
+        held = read_sources(unseen, share="unseen", tokenizer=loaded.tokenizer)
+    elif list(documents) == ["stdlib"]:  # which has its own shares
+        held = read_sources(documents, share="unseen")
+    else:
+        kept, held = hold_out(read)
+        return Texts(tuple(documents), True, searched if search_documents else kept, held)
+    used = {document.sha256 for document in (*read, *searched)}
+    left = [document for document in held if document.sha256 not in used]
+    if not left:
+        got, rule = f"{len(held)} documents, all of them used before", "they are measured on, and seen by no stage"
+        raise UserError("--unseen", got=got, rule=rule, do="give other documents")
+    return Texts(tuple(documents), False, searched, left)
+
+
+def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
+    """Raise UserError, before any stage, for documents that are too short for one."""
+    bos = loaded.tokenizer.bos_token_id is not None
+    longest = max(token_lengths(texts.search, loaded.tokenizer), default=0) + bos
+    for stage in plan.stages:
+        if stage.do != "finetune" and stage.to > longest:
+            got = f"documents to search on, the longest of {longest} tokens"
+            rule = f"{stage.name} searches on windows of {stage.to}"
+            raise UserError("--documents", got=got, rule=rule, do="give longer documents, or --search-documents")
+    held = max(token_lengths(texts.unseen, loaded.tokenizer), default=0) + bos
+    wanted = max(measured_lengths(plan))
+    if wanted > held:
+        got, rule = f"held-out documents, the longest of {held} tokens", f"windows of {wanted} are measured at the end"
+        raise UserError("--unseen", got=got, rule=rule, do="give longer ones, or shorter lengths under [measure]")

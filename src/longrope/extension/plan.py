@@ -1,0 +1,269 @@
+"""The stages of an extension as a plan: read from TOML, or made for a ratio; checked before anything is computed."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from longrope.errors import UserError
+from longrope.factors import FactorTable
+from longrope.files import disk_errors
+from longrope.lengths import format_length, parse_length
+from longrope.search.settings import SearchSettings
+from longrope.training.recipes import Recipe, recipe_of
+
+PLANS = ("longrope", "longrope2")
+KINDS = ("search", "finetune", "second", "recovery")
+WITHOUT_TRAINING = 8
+"""Up to this ratio factors alone are enough (LongRoPE, section 4.2: 8 times without fine-tuning)."""
+_FIRST, _LAST = 32, 64  # ratios of the two fine-tunings
+_OF_SEARCH = {each.name for each in fields(SearchSettings)} - {"to", "stage", "seed"}
+_OF_TRAINING = {each.name for each in fields(Recipe)} | {
+    *("recipe", "mixed", "lora", "embeddings", "norms", "gradient_checkpointing", "save_every", "keep")
+}
+_OF_MEASURES = {"lengths": list, "windows": int, "passkey": int}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: what it does, for which length in tokens, with which settings of its command.
+
+    number: its place, from 1 on. on: `base`, the model that the extension began with, or `last`, what the fine-tuning
+    before has made of it.
+    """
+
+    number: int
+    do: str
+    to: int
+    on: str = "last"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name of its folder in the run."""
+        return f"{self.number:02}-{self.do}-{format_length(self.to)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json has it."""
+        on = {"on": self.on} if self.do == "search" else {}
+        return {"stage": self.name, "do": self.do, "to": self.to, **on, **self.settings}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured at the end: lengths (None is what the factor table has), windows of each, tries of passkeys."""
+
+    lengths: tuple[int, ...] | None = None
+    windows: int | None = None
+    passkey: int = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in order, and what is measured at the end."""
+
+    stages: tuple[Stage, ...]
+    measures: Measures = Measures()
+
+    @property
+    def target(self) -> int:
+        """The longest length."""
+        return max(stage.to for stage in self.stages)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a stage of it fine-tunes."""
+        return any(stage.do == "finetune" for stage in self.stages)
+
+    def without_training(self) -> Plan:
+        """One search at the target, with the settings of the longest search there is."""
+        searches = [stage for stage in self.stages if stage.do == "search"]
+        settings = max(searches, key=lambda stage: stage.to).settings if searches else {}
+        return Plan((Stage(1, "search", self.target, settings=settings),), self.measures)
+
+
+def default_plan(original_length: int, target: int) -> Plan:
+    """The stages for a ratio: up to 8 a search; up to 64 fine-tuning, too; beyond a second interpolation.
+
+    As the paper has them: above 32 the fine-tuning is in two steps, of 32 and 64 times the original length, whose
+    factors are both searched on the base model; recovery at the end, at the original length and twice that.
+    """
+    ratio = target / original_length
+    if ratio <= WITHOUT_TRAINING:
+        return make_plan({"stages": [{"do": "search", "to": target}]}, original_length)
+    trained = [target] if ratio <= _FIRST else [_FIRST * original_length, min(target, _LAST * original_length)]
+    steps = (400, 600)
+    stages: list[dict[str, Any]] = [{"do": "search", "to": length, "on": "base"} for length in trained]
+    stages += [
+        {"do": "finetune", "to": length, "recipe": "longrope-llama2", "steps": count}
+        for length, count in zip(trained, steps, strict=False)
+    ]
+    if target > trained[-1]:
+        stages.append({"do": "second", "to": target})
+    stages.append({"do": "recovery", "to": [original_length, 2 * original_length]})
+    return make_plan({"stages": stages}, original_length)
+
+
+def read_plan(source: str | Path, original_length: int) -> Plan:
+    """A plan from a TOML file, or one of ours by name. Raises UserError when it is none, saying what and where."""
+    if str(source) in PLANS:
+        text, where = files("longrope.extension").joinpath("plans", f"{source}.toml").read_text("utf-8"), str(source)
+    else:
+        path, where = Path(source), str(source)
+        if not path.is_file():
+            got, rule = f"{path}, which is no file", f"it is a TOML file, or one of {', '.join(PLANS)}"
+            raise UserError("--stages", got=got, rule=rule, do="give the path of a plan")
+        with disk_errors(path):
+            text = path.read_text("utf-8", errors="replace")
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError("--stages", got=f"{where} ({error})", rule="a plan is TOML", do="correct the file") from None
+    try:
+        return make_plan(data, original_length)
+    except UserError as error:
+        raise UserError(f"--stages: {where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+
+
+def make_plan(data: Mapping[str, Any], original_length: int) -> Plan:
+    """The plan of a parsed file. Raises UserError for what is no stage, and for an order that makes no sense."""
+    _known("plan", data, {"stages", "measure"})
+    listed = data.get("stages")
+    if not isinstance(listed, list) or not listed or not all(isinstance(each, Mapping) for each in listed):
+        raise _wrong("stages", repr(listed)[:60], "a plan has one or more [[stages]]")
+    stages: list[Stage] = []
+    for each in listed:
+        stages += _stages(each, len(stages) + 1, original_length)
+    _check_order(stages, original_length)
+    return Plan(tuple(stages), _measures(data.get("measure", {}), original_length))
+
+
+def _stages(data: Mapping[str, Any], number: int, original_length: int) -> list[Stage]:
+    """The stages of one table; a recovery may have several lengths, each a stage of its own."""
+    where, do = f"stage {number}", data.get("do")
+    if do not in KINDS:
+        raise _wrong(f"{where}: do", repr(do), f"it is one of {', '.join(KINDS)}")
+    settings = {key: value for key, value in data.items() if key not in ("do", "to", "on")}
+    _known(where, settings, _OF_TRAINING if do == "finetune" else _OF_SEARCH)
+    on = data.get("on", "base" if do == "search" else "last")
+    if on not in ("base", "last") or (do != "search" and "on" in data):
+        raise _wrong(f"{where}: on", repr(on), "it is base or last, and of a search only")
+    lengths = data.get("to")
+    if not isinstance(lengths, list):
+        lengths = [lengths]
+    if len(lengths) != 1 and (do != "recovery" or not lengths):
+        raise _wrong(f"{where}: to", f"{len(lengths)} lengths", "it is one length, or several of a recovery")
+    if "search_length" in settings:
+        settings["search_length"] = _length(settings["search_length"], f"{where}: search_length", original_length)
+    if do == "finetune":
+        _check_training(settings, where)
+    else:
+        _check_search(settings, do, where)
+    return [
+        Stage(number + place, do, _length(each, f"{where}: to", original_length), on, settings)
+        for place, each in enumerate(lengths)
+    ]
+
+
+def _check_training(settings: Mapping[str, Any], where: str) -> None:
+    numbers = {each.name: settings[each.name] for each in fields(Recipe) if each.name in settings}
+    for name, value in numbers.items():
+        kind: Any = str if name == "schedule" else int if name in ("steps", "batch", "warmup") else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise _wrong(f"{where}: {name}", repr(value), "it is a number, of schedule a word")
+    try:
+        recipe_of(settings.get("recipe"), numbers)
+    except UserError as error:
+        raise UserError(f"{where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+
+
+def _check_search(settings: Mapping[str, Any], do: str, where: str) -> None:
+    try:
+        SearchSettings(to=1, stage=None if do == "search" else do, **settings).check_words()
+    except UserError as error:
+        raise UserError(f"{where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+    except TypeError:
+        raise _wrong(where, repr(dict(settings))[:80], "its settings are those of longrope search") from None
+
+
+def _check_order(stages: Sequence[Stage], original_length: int) -> None:
+    searched: set[int] = set()
+    trained: int | None = None
+    for stage in stages:
+        where, to = f"stage {stage.number} ({stage.do})", format_length(stage.to)
+        if stage.do == "search":
+            searched.add(stage.to)
+            if stage.to <= original_length:
+                raise _wrong(where, to, f"a search goes beyond the original length of {original_length}")
+        elif stage.do == "finetune":
+            if stage.to not in searched:
+                raise _wrong(where, f"no search for {to} before it", "a fine-tuning uses factors of its length")
+            if trained is not None and stage.to < trained:
+                raise _wrong(where, to, f"a later fine-tuning is not shorter than the one before, {trained}")
+            trained = stage.to
+        elif trained is None:
+            raise _wrong(where, "no fine-tuning before it", "it is a search on the fine-tuned model")
+        elif stage.do == "second" and stage.to <= trained:
+            raise _wrong(where, to, f"a second interpolation goes beyond the fine-tuned length of {trained}")
+        elif stage.do == "recovery" and not original_length <= stage.to < trained:
+            raise _wrong(where, to, f"a recovery is from the original length up to below the fine-tuned {trained}")
+    names = [(stage.do, stage.to) for stage in stages if stage.do != "finetune"]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise _wrong("stages", f"two of {twice[0]} to {format_length(twice[1])}", "each is there once")
+    if trained is not None and any(stage.do == "finetune" and stage.to == trained for stage in stages):
+        last = max(stage.number for stage in stages if stage.do == "finetune")
+        if early := [stage for stage in stages if stage.do in ("second", "recovery") and stage.number < last]:
+            raise _wrong(early[0].name, "a fine-tuning after it", "it is a search on the final model")
+
+
+def _measures(data: object, original_length: int) -> Measures:
+    if not isinstance(data, Mapping):
+        raise _wrong("measure", repr(data)[:60], "it is a table")
+    _known("measure", data, set(_OF_MEASURES))
+    for name, value in data.items():
+        kind: Any = _OF_MEASURES[name]
+        if isinstance(value, bool) or not isinstance(value, kind) or (kind is int and value < (name == "windows")):
+            raise _wrong(f"measure: {name}", repr(value), "lengths are a list, windows and passkey whole numbers")
+    lengths = data.get("lengths")
+    made = None if lengths is None else sorted({_length(each, "measure", original_length) for each in lengths})
+    return Measures(None if made is None else tuple(made), data.get("windows"), data.get("passkey", 10))
+
+
+def _length(value: object, where: str, original_length: int) -> int:
+    """Tokens of `128k`, of a number, or of `32x`, so many times the original length."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str):
+        if times := re.fullmatch(r"(\d{1,6})x", value.strip()):
+            if int(times[1]):
+                return int(times[1]) * original_length
+        else:
+            return parse_length(value)
+    raise _wrong(where, repr(value), 'it is a length such as "128k", or a multiple of the original one such as "32x"')
+
+
+def _known(where: str, data: Mapping[str, Any], names: set[str]) -> None:
+    if unknown := sorted(set(data) - names):
+        raise _wrong(where, ", ".join(unknown), f"its keys are {', '.join(sorted(names))}")
+
+
+def _wrong(what: str, got: object, rule: str) -> UserError:
+    return UserError(what, got=got, rule=rule, do="correct the plan")
+
+
+def search_settings(stage: Stage, seed: int) -> SearchSettings:
+    """The settings of the search that a stage is."""
+    kind = None if stage.do == "search" else stage.do
+    return SearchSettings(to=stage.to, stage=kind, seed=seed, **stage.settings)
+
+
+def measured_lengths(plan: Plan, table: FactorTable | None = None) -> list[int]:
+    """The lengths of a plan's measurements: those it names, or all of the stages and of the table."""
+    if plan.measures.lengths is not None:
+        return list(plan.measures.lengths)
+    return sorted({*(stage.to for stage in plan.stages), *((table.original_length, *table.lengths) if table else ())})

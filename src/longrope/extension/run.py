@@ -1,0 +1,274 @@
+"""`longrope extend`: the stages of an extension in order, each a run inside the run, resumable."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from longrope import __version__
+from longrope.checkpoint import LoadOptions, load_options
+from longrope.describe import describe_model, describe_options
+from longrope.errors import UserError
+from longrope.extension.costs import Cost, costs
+from longrope.extension.done import Done
+from longrope.extension.finish import measure, write_checkpoint
+from longrope.extension.going import Extension, Texts, Watching, check_documents, texts_of
+from longrope.extension.plan import (
+    WITHOUT_TRAINING,
+    Plan,
+    Stage,
+    default_plan,
+    measured_lengths,
+    read_plan,
+    search_settings,
+)
+from longrope.factors import FactorTable, RopeFactors
+from longrope.lengths import as_length, format_length
+from longrope.model import LoadedModel, load_model
+from longrope.report import write_report
+from longrope.runs import FACTORS, RunFolder, command_line, default_run_path
+from longrope.search.driver import choose_search_windows, search_windows
+from longrope.training.run import CHECKPOINT, finetune
+
+logger = logging.getLogger(__name__)
+
+
+def extend(
+    model: str,
+    *,
+    to: int | str,
+    documents: Sequence[str],
+    unseen: Sequence[str] = (),
+    search_documents: Sequence[str] = (),
+    stages: str | Path | None = None,
+    train: bool = True,
+    out: str | Path | None = None,
+    workers: str | int | None = None,
+    launcher: str | None = None,
+    tracker: str = "tensorboard",
+    seed: int = 0,
+    options: LoadOptions | None = None,
+    watching: Watching | None = None,
+    **load: Any,
+) -> dict[str, Any]:
+    """Extend a model to `to` tokens by the stages of a plan; what metrics.json holds.
+
+    Without `stages` (a TOML file, `longrope` or `longrope2`) they follow from the ratio, see `default_plan`. Trains and
+    searches on `documents`, of which a part is held out to measure on unless `unseen` names others; searches on
+    `search_documents` where these are given. train=False leaves out everything that needs training. launcher: a command
+    such as `torchrun --nproc-per-node 8` that runs the fine-tuning on several devices. The run `out`
+    (runs/extend-MODEL-LENGTH by default) has a run for each stage; the same call goes on with what is not done. It ends
+    with factors.json, checkpoint/, metrics.json and report.html. load: the fields of LoadOptions. Raises UserError for
+    bad input, and for a stage whose inputs or files have changed since it was made.
+    """
+    watching, options = watching or Watching(), load_options(options, load)
+    target = as_length(to)
+    loaded = load_model(model, options)
+    plan = plan_for(loaded.rope.original_length, target, stages, train=train)
+    warn(plan, loaded.rope.original_length)
+    texts = texts_of(loaded, documents, unseen, search_documents)
+    check_documents(loaded, plan, texts)
+    path = Path(out) if out is not None else default_run_path("extend", loaded.name, target)
+    config = _config(loaded, plan, texts, target, seed, documents, unseen, search_documents)
+    with RunFolder.open(path, config) as run:
+        if run.finished:
+            watching.stage(f"{path} is finished")
+            return run.metrics()
+        going = Extension(
+            run=path,
+            plan=plan,
+            options=options,
+            base=model,
+            texts=texts,
+            seed=seed,
+            workers=None if workers is None else str(workers),
+            launcher=shlex.split(launcher or ""),
+            tracker=tracker,
+            watching=watching,
+            done=Done(path),
+            original_length=loaded.rope.original_length,
+            current=model,
+            _loaded=loaded,
+        )
+        for stage in plan.stages:
+            _make(going, stage)
+        assert going.table is not None, "a plan has a search"
+        run.save_factors(going.table)
+        write_checkpoint(going, going.table)
+        run.save_metrics(measure(going, run, going.table) | {"stages": going.told()})
+        write_report(path)
+        run.finish()
+        return run.metrics()
+
+
+def plan_for(original_length: int, target: int, stages: str | Path | None, *, train: bool = True) -> Plan:
+    """The plan of an extension. Raises UserError for one that does not end at the target."""
+    if target <= original_length:
+        got, rule = f"{target} tokens", f"the target is longer than the model's original length of {original_length}"
+        raise UserError("--to", got=got, rule=rule, do=f"give one such as {format_length(8 * original_length)}")
+    if stages is None:
+        plan = default_plan(original_length, target)
+    else:
+        plan = read_plan(stages, original_length)
+        if plan.target != target:
+            got, rule = f"{format_length(target)}", f"the stages end at {format_length(plan.target)}"
+            raise UserError("--to", got=got, rule=rule, do="give that length, or another plan")
+    return plan if train else plan.without_training()
+
+
+def _make(going: Extension, stage: Stage) -> None:
+    """A stage, made or found done; the table and the model afterwards."""
+    say, folder = going.watching.stage, going.run / stage.name
+    model = going.base if stage.on == "base" else going.current
+    inputs = {"model": going.hash_of(model)}
+    if stage.do == "finetune":
+        inputs["factors"] = going.tables[stage.to].row_for(stage.to).key
+    if going.done.has(stage.name, inputs):
+        say(f"{stage.name} is done")
+    else:
+        say(f"{stage.name} begins")
+        begun = time.perf_counter()
+        if stage.do == "finetune":
+            _train(going, stage, model, folder)
+        else:
+            _search(going, stage, model, folder)
+        going.done.add(stage.name, inputs, time.perf_counter() - begun)
+    found = FactorTable.load(folder / FACTORS)
+    if stage.do == "finetune":
+        going.current, going.table = str(folder / CHECKPOINT), found
+    elif stage.do == "search":
+        going.tables[stage.to] = found
+        if going.current == going.base and (going.table is None or stage.to > going.table.rows[-1].up_to):
+            going.table = found
+    else:  # a row more of the same model
+        assert going.table is not None, "the order of stages is checked"
+        going.table = with_row(going.table, found.row_for(stage.to))
+
+
+def with_row(table: FactorTable, row: RopeFactors) -> FactorTable:
+    """A table with one row more, or another one of that length."""
+    rows = [each for each in table.rows if each.up_to != row.up_to]
+    return replace(table, rows=tuple(sorted([*rows, row], key=lambda each: each.up_to)))
+
+
+def _search(going: Extension, stage: Stage, model: str, folder: Path) -> None:
+    settings = search_settings(stage, going.seed)
+    loaded = going.model(model)
+    if stage.do == "second":
+        loaded = loaded.fine_tuned()
+    windows = choose_search_windows(loaded, settings, going.texts.search, going.texts.unseen)
+    with going.watching.search() as on_progress:
+        search_windows(loaded, settings, windows, out=folder, workers=going.workers, on_progress=on_progress)
+
+
+def _train(going: Extension, stage: Stage, model: str, folder: Path) -> None:
+    going.forget()
+    factors = going.run / f"{_searched(going.plan, stage.to).name}" / FACTORS
+    if going.launcher:
+        _launch(going, stage, model, factors, folder)
+        return
+    settings = dict(stage.settings)
+    if settings.get("lora") is not None:
+        settings["merge"] = True  # the next stage searches on the weights
+    with going.watching.training() as on_progress:
+        finetune(
+            model,
+            length=stage.to,
+            factors=factors,
+            documents=going.texts.training,
+            hold_out=going.texts.hold_out,
+            out=folder,
+            seed=going.seed,
+            tracker=going.tracker,
+            options=going.options,
+            on_progress=on_progress,
+            **settings,
+        )
+
+
+def _launch(going: Extension, stage: Stage, model: str, factors: Path, folder: Path) -> None:
+    """Fine-tune by a command that starts several processes."""
+    words = [*going.launcher, "-m", "longrope", "finetune", model, "--length", str(stage.to), "--factors", str(factors)]
+    for source in going.texts.training:
+        words += ["--documents", source]
+    words += ["--hold-out"] if going.texts.hold_out else []
+    words += ["--merge"] if stage.settings.get("lora") is not None else []
+    for name, value in stage.settings.items():
+        flag = "--" + name.replace("_", "-")
+        words += ([flag] if value else []) if isinstance(value, bool) else [flag, str(value)]
+    options = going.options
+    words += ["--device", options.device, "--dtype", options.dtype, "--attention", options.attention]
+    words += ["--original-length", str(options.original_length)] if options.original_length else []
+    words += ["--threads", str(options.threads)] if options.threads else []
+    words += ["--rope-precision", options.rope_precision, *(["--trust-remote-code"] * options.trust_remote_code)]
+    words += ["--out", str(folder), "--seed", str(going.seed), "--tracker", going.tracker]
+    try:
+        ended = subprocess.run(words, stdout=sys.stderr, check=False).returncode
+    except OSError as error:
+        rule, do = "it is a command that starts python -m", "give one such as torchrun --nproc-per-node 8"
+        raise UserError("--launcher", got=f"{words[0]} ({error.strerror})", rule=rule, do=do) from None
+    if ended:
+        rule, do = "it trains the stage", "mend what it said above: the same command goes on"
+        raise UserError("--launcher", got=f"{shlex.join(going.launcher)}, which ended with {ended}", rule=rule, do=do)
+
+
+def _searched(plan: Plan, length: int) -> Stage:
+    return next(stage for stage in plan.stages if stage.do == "search" and stage.to == length)
+
+
+def _config(
+    loaded: LoadedModel,
+    plan: Plan,
+    texts: Texts,
+    target: int,
+    seed: int,
+    documents: Sequence[str],
+    unseen: Sequence[str],
+    search_documents: Sequence[str],
+) -> dict[str, Any]:
+    """config.json: everything the result depends on."""
+    settings = {
+        "to": target,
+        "stages": {stage.name: stage.to_dict() for stage in plan.stages},
+        "measure": {"windows": plan.measures.windows, "passkey": plan.measures.passkey},
+        "lengths": measured_lengths(plan),
+        "seed": seed,
+        "documents": list(documents),
+        "unseen": list(unseen),
+        "search_documents": list(search_documents),
+    }
+    return {
+        "command": "extend",
+        "longrope": __version__,
+        "model": describe_model(loaded),
+        "settings": settings | describe_options(loaded),
+        "documents": {
+            "search": [{"name": each.name, "sha256": each.sha256} for each in texts.search],
+            "unseen": [{"name": each.name, "sha256": each.sha256} for each in texts.unseen],
+        },
+        "ignored": {"command_line": command_line()},
+    }
+
+
+def warn(plan: Plan, original_length: int) -> None:
+    """Say, before it begins, that nothing trains at a ratio where that costs much."""
+    if plan.target > WITHOUT_TRAINING * original_length and not plan.trains:
+        told = "beyond %d times the original length factors alone lose much: without training this is a measurement"
+        logger.warning(told, WITHOUT_TRAINING)
+
+
+def dry(
+    model: str, target: int, stages: str | Path | None, *, train: bool = True, options: LoadOptions | None = None
+) -> list[Cost]:
+    """The stages of an extension and what each costs at most; nothing is computed or written."""
+    loaded = load_model(model, options)
+    plan = plan_for(loaded.rope.original_length, target, stages, train=train)
+    warn(plan, loaded.rope.original_length)
+    return costs(loaded, plan)
