@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -44,6 +45,8 @@ from longrope.errors import UserError
 from longrope.lengths import parse_lengths
 
 logger = logging.getLogger(__name__)
+
+_AFTER_THE_FIRST = 5.0  # seconds
 
 app = typer.Typer(
     add_completion=False,
@@ -323,5 +326,9 @@ def _usage(error: Any) -> str:
 
 
 def _tell(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        # Where all processes of a training end by the same error, the first one's line is enough: the launcher ends
+        # the others meanwhile.
+        time.sleep(_AFTER_THE_FIRST)
     print("longrope: " + " ".join(message.split()), file=sys.stderr)
     return code

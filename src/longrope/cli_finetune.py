@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -77,6 +78,8 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Train a model on long windows under its factors; a checkpoint with its factors.json comes of it."""
+    first = os.environ.get("RANK", "0") == "0"  # of several processes that a launcher started, one talks
+    quiet = quiet or not first
     begin(verbose, quiet)
     from longrope.console import err, print_json, resume_with, training_progress
     from longrope.runs import default_run_path
@@ -110,6 +113,8 @@ def finetune(
             tracker=tracker,
             **given,
         )
+    if not first:
+        return
     if as_json:
         print_json(made)
     else:

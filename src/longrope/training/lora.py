@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from longrope.errors import UserError
@@ -49,6 +50,13 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names in transformers that PEFT still uses
         return peft.get_peft_model(model, config)
+
+
+def merged(model: Any, adapter: Path) -> Any:
+    """The model with adapters merged into its weights: its own ones, or those that were saved where it has none."""
+    if not hasattr(model, "merge_and_unload"):
+        model = import_module("peft").PeftModel.from_pretrained(model, adapter)
+    return model.merge_and_unload()
 
 
 def _name_of(model: Any, wanted: Any) -> str:

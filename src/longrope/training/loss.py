@@ -7,6 +7,7 @@ logits are as the class has them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -65,7 +66,8 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
 
         head = _head(model)
         rows = max(1, max(_LEAST_ROWS, chunk_rows(vocabulary, hidden.device.type)) // hidden.shape[0])
-        total = _ChunkedLoss.apply(hidden, targets, logits_of, rows, head, *_trained(head))  # type: ignore[no-untyped-call]
+        with _called_once(model, head, hidden) as plain:
+            total = _ChunkedLoss.apply(hidden, targets, logits_of, rows, plain, *_trained(plain))  # type: ignore[no-untyped-call]
         count = (targets != NO_TARGET).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 
@@ -82,6 +84,32 @@ def _head(model: Any) -> nn.Module:
         rule, do = "logits follow from an output projection", "choose another model"
         raise UserError("model", got=f"{type(model).__name__} without one", rule=rule, do=do)
     return head
+
+
+@contextmanager
+def _called_once(model: nn.Module, head: nn.Module, hidden: Tensor) -> Iterator[nn.Module]:
+    """The output projection without the hooks of FSDP, in its place in the model; those are called once, at the end.
+
+    FSDP gathers what a module needs when it is called and counts the calls of a group: once a forward pass. Here its
+    weights are gathered already, with the embeddings or the last norm, and it is called for every chunk.
+    """
+    if not (head._forward_pre_hooks or head._forward_hooks):
+        yield head
+        return
+    plain: nn.Module = object.__new__(type(head))  # FSDP's class has a __new__ that copy.copy stumbles over
+    vars(plain).update(vars(head))
+    vars(plain)["_forward_pre_hooks"], vars(plain)["_forward_hooks"] = OrderedDict(), OrderedDict()
+    vars(plain)["_parameters"] = dict(head._parameters)
+    places = [(parent, name) for parent in model.modules() for name, child in parent.named_children() if child is head]
+    for parent, name in places:
+        parent._modules[name] = plain
+    try:
+        yield plain
+    finally:
+        for parent, name in places:
+            parent._modules[name] = head
+    with torch.no_grad():
+        head(hidden[:, :1])
 
 
 def _trained(head: nn.Module) -> list[nn.Parameter]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,11 +31,13 @@ from longrope.memory import Kept, free_memory
 from longrope.model import LoadedModel, load_model
 from longrope.runs import LOSSES, METRICS, RunFolder, command_line, default_run_path
 from longrope.training.callbacks import Progress, Watch
-from longrope.training.lora import LoraSettings, with_lora
+from longrope.training.lora import LoraSettings, merged, with_lora
 from longrope.training.loss import chunked_loss
 from longrope.training.recipes import Recipe, recipe_of
 from longrope.training.state import damaged, keep_losses, last_whole, step_of
+from longrope.training.trainer import ShardingTrainer, gathered
 from longrope.training.windows import LongWindows, MixedWindows, collate
+from longrope.training.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,9 @@ def finetune(
     UserError for bad input, for a window that does not fit into memory, and for a loss that is no number.
     """
     given, chosen, options = _settings(as_length(length), recipe, lora, options, keywords)
+    world = World.told()
+    world.check(chosen.batch, given.mixed is not None)
+    options = world.placed(options)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table
     if table is None:
@@ -108,25 +112,35 @@ def finetune(
         "ignored": {"command_line": command_line()},
     }
     path = Path(out) if out is not None else default_run_path("finetune", loaded.name, given.length)
-    with RunFolder.open(path, config) as run:
-        if run.finished:
+    with ExitStack() as stack:
+        run = stack.enter_context(RunFolder.open(path, config)) if world.main else None
+        before, last = world.first(lambda: _begin(run, served))
+        if before is not None:
             logger.info("%s is finished: its measurements are in %s", path, path / METRICS)
-            return run.metrics()
-        run.save_factors(served)
-        losses = _train(loaded, served, given, chosen, windows, path, on_progress)
+            return before
+        losses = _train(loaded, served, given, chosen, windows, path, world, last, on_progress)
         result = {"method": "training", "length": given.length, "value": losses[-1], "tokens": None, "ci": None}
-        run.save_metrics(
-            {
-                "command": "finetune",
-                "model": loaded.name,
-                "settings": settings,
-                "measure": "loss",
-                "results": [result],
-                "losses": losses,
-            }
-        )
-        run.finish()
-        return run.metrics()
+        told: dict[str, Any] = {"command": "finetune", "model": loaded.name, "settings": settings, "measure": "loss"}
+        told |= {"results": [result], "losses": losses}
+        return world.first(lambda: _end(run, told))
+
+
+def _begin(run: RunFolder | None, table: FactorTable) -> tuple[dict[str, Any] | None, str | None]:
+    """What the main process finds in a run: its metrics where it is finished, else the checkpoint to go on from."""
+    assert run is not None, "the main process opened it"
+    if run.finished:
+        return run.metrics(), None
+    run.save_factors(table)
+    last = last_whole(run.path / STATE)
+    keep_losses(run.path / LOSSES, 0 if last is None else step_of(last))
+    return None, None if last is None else str(last)
+
+
+def _end(run: RunFolder | None, told: dict[str, Any]) -> dict[str, Any]:
+    assert run is not None, "the main process opened it"
+    run.save_metrics(told)
+    run.finish()
+    return run.metrics()
 
 
 def served_table(table: FactorTable, given: Training, original_length: int) -> FactorTable:
@@ -205,15 +219,13 @@ def _train(
     recipe: Recipe,
     windows: Dataset[Any],
     path: Path,
+    world: World,
+    last: str | None,
     on_progress: Callable[[Progress], None] | None,
 ) -> list[float]:
     """The losses of all steps; writes what was trained into the run."""
     model: Any = loaded.model
     model.requires_grad_(True)
-    state = path / STATE
-    last = last_whole(state)
-    keep_losses(path / LOSSES, 0 if last is None else step_of(last))
-    note = None
     with loaded.patch() as patch:
         note = patch.widen_window(given.length)
         patch.install(table if given.mixed is not None else table.rows[-1])
@@ -221,36 +233,39 @@ def _train(
             logger.info(note)
         trained = model if given.lora is None else with_lora(model, given.lora)
         with chunked_loss(model):
-            arguments = _arguments(loaded, trained, given, recipe, state)
+            arguments = _arguments(loaded, trained, given, recipe, path / STATE, world)
             watch = Watch(path / LOSSES, total=cast(int, recipe.steps), on_progress=on_progress)
-            trainer = Trainer(
+            trainer = (ShardingTrainer if world.sharded else Trainer)(
                 model=trained, args=arguments, train_dataset=windows, data_collator=collate, callbacks=[watch]
             )
             for callback in (PrinterCallback, ProgressCallback):  # stdout is for our JSON
                 trainer.remove_callback(callback)
             with _told(path, given, last, watch):
-                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+                trainer.train(resume_from_checkpoint=last)
+            # Of shards the whole is gathered, for which all processes are needed.
+            whole = gathered(trainer.model) if world.sharded else None
         model.config.use_cache = True  # Trainer switched it off
-        if given.lora is not None:
-            _save(path / ADAPTER, lambda folder: trained.save_pretrained(folder))
-            if given.lora.merge:
-                model = trained.merge_and_unload()
-    if given.lora is None or given.lora.merge:
-        _save(path / CHECKPOINT, lambda folder: write_checkpoint(folder, model, loaded, table))
+        if given.lora is not None and world.main:
+            _save(path / ADAPTER, lambda folder: trained.save_pretrained(folder, state_dict=whole))
+    if given.lora is not None and given.lora.merge and world.main:
+        # Shards cannot be merged: the adapters that were saved are, into a model that is loaded anew.
+        model = merged(load_model(loaded.name, loaded.options).model if world.sharded else trained, path / ADAPTER)
+        whole = None
+    if (given.lora is None or given.lora.merge) and world.main:
+        _save(path / CHECKPOINT, lambda folder: write_checkpoint(folder, model, loaded, table, whole))
+    world.wait()
     return watch.losses()
 
 
-def _arguments(loaded: LoadedModel, trained: Any, given: Training, recipe: Recipe, state: Path) -> TrainingArguments:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    share, rest = divmod(recipe.batch, processes)
-    if rest:
-        rule = f"{processes} processes share a batch evenly"
-        raise UserError("--batch", got=recipe.batch, rule=rule, do=f"give a multiple of {processes}")
+def _arguments(
+    loaded: LoadedModel, trained: Any, given: Training, recipe: Recipe, state: Path, world: World
+) -> TrainingArguments:
+    share = recipe.batch // world.windows_at_once
     together = next(
         size for size in range(min(share, max(1, loaded.batch_tokens // given.length)), 0, -1) if share % size == 0
     )
     again = given.gradient_checkpointing
-    if processes == 1:
+    if world.window_size == 1 and not world.sharded:
         again = _fits(loaded, trained, given, together)
     # Its name from transformers 5.23 on, which warns of the older one.
     twice = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
@@ -281,6 +296,7 @@ def _arguments(loaded: LoadedModel, trained: Any, given: Training, recipe: Recip
         disable_tqdm=True,
         use_cpu=loaded.device.type == "cpu",
         dataloader_pin_memory=loaded.device.type == "cuda",
+        ddp_find_unused_parameters=False if world.size > 1 else None,
     )
 
 
@@ -322,7 +338,7 @@ def _fits(loaded: LoadedModel, trained: Any, given: Training, together: int) -> 
 
 
 @contextmanager
-def _told(path: Path, given: Training, last: Path | None, watch: Watch) -> Iterator[None]:
+def _told(path: Path, given: Training, last: str | None, watch: Watch) -> Iterator[None]:
     """What goes wrong in Trainer that is not ours: memory, disks, checkpoints that cannot be read."""
     full = "a checkpoint can be written", "free space there; the same command goes on"
     try:
@@ -336,7 +352,7 @@ def _told(path: Path, given: Training, last: Path | None, watch: Watch) -> Itera
             rule, do = "a step fits into the device's memory", "use a shorter --length, or --lora"
             raise UserError("memory", got=f"windows of {given.length} tokens", rule=rule, do=do) from None
         if last is not None and not watch.begun:  # whatever it was, it was reading that
-            raise damaged(last, said) from None
+            raise damaged(Path(last), said) from None
         if "PytorchStreamWriter" in said or "No space left" in said:  # torch's and safetensors' own errors
             raise UserError("output", got=f"{path} ({said})", rule=full[0], do=full[1]) from None
         raise
@@ -353,9 +369,14 @@ def _save(folder: Path, write: Callable[[Path], None]) -> None:
         unfinished.rename(folder)
 
 
-def write_checkpoint(folder: Path, model: Any, loaded: LoadedModel, table: FactorTable) -> None:
-    """A transformers folder with its factors.json; config.json has the factors too, where it can express them."""
-    model.save_pretrained(folder)
+def write_checkpoint(
+    folder: Path, model: Any, loaded: LoadedModel, table: FactorTable, weights: Mapping[str, Any] | None = None
+) -> None:
+    """A transformers folder with its factors.json; config.json has the factors too, where it can express them.
+
+    weights: those to be written instead of the model's own, where these are shards.
+    """
+    model.save_pretrained(folder, state_dict=weights)
     loaded.tokenizer.save_pretrained(str(folder))
     write_factors(folder, loaded, table)
 

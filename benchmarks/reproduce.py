@@ -1,0 +1,106 @@
+"""LongRoPE's results on a small model, stage by stage: the whole method, honestly measured.
+
+    python benchmarks/reproduce.py --stages benchmarks/plans/miniature.toml --documents CORPUS
+    python benchmarks/reproduce.py --stages benchmarks/plans/miniature.toml --documents CORPUS --parts tables
+
+CORPUS has the folders train, validation and test. What is done is kept in benchmarks/state and not done again: stop it
+at any time, and give the same command. Results go to benchmarks/results, figures with their limits first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from common import RESULTS, Figure, machine, print_table, today, versions, write_results
+from longrope.errors import UserError
+from longrope.files import read_lines
+from reproduction.core import PARTS as CORE
+from reproduction.setting import SETTINGS, Setting
+from reproduction.state import State
+from reproduction.tables import PARTS as TABLES
+
+STATE = Path(__file__).parent / "state"
+PARTS = {**CORE, **TABLES}
+logger = logging.getLogger("reproduce")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=Path, required=True, help="a plan, miniature.toml or full-length.toml")
+    parser.add_argument("--documents", type=Path, required=True, help="a folder with train, validation and test")
+    parser.add_argument("--parts", default="core", help=f"core, tables, all, or some of {', '.join(PARTS)}")
+    parser.add_argument("--state", type=Path, default=STATE, help="where what is done is kept")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--minutes", type=float, default=None, help="begin no part after so many")
+    parser.add_argument("--quick", action="store_true", help="a thousandth of the size: a check of the script")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    torch.set_num_threads(args.threads)
+    groups = {"core": list(CORE), "tables": list(TABLES), "all": list(PARTS)}
+    wanted = [part for word in args.parts.split(",") for part in groups.get(word, [word])]
+    if unknown := [part for part in wanted if part not in PARTS]:
+        print(f"reproduce: --parts: got {unknown[0]!r}; it is one of {', '.join([*groups, *PARTS])}", file=sys.stderr)
+        return 2
+    try:
+        name = f"{args.stages.stem}-quick" if args.quick else args.stages.stem
+        size = SETTINGS[args.stages.stem].quick() if args.quick else SETTINGS[args.stages.stem]
+        setting = Setting.of(size, args.stages, args.documents, args.state / name, args.device, args.threads)
+    except (UserError, KeyError) as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 2
+    state, begun = State(setting.state), time.monotonic()
+    for part in wanted:
+        if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
+            logger.info("%s and what follows wait for the next call", part)
+            break
+        if state.has(part):
+            logger.info("%s is done", part)
+            continue
+        logger.info("%s begins", part)
+        start = time.monotonic()
+        PARTS[part](setting, state)
+        state.finish(part, time.monotonic() - start)
+    return write(name, setting, state, args.out)
+
+
+def write(name: str, setting: Setting, state: State, out: Path) -> int:
+    """The table and the JSON of all parts that are done; the exit code, 1 when a figure misses its limit."""
+    figures = [Figure(**figure) for part in PARTS for figure in state.figures(part)]
+    losses = {
+        stage.name: [line["loss"] for line in read_lines(setting.run / stage.name / "training.jsonl")]
+        for stage in setting.plan.stages
+        if stage.do == "finetune"
+    }
+    print_table(name, figures)
+    document = {
+        "benchmark": name,
+        "date": today(),
+        "seed": setting.seed,
+        "threads": setting.threads,
+        "machine": machine(),
+        "versions": versions(),
+        "model": setting.size.told(),
+        "stages": [stage.to_dict() for stage in setting.plan.stages],
+        "documents": setting.hashes(),
+        "minutes": {part: round(state.seconds(part) / 60, 1) for part in PARTS if state.has(part)},
+        "figures": [figure.to_dict() for figure in figures],
+        "tables": {part: state.tables(part) for part in PARTS if state.tables(part)},
+        "losses": losses,
+    }
+    write_results(out / f"{name}.json", document)
+    return 0 if all(figure.ok for figure in figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""The core: the base model, all stages of the plan, and the figures that must hold."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longrope.evaluate.passkey import PasskeyMeasure
+from longrope.evaluate.perplexity import window_losses
+from longrope.evaluate.recorded import measure_run
+from longrope.extension.run import extend
+from longrope.factors import RopeFactors
+from longrope.model import LoadedModel
+from longrope.windows import Window
+from reproduction.setting import Setting, cut, write_recall
+from reproduction.state import State
+
+SECOND = ("pi", "ntk", "yarn")
+PRETRAIN = Path(__file__).parents[2] / "tools" / "pretrain.py"
+# The paper's own figures, beside which ours are put: tables 6, 9 and 10, and figure 4.
+PAPER = {"ratio": 7.08 / 6.17, "recovery": 3.85 / 3.58, "passkey": 0.9}
+
+
+def perplexity(loaded: LoadedModel, row: RopeFactors | None, windows: Sequence[Window]) -> float:
+    """Token-weighted perplexity of some windows under a row of factors."""
+    loaded.widen_window(len(windows[0].ids))
+    with loaded.patch() as patch:
+        patch.install(row)
+        losses = sum(float(each) for window in windows for each in window_losses(loaded, [window]))
+    return math.exp(losses / sum(window.scored for window in windows))
+
+
+def base(setting: Setting, state: State) -> None:
+    """Train the base model, where its weights are not there yet."""
+    if setting.base.is_dir():
+        return
+    size = setting.size
+    words = [sys.executable, str(PRETRAIN), "--out", str(setting.state / "base")]
+    words += ["--documents", str(setting.documents / "train"), "--seed", str(setting.seed)]
+    for name in ("length", "tokens", "batch", "recall", "hidden", "intermediate", "layers", "heads", "theta"):
+        words += [f"--{name}", str(getattr(size, name))]
+    words += ["--kv-heads", str(size.heads), "--head-dim", str(size.head_dim)]
+    words += ["--learning-rate", str(size.learning_rate)]
+    subprocess.run(words, check=True)
+
+
+def stages(setting: Setting, state: State) -> None:
+    """All stages of the plan: trained on the training documents, searched on validation, never on test."""
+    if not setting.recall.exists():
+        write_recall(setting)
+    extend(
+        str(setting.base),
+        to=setting.plan.target,
+        documents=[str(setting.documents / "train"), str(setting.recall)],
+        search_documents=[str(setting.documents / "validation")],
+        unseen=[str(setting.documents / "test")],
+        stages=setting.plan_file,
+        out=setting.run,
+        tracker="none",
+        seed=setting.seed,
+        options=setting.options,
+    )
+
+
+def lengths(setting: Setting, state: State) -> None:
+    """Perplexity on the same tokens: the base at its length, fine-tuned at theirs, at the target by every method."""
+    original, target, trained = setting.size.length, setting.plan.target, setting.trained
+    windows = setting.judged(target)
+    final = setting.run / "checkpoint"
+
+    def value(model: Path, name: str, length: int, row: RopeFactors | None) -> float:
+        key = f"ppl {setting.key(model)} {name} {length} {row.key if row else ''} {len(windows)} windows of {target}"
+        return float(state.once(key, lambda: perplexity(setting.load(model), row, cut(windows, length))))
+
+    at_original = value(setting.base, "base", original, None)
+    table = setting.load(final).meaning
+    by_length: dict[str, dict[int, float]] = {"base": {original: at_original}, "ours": {}}
+    for length in trained:
+        model = setting.stage("finetune", length) / "checkpoint"
+        row = setting.load(model).meaning.row_for(length)
+        by_length["ours"][length] = value(model, "fine-tuned", length, row)
+        state.figure(
+            f"perplexity at {length // original}x after fine-tuning / of the base at its own length",
+            "the same tokens of the test document", by_length["ours"][length] / at_original, 1.0,
+        )  # fmt: skip
+    recovered = value(final, "recovered", original, table.row_for(original))
+    unrecovered = value(final, "not recovered", original, table.row_for(trained[-1]))
+    state.figure(
+        "short window after recovery / base", "windows of the original length", recovered / at_original, 1.02,
+        paper=PAPER["recovery"], without_recovery=unrecovered / at_original,
+    )  # fmt: skip
+    ours = by_length["ours"][target] = value(final, "ours", target, table.row_for(target))
+    ratio = ours / by_length["ours"][trained[-1]]
+    state.figure(
+        f"perplexity at {target // original}x / at the fine-tuned length", "the same tokens of the test document",
+        ratio, 1.15, aim=1.10, paper=PAPER["ratio"],
+    )  # fmt: skip
+    second = setting.load(final).fine_tuned(trained[-1])
+    rows = {name: second.baseline(name, target) for name in SECOND}
+    for name in SECOND:
+        theirs = value(final, f"second {name}", target, rows[name])
+        by_length.setdefault(name, {})[target] = theirs
+        on = f"second interpolation to {target // original}x"
+        state.figure(f"perplexity, ours / {name}", on, ours / theirs, 1.0, ours=ours, theirs=theirs)
+    state.table("perplexity by length", {name: {str(k): v for k, v in row.items()} for name, row in by_length.items()})
+
+
+def passkey(setting: Setting, state: State) -> None:
+    """Passkeys at every power of two up to the fine-tuned length."""
+    original, longest = setting.size.length, setting.trained[-1]
+    measured = passkeys(setting, [original << power for power in range((longest // original).bit_length())], "passkey")
+    found = {length: share for length, share, _ in measured}
+    worst = min(found, key=lambda length: found[length])
+    state.figure(
+        f"passkeys missed, at the worst length up to {longest // original}x", f"{setting.size.tries} tries a length",
+        1 - found[worst], 0.1, worst_length=worst, paper=1 - PAPER["passkey"],
+    )  # fmt: skip
+    state.table("passkeys found", [[length, share, ci] for length, share, ci in measured])
+
+
+def passkeys(setting: Setting, wanted: list[int], name: str) -> list[tuple[int, float, list[float] | None]]:
+    """(length, share found, interval) of the final checkpoint, as a run of its own."""
+    loaded = setting.load(setting.run / "checkpoint")
+    measure = PasskeyMeasure(tries=setting.size.tries, seed=setting.seed)
+    rows = {("longrope", length): loaded.meaning.row_for(length) for length in wanted}
+    done = measure_run("reproduce", loaded, measure, rows, {"lengths": wanted}, out=setting.state / name)
+    return [(each["length"], each["value"], each["ci"]) for each in done["results"]]
+
+
+PARTS = {"base": base, "stages": stages, "lengths": lengths, "passkey": passkey}

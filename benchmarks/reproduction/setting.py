@@ -1,0 +1,176 @@
+"""What a reproduction is made of: the model's shape, the plan, the documents by use, and where things lie."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrope.checkpoint import LoadOptions
+from longrope.documents import Document, read_sources
+from longrope.errors import UserError
+from longrope.extension.done import digest
+from longrope.extension.plan import Plan, read_plan
+from longrope.model import LoadedModel, load_model
+from longrope.windows import Window, choose_windows
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+MODELS = Path(__file__).parents[1] / "models"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's shape and training, and how much is measured.
+
+    length: of its training, the original length. recall: share of recall tasks among what is trained on. windows: of
+    the target length, that perplexities are measured on. tries: passkeys a length.
+    """
+
+    length: int
+    tokens: float
+    batch: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    head_dim: int
+    theta: float
+    recall: float = 0.2
+    learning_rate: float = 3e-3
+    recall_documents: int = 160
+    windows: int = 1
+    tries: int = 20
+
+    def told(self) -> dict[str, Any]:
+        """As the results have it."""
+        return dict(vars(self))
+
+    def quick(self) -> Size:
+        """A thousandth of it."""
+        return replace(
+            self, length=16, tokens=4096, batch=4, hidden=32, intermediate=64, layers=1, heads=2, head_dim=16, tries=2,
+            recall_documents=8, theta=50.0,
+        )  # fmt: skip
+
+
+SETTINGS = {
+    "miniature": Size(
+        length=256, tokens=36e6, batch=32, hidden=256, intermediate=704, layers=4, heads=4, head_dim=64, theta=200.0
+    ),
+    "full-length": Size(
+        length=4096, tokens=200e6, batch=8, hidden=320, intermediate=880, layers=6, heads=5, head_dim=64, theta=10000.0
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A reproduction: its size, plan, documents and folders."""
+
+    size: Size
+    plan: Plan
+    plan_file: Path
+    documents: Path
+    state: Path
+    device: str
+    threads: int
+    seed: int = 0
+    _models: dict[str, LoadedModel] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, size: Size, plan: Path, documents: Path, state: Path, device: str, threads: int) -> Setting:
+        """Raises UserError for a plan or documents that are not there."""
+        for name in ("train", "validation", "test"):
+            if not (documents / name).is_dir():
+                rule = "the documents are in train, validation and test"
+                raise UserError("--documents", got=f"{documents}, without {name}", rule=rule, do="give such a folder")
+        return cls(size, read_plan(plan, size.length), plan, documents, state, device, threads)
+
+    @property
+    def run(self) -> Path:
+        """The run of the extension."""
+        return self.state / "extend"
+
+    @property
+    def base(self) -> Path:
+        """The model that is extended: the committed weights where there are some, else what was trained here."""
+        committed = MODELS / self.state.name
+        return committed if committed.is_dir() else self.state / "base" / "model"
+
+    @property
+    def recall(self) -> Path:
+        """Documents of recall tasks, beside the texts that are trained on."""
+        return self.state / "recall.jsonl"
+
+    @property
+    def trained(self) -> list[int]:
+        """Lengths of the fine-tunings."""
+        return [stage.to for stage in self.plan.stages if stage.do == "finetune"]
+
+    def stage(self, do: str, to: int | None = None) -> Path:
+        """The folder of a stage, the last of its kind."""
+        found = [stage for stage in self.plan.stages if stage.do == do and to in (None, stage.to)]
+        return self.run / found[-1].name
+
+    @property
+    def options(self) -> LoadOptions:
+        """How models are loaded."""
+        return LoadOptions(device=self.device, threads=self.threads)
+
+    def load(self, name: Path) -> LoadedModel:
+        """A model; only one is in memory."""
+        if str(name) not in self._models:
+            self._models.clear()
+            self._models[str(name)] = load_model(str(name), self.options)
+        return self._models[str(name)]
+
+    def key(self, name: Path) -> str:
+        """What values of a model are kept under: it changes with its weights and factors."""
+        return digest(name)[7:23]
+
+    def texts(self, use: str) -> list[Document]:
+        """The documents of train, validation or test."""
+        return read_sources([str(self.documents / use)])
+
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """Their names and hashes."""
+        return {use: {each.name: each.sha256 for each in self.texts(use)} for use in ("train", "validation", "test")}
+
+    def judged(self, length: int, count: int | None = None) -> list[Window]:
+        """Windows of the test documents, the same for all that is compared."""
+        tokenizer = self.load(self.base).tokenizer
+        return choose_windows(
+            self.texts("test"), tokenizer, length=length, count=count or self.size.windows, seed=self.seed
+        )
+
+
+def cut(windows: list[Window], length: int) -> list[Window]:
+    """The same tokens in windows of a shorter length, each with BOS before it; what is left at the end is left out."""
+    made = []
+    for window in windows:
+        bos, text = window.ids[:1], window.ids[1:]
+        for start in range(0, len(text) - length + 2, length - 1):
+            ids = np.concatenate([bos, text[start : start + length - 1]])
+            made.append(Window(window.document, window.sha256, window.start + start, ids))
+    return made
+
+
+def write_recall(setting: Setting) -> None:
+    """Recall tasks as long as the windows that are trained on, in text of the training documents, as JSON lines."""
+    from recall import recall_text
+
+    texts = [each.text.encode() for each in setting.texts("train")]
+    lines = []
+    for length in sorted(set(setting.trained)):
+        size = length - 2  # BOS and EOS are around it
+        for number in range(setting.size.recall_documents):
+            rng = np.random.default_rng((setting.seed, 7, length, number))
+            text = texts[int(rng.integers(len(texts)))]
+            start = int(rng.integers(0, max(1, len(text) - size)))
+            prose = (text[start : start + size] * (1 + size // max(1, len(text) - start)))[:size]
+            lines.append(json.dumps({"text": recall_text(rng, size, prose).decode("latin-1")}))
+    setting.recall.write_text("\n".join(lines) + "\n")

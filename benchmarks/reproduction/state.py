@@ -1,0 +1,66 @@
+"""What a reproduction keeps between calls: parts that are done, and every value that took long to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common import Figure
+from longrope.files import append_line, read_lines
+
+Json = Any
+
+
+class State:
+    """Lines in parts.jsonl and values.jsonl of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._parts_file, self._values_file = folder / "parts.jsonl", folder / "values.jsonl"
+        parts = read_lines(self._parts_file, repair=True, required={"part": str, "seconds": float})
+        values = read_lines(self._values_file, repair=True, required={"key": str})
+        self._parts: dict[str, Mapping[str, Any]] = {line["part"]: line for line in parts}
+        self._values: dict[str, Json] = {line["key"]: line["value"] for line in values}
+        self._figures: list[dict[str, Any]] = []
+        self._tables: dict[str, Json] = {}
+
+    def once(self, key: str, measure: Callable[[], Json]) -> Json:
+        """A value by key, measured where it is not known; the key says all that it depends on."""
+        if key not in self._values:
+            self._values[key] = measure()
+            append_line(self._values_file, {"key": key, "value": self._values[key]})
+        return self._values[key]
+
+    def figure(self, figure: str, on: str, value: float, limit: float, unit: str = "", **details: Any) -> None:
+        """A figure of the part that is going on."""
+        made = Figure(figure, on, value, limit, unit, details)
+        self._figures.append(
+            {"figure": figure, "on": on, "value": value, "limit": limit, "unit": unit, "details": dict(made.details)}
+        )
+
+    def table(self, name: str, rows: Json) -> None:
+        """A table of the part that is going on."""
+        self._tables[name] = rows
+
+    def has(self, part: str) -> bool:
+        """Whether a part is done."""
+        return part in self._parts
+
+    def finish(self, part: str, seconds: float) -> None:
+        """Write down that a part is done, with its figures and tables."""
+        line = {"part": part, "seconds": round(seconds, 1), "figures": self._figures, "tables": self._tables}
+        append_line(self._parts_file, line)
+        self._parts[part], self._figures, self._tables = line, [], {}
+
+    def seconds(self, part: str) -> float:
+        """How long a part took."""
+        return float(self._parts[part]["seconds"])
+
+    def figures(self, part: str) -> list[dict[str, Any]]:
+        """The figures of a part, none where it is not done."""
+        return list(self._parts.get(part, {}).get("figures", []))
+
+    def tables(self, part: str) -> dict[str, Json]:
+        """The tables of a part, none where it is not done."""
+        return dict(self._parts.get(part, {}).get("tables", {}))

@@ -1,0 +1,105 @@
+"""Processes that train together: who writes, which device is whose, and how a batch is shared out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils.operations import broadcast_object_list
+
+from longrope.checkpoint import LoadOptions
+from longrope.errors import UserError
+
+Told = TypeVar("Told")
+
+
+@dataclass(frozen=True)
+class World:
+    """What a launcher (torchrun, accelerate launch) has told this process; alone without one.
+
+    size: processes in all. rank: this one, 0 writes. local_rank: on this machine. window_size: processes that share
+    one window (context or sequence parallelism). sharded: whether FSDP shards the weights.
+    """
+
+    size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    window_size: int = 1
+    sharded: bool = False
+
+    @classmethod
+    def told(cls) -> World:
+        """From the environment that launchers set."""
+        number = {
+            name: int(os.environ.get(variable, default))
+            for name, variable, default in (
+                ("size", "WORLD_SIZE", "1"),
+                ("rank", "RANK", "0"),
+                ("local_rank", "LOCAL_RANK", "0"),
+            )
+        }
+        shared = 1
+        if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+            for kind in ("CP", "SP", "TP"):
+                shared *= int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1"))
+        return cls(**number, window_size=shared, sharded=_is_set("ACCELERATE_USE_FSDP"))
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run."""
+        return self.rank == 0
+
+    @property
+    def windows_at_once(self) -> int:
+        """Processes, or groups of them, that each have windows of their own."""
+        return self.size // self.window_size
+
+    def check(self, batch: int, mixed: bool) -> None:
+        """Raise UserError for a batch that the processes cannot share, and for windows that may not be cut."""
+        if self.size % self.window_size:
+            got, rule = f"{self.size} processes", f"{self.window_size} of them share a window"
+            raise UserError("processes", got=got, rule=rule, do=f"start a multiple of {self.window_size}")
+        if batch % self.windows_at_once:
+            rule = f"{self.windows_at_once} processes share a batch evenly"
+            raise UserError("--batch", got=batch, rule=rule, do=f"give a multiple of {self.windows_at_once}")
+        if mixed and self.window_size > 1:
+            got = f"{self.window_size} processes to a window"
+            rule = "attention of a packed window stays inside its documents, which context parallelism cannot keep to"
+            raise UserError("--mixed", got=got, rule=rule, do="use FSDP without it, or leave --mixed out")
+
+    def placed(self, options: LoadOptions) -> LoadOptions:
+        """Options that load the model onto this process's device, and start what the processes talk by."""
+        if self.size == 1:
+            return options
+        device = options.device
+        if device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{self.local_rank}"
+            torch.cuda.set_device(self.local_rank)
+        elif device == "auto":
+            device = "cpu"
+        if device not in ("cpu", f"cuda:{self.local_rank}"):
+            rule = "each process has a device of its own"
+            raise UserError("--device", got=repr(options.device), rule=rule, do="leave it out, or give cpu or cuda")
+        PartialState(cpu=device == "cpu")
+        return replace(options, device=device)
+
+    def first(self, work: Callable[[], Told]) -> Told:
+        """What the main process finds out, told to all; it alone works."""
+        if self.size == 1:
+            return work()
+        found: list[Any] = [work() if self.main else None]
+        broadcast_object_list(found, from_process=0)
+        return found[0]  # type: ignore[no-any-return]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            PartialState().wait_for_everyone()
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
