@@ -20,9 +20,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from common import RESULTS, Figure, machine, print_table, today, versions, write_results
 from longrope.errors import UserError
+from longrope.extension.plan import read_plan
 from longrope.files import read_lines
 from reproduction.core import PARTS as CORE
-from reproduction.setting import SETTINGS, Setting
+from reproduction.setting import SETTINGS, Setting, quick_plan
 from reproduction.state import State
 from reproduction.tables import PARTS as TABLES
 
@@ -55,7 +56,9 @@ def main(argv: list[str]) -> int:
     try:
         name = f"{args.stages.stem}-quick" if args.quick else args.stages.stem
         size = SETTINGS[args.stages.stem].quick() if args.quick else SETTINGS[args.stages.stem]
-        setting = Setting.of(size, args.stages, args.documents, args.state / name, args.device, args.threads)
+        plan = read_plan(args.stages, size.length)
+        plan = quick_plan(plan) if args.quick else plan
+        setting = Setting.of(size, plan, args.documents, args.state / name, args.device, args.threads)
     except (UserError, KeyError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2

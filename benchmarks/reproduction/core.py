@@ -15,7 +15,7 @@ from longrope.extension.run import extend
 from longrope.factors import RopeFactors
 from longrope.model import LoadedModel
 from longrope.windows import Window
-from reproduction.setting import Setting, cut, write_recall
+from reproduction.setting import Setting, cut, with_recall
 from reproduction.state import State
 
 SECOND = ("pi", "ntk", "yarn")
@@ -49,15 +49,13 @@ def base(setting: Setting, state: State) -> None:
 
 def stages(setting: Setting, state: State) -> None:
     """All stages of the plan: trained on the training documents, searched on validation, never on test."""
-    if not setting.recall.exists():
-        write_recall(setting)
     extend(
         str(setting.base),
         to=setting.plan.target,
-        documents=[str(setting.documents / "train"), str(setting.recall)],
+        documents=[str(setting.documents / "train")],
         search_documents=[str(setting.documents / "validation")],
         unseen=[str(setting.documents / "test")],
-        stages=setting.plan_file,
+        stages=with_recall(setting),
         out=setting.run,
         tracker="none",
         seed=setting.seed,

@@ -14,7 +14,8 @@ from longrope.checkpoint import LoadOptions
 from longrope.documents import Document, read_sources
 from longrope.errors import UserError
 from longrope.extension.done import digest
-from longrope.extension.plan import Plan, read_plan
+from longrope.extension.plan import Plan
+from longrope.files import write_atomically
 from longrope.model import LoadedModel, load_model
 from longrope.windows import Window, choose_windows
 
@@ -26,7 +27,8 @@ MODELS = Path(__file__).parents[1] / "models"
 class Size:
     """A model's shape and training, and how much is measured.
 
-    length: of its training, the original length. recall: share of recall tasks among what is trained on. windows: of
+    length: of its training, the original length. recall, recall_share: of recall tasks among what is trained on, of the
+    base model and of the fine-tunings. windows: of
     the target length, that perplexities are measured on. tries: passkeys a length.
     """
 
@@ -41,7 +43,7 @@ class Size:
     theta: float
     recall: float = 0.2
     learning_rate: float = 3e-3
-    recall_documents: int = 160
+    recall_share: float = 0.3
     windows: int = 1
     tries: int = 20
 
@@ -52,9 +54,21 @@ class Size:
     def quick(self) -> Size:
         """A thousandth of it."""
         return replace(
-            self, length=16, tokens=4096, batch=4, hidden=32, intermediate=64, layers=1, heads=2, head_dim=16, tries=2,
-            recall_documents=8, theta=50.0,
+            self, length=128, tokens=4096, batch=4, hidden=32, intermediate=64, layers=1, heads=2, head_dim=16, tries=2,
+            theta=50.0,
         )  # fmt: skip
+
+
+def quick_plan(plan: Plan) -> Plan:
+    """The stages of a plan with next to nothing to do in each."""
+    few: dict[str, dict[str, Any]] = {
+        "finetune": {"steps": 2, "batch": 1, "save_every": 1},
+        "search": {"evaluations": 3, "windows": 1},
+        "second": {"evaluations": 3, "windows": 1},
+        "recovery": {"evaluations": 3, "windows": 2},
+    }
+    stages = tuple(replace(stage, settings=dict(stage.settings) | few[stage.do]) for stage in plan.stages)
+    return replace(plan, stages=stages)
 
 
 SETTINGS = {
@@ -73,7 +87,6 @@ class Setting:
 
     size: Size
     plan: Plan
-    plan_file: Path
     documents: Path
     state: Path
     device: str
@@ -82,13 +95,13 @@ class Setting:
     _models: dict[str, LoadedModel] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, size: Size, plan: Path, documents: Path, state: Path, device: str, threads: int) -> Setting:
+    def of(cls, size: Size, plan: Plan, documents: Path, state: Path, device: str, threads: int) -> Setting:
         """Raises UserError for a plan or documents that are not there."""
         for name in ("train", "validation", "test"):
             if not (documents / name).is_dir():
                 rule = "the documents are in train, validation and test"
                 raise UserError("--documents", got=f"{documents}, without {name}", rule=rule, do="give such a folder")
-        return cls(size, read_plan(plan, size.length), plan, documents, state, device, threads)
+        return cls(size, plan, documents, state, device, threads)
 
     @property
     def run(self) -> Path:
@@ -101,10 +114,9 @@ class Setting:
         committed = MODELS / self.state.name
         return committed if committed.is_dir() else self.state / "base" / "model"
 
-    @property
-    def recall(self) -> Path:
-        """Documents of recall tasks, beside the texts that are trained on."""
-        return self.state / "recall.jsonl"
+    def recall(self, length: int) -> Path:
+        """Documents of recall tasks, beside the texts that a fine-tuning to a length is on."""
+        return self.state / f"recall-{length}.jsonl"
 
     @property
     def trained(self) -> list[int]:
@@ -159,18 +171,28 @@ def cut(windows: list[Window], length: int) -> list[Window]:
     return made
 
 
-def write_recall(setting: Setting) -> None:
-    """Recall tasks as long as the windows that are trained on, in text of the training documents, as JSON lines."""
+def with_recall(setting: Setting) -> Plan:
+    """The plan with recall tasks in its fine-tunings: as long as their windows, in text of the training documents.
+
+    Of the windows of a fine-tuning, `recall_share` are such tasks, as they were of the base model's training.
+    """
     from recall import recall_text
 
     texts = [each.text.encode() for each in setting.texts("train")]
-    lines = []
-    for length in sorted(set(setting.trained)):
-        size = length - 2  # BOS and EOS are around it
-        for number in range(setting.size.recall_documents):
-            rng = np.random.default_rng((setting.seed, 7, length, number))
+    stages = []
+    for stage in setting.plan.stages:
+        if stage.do != "finetune":
+            stages.append(stage)
+            continue
+        path, size = setting.recall(stage.to), stage.to - 2  # BOS and EOS are around it
+        stages.append(replace(stage, settings=dict(stage.settings) | {"documents": [str(path)]}))
+        if path.exists():
+            continue
+        share, lines = setting.size.recall_share, []
+        for number in range(int(sum(len(text) // size for text in texts) * share / (1 - share))):
+            rng = np.random.default_rng((setting.seed, 7, stage.to, number))
             text = texts[int(rng.integers(len(texts)))]
-            start = int(rng.integers(0, max(1, len(text) - size)))
-            prose = (text[start : start + size] * (1 + size // max(1, len(text) - start)))[:size]
-            lines.append(json.dumps({"text": recall_text(rng, size, prose).decode("latin-1")}))
-    setting.recall.write_text("\n".join(lines) + "\n")
+            start = int(rng.integers(0, len(text) - size + 1))
+            lines.append(json.dumps({"text": recall_text(rng, size, text[start : start + size]).decode("latin-1")}))
+        write_atomically(path, "\n".join(lines) + "\n")
+    return replace(setting.plan, stages=tuple(stages))

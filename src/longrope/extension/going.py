@@ -116,6 +116,10 @@ def texts_of(
 
 def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
     """Raise UserError, before any stage, for documents that are too short for one."""
+    further = next((stage.name for stage in plan.stages if stage.settings.get("documents")), None)
+    if further is not None and texts.hold_out:
+        got, rule = f"documents of its own in {further}", "then what is held out has to be named"
+        raise UserError("--unseen", got=got, rule=rule, do="give documents that no stage reads")
     bos = loaded.tokenizer.bos_token_id is not None
     longest = max(token_lengths(texts.search, loaded.tokenizer), default=0) + bos
     for stage in plan.stages:

@@ -24,7 +24,7 @@ WITHOUT_TRAINING = 8
 _FIRST, _LAST = 32, 64  # ratios of the two fine-tunings
 _OF_SEARCH = {each.name for each in fields(SearchSettings)} - {"to", "stage", "seed"}
 _OF_TRAINING = {each.name for each in fields(Recipe)} | {
-    *("recipe", "mixed", "lora", "embeddings", "norms", "gradient_checkpointing", "save_every", "keep")
+    *("documents", "recipe", "mixed", "lora", "embeddings", "norms", "gradient_checkpointing", "save_every", "keep")
 }
 _OF_MEASURES = {"lengths": list, "windows": int, "passkey": int}
 
@@ -172,6 +172,9 @@ def _stages(data: Mapping[str, Any], number: int, original_length: int) -> list[
 
 def _check_training(settings: Mapping[str, Any], where: str) -> None:
     numbers = {each.name: settings[each.name] for each in fields(Recipe) if each.name in settings}
+    further = settings.get("documents", [])
+    if not isinstance(further, list) or not all(isinstance(each, str) for each in further):
+        raise _wrong(f"{where}: documents", repr(further)[:60], "it is a list of further documents of this stage")
     for name, value in numbers.items():
         kind: Any = str if name == "schedule" else int if name in ("steps", "batch", "warmup") else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind):

@@ -47,7 +47,7 @@ def extend(
     documents: Sequence[str],
     unseen: Sequence[str] = (),
     search_documents: Sequence[str] = (),
-    stages: str | Path | None = None,
+    stages: str | Path | Plan | None = None,
     train: bool = True,
     out: str | Path | None = None,
     workers: str | int | None = None,
@@ -108,7 +108,7 @@ def extend(
         return run.metrics()
 
 
-def plan_for(original_length: int, target: int, stages: str | Path | None, *, train: bool = True) -> Plan:
+def plan_for(original_length: int, target: int, stages: str | Path | Plan | None, *, train: bool = True) -> Plan:
     """The plan of an extension. Raises UserError for one that does not end at the target."""
     if target <= original_length:
         got, rule = f"{target} tokens", f"the target is longer than the model's original length of {original_length}"
@@ -116,7 +116,7 @@ def plan_for(original_length: int, target: int, stages: str | Path | None, *, tr
     if stages is None:
         plan = default_plan(original_length, target)
     else:
-        plan = read_plan(stages, original_length)
+        plan = stages if isinstance(stages, Plan) else read_plan(stages, original_length)
         if plan.target != target:
             got, rule = f"{format_length(target)}", f"the stages end at {format_length(plan.target)}"
             raise UserError("--to", got=got, rule=rule, do="give that length, or another plan")
@@ -175,6 +175,7 @@ def _train(going: Extension, stage: Stage, model: str, folder: Path) -> None:
         _launch(going, stage, model, factors, folder)
         return
     settings = dict(stage.settings)
+    documents = [*going.texts.training, *settings.pop("documents", [])]
     if settings.get("lora") is not None:
         settings["merge"] = True  # the next stage searches on the weights
     with going.watching.training() as on_progress:
@@ -182,7 +183,7 @@ def _train(going: Extension, stage: Stage, model: str, folder: Path) -> None:
             model,
             length=stage.to,
             factors=factors,
-            documents=going.texts.training,
+            documents=documents,
             hold_out=going.texts.hold_out,
             out=folder,
             seed=going.seed,
@@ -196,11 +197,13 @@ def _train(going: Extension, stage: Stage, model: str, folder: Path) -> None:
 def _launch(going: Extension, stage: Stage, model: str, factors: Path, folder: Path) -> None:
     """Fine-tune by a command that starts several processes."""
     words = [*going.launcher, "-m", "longrope", "finetune", model, "--length", str(stage.to), "--factors", str(factors)]
-    for source in going.texts.training:
+    for source in [*going.texts.training, *stage.settings.get("documents", [])]:
         words += ["--documents", source]
     words += ["--hold-out"] if going.texts.hold_out else []
     words += ["--merge"] if stage.settings.get("lora") is not None else []
     for name, value in stage.settings.items():
+        if name == "documents":
+            continue
         flag = "--" + name.replace("_", "-")
         words += ([flag] if value else []) if isinstance(value, bool) else [flag, str(value)]
     options = going.options

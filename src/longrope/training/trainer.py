@@ -14,7 +14,7 @@ class ShardingTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; where it is of CPUs, with the FSDP that its environment describes."""
-        super().create_accelerator_and_postprocess()  # type: ignore[no-untyped-call]
+        super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if state.distributed_type == DistributedType.MULTI_CPU:
             plugin = FullyShardedDataParallelPlugin()
