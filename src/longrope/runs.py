@@ -33,6 +33,7 @@ from longrope.lengths import format_length
 
 CONFIG, FACTORS, METRICS, DONE = "config.json", "factors.json", "metrics.json", "DONE"
 EVALUATIONS, RESULTS, LOSSES = "evaluations.jsonl", "results.jsonl", "training.jsonl"
+STAGES = "stages.jsonl"
 _NUMBER = int | float | None
 _EVALUATION_KEYS: dict[str, type | UnionType] = {"key": str, "value": _NUMBER}
 _RESULT_KEYS: dict[str, type | UnionType] = {"method": str, "length": int, "item": str, "record": dict}

@@ -10,9 +10,8 @@ from typing import Any
 from longrope.checkpoint import FACTORS_FILE
 from longrope.errors import UserError
 from longrope.files import append_line, disk_errors, read_lines
-from longrope.runs import DONE
+from longrope.runs import DONE, STAGES
 
-STAGES = "stages.jsonl"
 _WHOLE = 64 * 2**20  # bytes; larger files are hashed by their size, beginning and end
 _EDGE = 2**20
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 from longrope.describe import describe_options, metrics
+from longrope.errors import UserError
 from longrope.evaluate.passkey import PasskeyMeasure
 from longrope.evaluate.recorded import measure_methods, measure_run
 from longrope.export.card import extension_card
@@ -16,9 +18,12 @@ from longrope.extension.going import Extension
 from longrope.extension.plan import measured_lengths
 from longrope.factors import FactorTable
 from longrope.files import disk_errors, read_json, write_atomically
+from longrope.model import LoadedModel
 from longrope.runs import RunFolder
 from longrope.training.run import CHECKPOINT, write_factors
 from longrope.windows import windows_of
+
+logger = logging.getLogger(__name__)
 
 
 def write_checkpoint(going: Extension, table: FactorTable) -> None:
@@ -47,6 +52,16 @@ def _json(path: Path) -> dict[str, Any]:
     return read
 
 
+def _holds(passkey: PasskeyMeasure, loaded: LoadedModel, length: int) -> bool:
+    """Whether a window holds a passkey's prompt at all, which one of a few dozen tokens does not."""
+    try:
+        passkey.items(loaded, length)
+    except UserError as error:
+        logger.info("no passkeys at %d tokens: %s", length, error)
+        return False
+    return True
+
+
 def measure(going: Extension, run: RunFolder, table: FactorTable) -> dict[str, Any]:
     """Perplexity and passkeys of the checkpoint by length, and the base model's perplexity where it was trained."""
     going.watching.stage("measuring")
@@ -61,9 +76,10 @@ def measure(going: Extension, run: RunFolder, table: FactorTable) -> dict[str, A
     results += measure_methods(own, windows, (), {"longrope": table}, run)
     settings = {"lengths": lengths, "seed": going.seed, **describe_options(own)}
     if wanted.passkey:
-        rows = {("longrope", each): table.row_for(each) for each in lengths}
         passkey = PasskeyMeasure(tries=wanted.passkey, seed=going.seed)
+        rows = {("longrope", each): table.row_for(each) for each in lengths if _holds(passkey, own, each)}
         with going.watching.measuring() as on_step:
-            measure_run("extend", own, passkey, rows, settings, out=going.run / "passkey", on_step=on_step)
+            if rows:
+                measure_run("extend", own, passkey, rows, settings, out=going.run / "passkey", on_step=on_step)
     listed = [window for each in lengths for window in windows[each]]
     return metrics("extend", own, settings, results, documents=listed)

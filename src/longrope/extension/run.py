@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -213,7 +212,7 @@ def _launch(going: Extension, stage: Stage, model: str, factors: Path, folder: P
     words += ["--rope-precision", options.rope_precision, *(["--trust-remote-code"] * options.trust_remote_code)]
     words += ["--out", str(folder), "--seed", str(going.seed), "--tracker", going.tracker]
     try:
-        ended = subprocess.run(words, stdout=sys.stderr, check=False).returncode
+        ended = subprocess.run(words, stdout=subprocess.DEVNULL, check=False).returncode
     except OSError as error:
         rule, do = "it is a command that starts python -m", "give one such as torchrun --nproc-per-node 8"
         raise UserError("--launcher", got=f"{words[0]} ({error.strerror})", rule=rule, do=do) from None

@@ -10,7 +10,7 @@ from typing import Any
 
 from longrope.lengths import format_length
 from longrope.report.read import RunData
-from longrope.report.results import MEASURES, Against, Result
+from longrope.report.results import MEASURES, Against, Result, length_of
 from longrope.report.searched import counts, evaluations_text, number_text
 from longrope.report.style import (
     Look,
@@ -241,6 +241,39 @@ def measured_on(run: RunData) -> str:
     return f"Measured on {of}."
 
 
+@dataclass(frozen=True)
+class StageRow:
+    """A stage of an extension in the table of stages."""
+
+    name: str
+    to: str
+    asked: str
+    outcome: str
+    time: str
+
+
+def stage_rows(run: RunData) -> list[StageRow]:
+    """The stages of an extension, what was asked of each and what came of it."""
+    rows = []
+    for stage in run.stages:
+        told = {key: value for key, value in stage.asked.items() if key not in ("stage", "do", "to")}
+        asked = ", ".join(f"{key} {value}" for key, value in told.items())
+        to = length_of(stage.asked.get("to"))
+        time = "not done" if stage.seconds is None else duration_text(stage.seconds)
+        rows.append(StageRow(stage.name, length_text(to) if to else "", asked, _came_of(stage.run), time))
+    return rows
+
+
+def _came_of(run: RunData | None) -> str:
+    if run is None:
+        return ""
+    if losses := [loss for _, loss in run.losses if loss is not None]:
+        return f"loss {value_text(losses[0])} → {value_text(losses[-1])} in {len(run.losses)} steps"
+    if values := [each.value for each in run.evaluations if each.kind == "complete" and each.value is not None]:
+        return f"{run.settings.get('objective', 'value')} {value_text(min(values))} after {evaluations_text(run)}"
+    return ""
+
+
 def not_measured(runs: Sequence[RunData]) -> dict[str, str]:
     """The measures that no run has, each with the command that makes it."""
     run = next((run for run in runs if run.table), runs[0])
@@ -249,8 +282,9 @@ def not_measured(runs: Sequence[RunData]) -> dict[str, str]:
     made = {}
     for measure in MEASURES:
         if measure not in there:
-            words = ["longrope", "evaluate", measure, str(run.model.get("name", "MODEL"))]
-            words += ["--factors", run.path] if run.table else []
+            model = f"{run.path}/checkpoint" if run.stages else str(run.model.get("name", "MODEL"))
+            words = ["longrope", "evaluate", measure, model]
+            words += ["--factors", run.path] if run.table and not run.stages else []
             if measure == "nonuniformity":  # at one length, beyond the original one
                 words += ["--lengths", format_length(lengths[-1]) if lengths else "N"]
             elif measure != "harness":

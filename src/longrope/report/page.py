@@ -40,6 +40,7 @@ def _content(runs: Sequence[RunData]) -> dict[str, Any]:
         "missing": facts.missing(runs[0]) if alone else facts.missing_of(runs),
         "sections": sections,
         "not_measured": facts.not_measured(runs),
+        "stages": [("" if alone else run.name, facts.stage_rows(run)) for run in runs if run.stages],
         "factor_tables": [
             ("" if alone else run.name, [(row, length_text(row.up_to)) for row in run.table.rows])
             for run in runs

@@ -53,8 +53,15 @@ def measure_sections(runs: Sequence[RunData]) -> list[Section]:
 
 def search_plots(runs: Sequence[RunData]) -> list[Plot]:
     """Factors, wavelengths, convergence and loss by step of one run or of several."""
-    searched = convergence_plot(runs[0]) if len(runs) == 1 else convergences_plot(runs)
-    return [plot for plot in (factors_plot(runs), wavelengths_plot(runs), searched, training_plot(runs)) if plot]
+    made = [part for run in runs for part in _parts(run)]
+    searched = convergence_plot(made[0]) if len(made) == 1 else convergences_plot(made)
+    trained = training_plot([part for part in made if part.losses])
+    return [plot for plot in (factors_plot(runs), wavelengths_plot(runs), searched, trained) if plot]
+
+
+def _parts(run: RunData) -> list[RunData]:
+    """The runs of an extension's stages; any other run is its own."""
+    return [stage.run for stage in run.stages if stage.run] if run.stages else [run]
 
 
 def _section(run: RunData, *, first: bool) -> Section:

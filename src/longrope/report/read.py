@@ -12,7 +12,7 @@ from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.files import read_json, read_lines
 from longrope.report.results import RUN_SEPARATOR, Result, check, length_of, number, read_mapping, read_measured
-from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, LOSSES, METRICS
+from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, LOSSES, METRICS, STAGES
 
 Kind = Literal["complete", "failed", "partial", "gradient", "unrounded"]
 
@@ -45,13 +45,23 @@ class Document:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stage of an extension: its folder's name, what was asked, seconds (None while it is not done), and its run."""
+
+    name: str
+    asked: Mapping[str, Any]
+    seconds: float | None
+    run: RunData | None
+
+
+@dataclass(frozen=True)
 class RunData:
     """What a run folder holds; empty or None where a file is not there.
 
     results: of the first measure, on held-out windows where there are some, else on all. seen: beside those, on the
     windows of the search. measures: all results by measure. inner: config.json of the runs inside it, whose results
     are among them. left_out: what lies inside and is not shown, a sentence each. searched_on: by measure, documents
-    that the search has read, too. losses: (step, loss) of a training. path: as it was given.
+    that the search has read, too. losses: (step, loss) of a training. path: as it was given. stages: of an extension.
     """
 
     name: str
@@ -71,6 +81,7 @@ class RunData:
     searched_on: Mapping[str, int] = field(default_factory=dict)
     losses: tuple[tuple[float, float | None], ...] = ()
     path: str = "RUN"
+    stages: tuple[Stage, ...] = ()
 
     def of(self, measure: str) -> RunData:
         """The same run with the results of another of its measures."""
@@ -151,8 +162,24 @@ def read_run(run: Path) -> RunData:
         losses=_losses(run / LOSSES),
         searched_on=measured.searched_on,
         path=str(run),
+        stages=_stages(run, settings) if config.get("command") == "extend" else (),
     )
     return data.of(next(iter(measures), str(metrics.get("measure", "perplexity"))))
+
+
+def _stages(run: Path, settings: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages that config.json names, with the runs they have made and the seconds of those that are done."""
+    asked = settings.get("stages", {})
+    rule = "stages are objects by name"
+    good = isinstance(asked, Mapping) and all(isinstance(each, Mapping) for each in asked.values())
+    check(good, run / CONFIG, rule)
+    lines = read_lines(run / STAGES)
+    done = {str(line.get("stage")): number(line.get("seconds"), run / STAGES, "seconds") for line in lines}
+    return tuple(
+        Stage(name, each, done.get(name), read_run(run / name) if (run / name / CONFIG).is_file() else None)
+        for name, each in asked.items()
+        if Path(name).name == name  # a folder inside the run
+    )
 
 
 def _documents(data: object, path: Path) -> dict[str, tuple[Document, ...]]:

@@ -92,7 +92,7 @@ def finetune(
     """
     given, chosen, options = _settings(as_length(length), recipe, lora, options, keywords)
     world = World.told()
-    world.check(chosen.batch, given.mixed is not None)
+    world.check(batch=chosen.batch, length=given.length, mixed=given.mixed is not None)
     options = world.placed(options)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table

@@ -33,7 +33,7 @@ class World:
 
     @classmethod
     def told(cls) -> World:
-        """From the environment that launchers set."""
+        """From the environment that launchers set. Raises UserError for tensor parallelism, which is not ours."""
         number = {
             name: int(os.environ.get(variable, default))
             for name, variable, default in (
@@ -44,8 +44,12 @@ class World:
         }
         shared = 1
         if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
-            for kind in ("CP", "SP", "TP"):
-                shared *= int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1"))
+            sizes = {kind: int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in ("CP", "SP", "TP")}
+            if sizes["TP"] > 1:
+                rule = "weights are sharded by FSDP, windows by context or sequence parallelism"
+                got = f"tensor parallelism over {sizes['TP']} processes"
+                raise UserError("processes", got=got, rule=rule, do="set parallelism_config_tp_size to 1")
+            shared = sizes["CP"] * sizes["SP"]
         return cls(**number, window_size=shared, sharded=_is_set("ACCELERATE_USE_FSDP"))
 
     @property
@@ -58,14 +62,18 @@ class World:
         """Processes, or groups of them, that each have windows of their own."""
         return self.size // self.window_size
 
-    def check(self, batch: int, mixed: bool) -> None:
-        """Raise UserError for a batch that the processes cannot share, and for windows that may not be cut."""
+    def check(self, *, batch: int, length: int, mixed: bool) -> None:
+        """Raise UserError for a batch that the processes cannot share, and for windows that cannot be cut."""
         if self.size % self.window_size:
             got, rule = f"{self.size} processes", f"{self.window_size} of them share a window"
             raise UserError("processes", got=got, rule=rule, do=f"start a multiple of {self.window_size}")
         if batch % self.windows_at_once:
             rule = f"{self.windows_at_once} processes share a batch evenly"
             raise UserError("--batch", got=batch, rule=rule, do=f"give a multiple of {self.windows_at_once}")
+        pieces = 2 * self.window_size  # each process has one from either end, so that all have as much to attend to
+        if self.window_size > 1 and length % pieces:
+            got, rule = f"{length} tokens", f"{self.window_size} processes share a window in {pieces} equal pieces"
+            raise UserError("--length", got=got, rule=rule, do=f"give a multiple of {pieces}")
         if mixed and self.window_size > 1:
             got = f"{self.window_size} processes to a window"
             rule = "attention of a packed window stays inside its documents, which context parallelism cannot keep to"

@@ -1,0 +1,379 @@
+"""`longrope extend`: all stages of a small model, plans, resumes after kills, stages that were changed, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from commands import SHAPE, TARGET, Ran, contents, longrope, refused, start, write_checkpoint, write_documents
+from longrope.checkpoint import LoadOptions
+from longrope.errors import UserError
+from longrope.extension.plan import PLANS, default_plan, make_plan, read_plan
+from longrope.factors import FactorTable
+from longrope.model import load_model
+from models import ORIGINAL, tokens
+
+FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
+FAR = 8 * ORIGINAL
+PLAN = """
+[[stages]]
+do = "search"
+to = "4x"
+windows = 2
+evaluations = 5
+
+[[stages]]
+do = "finetune"
+to = "4x"
+steps = 6
+batch = 2
+learning_rate = 1e-3
+save_every = 2
+
+[[stages]]
+do = "second"
+to = "8x"
+windows = 2
+evaluations = 5
+
+[[stages]]
+do = "recovery"
+to = ["1x", "2x"]
+windows = 3
+evaluations = 5
+
+[measure]
+windows = 2
+passkey = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ground")
+    write_checkpoint(folder / "model")
+    write_documents(folder / "texts", characters=3000)
+    (folder / "plan.toml").write_text(PLAN)
+    return folder
+
+
+@pytest.fixture
+def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(ground, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def command(*more: object, out: str = "run", to: int = FAR) -> list[object]:
+    given = ["--to", to, "-d", "texts", "--out", out, "--dtype", "float32", "--threads", 1, "--tracker", "none"]
+    return ["extend", "model", *given, *more]
+
+
+@pytest.fixture(scope="module")
+def made(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole extension that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(ground, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        ran = longrope(*command("--stages", "plan.toml", "--json"))
+    assert ran.code == 0, ran.err
+    (folder / "stdout.json").write_text(ran.out)
+    return folder
+
+
+def test_an_extension_ends_with_the_table_the_checkpoint_the_measurements_and_the_page(made: Path) -> None:
+    run = made / "run"
+    names = [f"01-search-{TARGET}", f"02-finetune-{TARGET}", f"03-second-{FAR}", f"04-recovery-{ORIGINAL}"]
+    names.append(f"05-recovery-{2 * ORIGINAL}")
+    assert sorted(path.name for path in run.iterdir() if path.name[0] == "0") == names
+    table = FactorTable.load(run / "factors.json")
+    assert table.lengths == [ORIGINAL, 2 * ORIGINAL, TARGET, FAR]
+    for index, folder in ((0, names[3]), (1, names[4]), (2, names[1]), (3, names[2])):
+        assert table.rows[index] == FactorTable.load(run / folder / "factors.json").row_for(table.lengths[index])
+    assert table.rows[2] == FactorTable.load(run / names[0] / "factors.json").row_for(TARGET), (
+        "trained with what was found"
+    )
+    measured = json.loads((made / "stdout.json").read_text())
+    assert [(each["method"], each["length"]) for each in measured["results"]] == [
+        ("none", ORIGINAL),
+        *(("longrope", length) for length in table.lengths),
+    ]
+    assert [each["stage"] for each in measured["stages"]] == names
+    page = (run / "report.html").read_text()
+    assert "<h2>Stages</h2>" in page
+    assert all(name in page for name in names)
+    assert "in 6 steps" in page
+
+
+def test_the_checkpoint_is_the_fine_tuned_weights_with_the_whole_table(made: Path) -> None:
+    final = load_model(str(made / "run" / "checkpoint"), FLOAT32)
+    trained = load_model(str(made / "run" / f"02-finetune-{TARGET}" / "checkpoint"), FLOAT32)
+    assert final.table == FactorTable.load(made / "run" / "factors.json")
+    for (name, ours), (_, theirs) in zip(final.model.named_parameters(), trained.model.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    with torch.no_grad(), final.patch() as mine, trained.patch() as others:
+        mine.install(final.table)
+        others.install(trained.table)
+        assert torch.equal(final.model(tokens(TARGET)).logits, trained.model(tokens(TARGET)).logits)
+    config = json.loads((made / "run" / "checkpoint" / "config.json").read_text())
+    assert config["max_position_embeddings"] == ORIGINAL, "four rows: config.json cannot say them"
+    card = (made / "run" / "checkpoint" / "README.md").read_text()
+    assert f"02-finetune-{TARGET}" in card
+    assert "The weights were fine-tuned." in card
+
+
+def test_measurements_are_on_documents_that_no_stage_read(made: Path) -> None:
+    config = json.loads((made / "run" / "config.json").read_text())
+    search, unseen = ({each["sha256"] for each in config["documents"][use]} for use in ("search", "unseen"))
+    trained = json.loads((made / "run" / f"02-finetune-{TARGET}" / "config.json").read_text())["documents"]["train"]
+    assert unseen
+    assert not unseen & search
+    assert {each["sha256"] for each in trained} == search
+
+
+def test_a_finished_extension_is_read(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made)
+    before = contents(Path("run"))
+    ran = longrope(*command("--stages", "plan.toml", "--json"))
+    assert (ran.code, ran.out) == (0, (made / "stdout.json").read_text())
+    assert contents(Path("run")) == before
+
+
+# A file of each stage: the run is killed as soon as it is there.
+MOMENTS = [
+    f"01-search-{TARGET}/evaluations.jsonl",
+    f"02-finetune-{TARGET}/checkpoints/checkpoint-2",
+    f"02-finetune-{TARGET}/checkpoint",
+    f"03-second-{FAR}/evaluations.jsonl",
+    f"04-recovery-{ORIGINAL}/factors.json",
+    "checkpoint",
+    "results.jsonl",
+]
+
+
+def test_an_extension_killed_in_every_stage_ends_as_if_undisturbed(here: Path, made: Path) -> None:
+    for moment in MOMENTS:
+        with start(*command("--stages", "plan.toml", "-q"), cwd=here) as process:
+            until = time.monotonic() + 90
+            while not (here / "run" / moment).exists() and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.005)
+            assert (here / "run" / moment).exists(), moment
+            process.send_signal(signal.SIGKILL)
+    ran = longrope(*command("--stages", "plan.toml", "--json"))
+    assert ran.code == 0, ran.err
+    results = json.loads((made / "stdout.json").read_text())["results"]
+    assert ran.document["results"] == results
+    for name in ("factors.json", "checkpoint/factors.json", "checkpoint/model.safetensors", "checkpoint/config.json"):
+        assert (here / "run" / name).read_bytes() == (made / "run" / name).read_bytes(), name
+    for stage in MOMENTS[:5]:
+        losses = Path("run", stage.split("/")[0], "training.jsonl")
+        if losses.exists():
+            assert losses.read_bytes() == (made / losses).read_bytes()
+
+
+def copied(made: Path, here: Path, *, unfinished: bool = True) -> None:
+    shutil.copytree(made / "run", here / "run")
+    if unfinished:
+        (here / "run" / "DONE").unlink()
+
+
+def test_a_stage_that_was_removed_is_made_again(here: Path, made: Path) -> None:
+    copied(made, here)
+    shutil.rmtree(here / "run" / f"02-finetune-{TARGET}")
+    ran = longrope(*command("--stages", "plan.toml"))
+    assert ran.code == 0, ran.err
+    assert f"01-search-{TARGET} is done" in ran.err
+    assert f"03-second-{FAR} is done" in ran.err, "the same weights came of it again"
+    assert (here / "run" / "factors.json").read_bytes() == (made / "run" / "factors.json").read_bytes()
+
+
+def test_a_stage_that_was_changed_and_one_of_other_inputs_are_refused(here: Path, made: Path) -> None:
+    copied(made, here)
+    stage = Path("run", f"02-finetune-{TARGET}")
+    weights = stage / "checkpoint" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    told = f"stage: got {stage.name}, whose files have changed since it was made; later stages are made of it; "
+    assert told + f"restore them, or remove {stage}: the same command makes it again" in ran_into(here)
+    weights.write_bytes(whole)
+    lines = [json.loads(line) for line in Path("run/stages.jsonl").read_text().splitlines()]
+    lines[2]["inputs"]["model"] = "sha256:of another"
+    Path("run/stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = f"stage: got 03-second-{FAR}, which was made of another model; a stage goes on from the one before it; "
+    assert told in ran_into(here)
+
+
+def ran_into(here: Path) -> str:
+    ran: Ran = longrope(*command("--stages", "plan.toml", "-q"))
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran
+    return ran.err
+
+
+@pytest.mark.usefixtures("here")
+def test_other_settings_are_another_run(made: Path, here: Path) -> None:
+    copied(made, here)
+    Path("plan.toml").write_text(PLAN.replace("steps = 6", "steps = 7"))
+    told = ran_into(here)
+    assert f"settings.stages.02-finetune-{TARGET}.steps was 6, now 7" in told
+
+
+@pytest.mark.usefixtures("here")
+def test_without_training_it_is_one_search_and_says_what_that_costs() -> None:
+    Path("plan.toml").write_text(
+        '[[stages]]\ndo="search"\nto="10x"\nwindows=1\nevaluations=2\n[measure]\nwindows=1\npasskey=2\n'
+    )
+    words = ["extend", "model", "--to", 10 * ORIGINAL, "-d", "texts/1.txt", "--unseen", "texts/0.txt", "--out", "run"]
+    ran = longrope(*words, "--no-finetune", "--stages", "plan.toml", "--dtype", "float32")
+    assert ran.code == 0, ran.err
+    assert "beyond 8 times the original length factors alone lose much" in ran.err
+    assert FactorTable.load("run/checkpoint/factors.json").lengths == [ORIGINAL, 10 * ORIGINAL]
+    assert "unchanged" in Path("run/checkpoint/README.md").read_text()
+    assert json.loads(Path("run/passkey/metrics.json").read_text())["measure"] == "passkey"
+    assert "passkey" in Path("run/report.html").read_text()
+
+
+def test_a_launcher_trains_the_stage(here: Path, made: Path) -> None:
+    launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node 1"
+    plan = PLAN.partition('[[stages]]\ndo = "second"')[0] + "[measure]\nwindows = 1\npasskey = 0\n"
+    Path("plan.toml").write_text(plan)
+    with start(
+        *command("--stages", "plan.toml", "--launcher", launcher, "--device", "cpu", to=TARGET), cwd=here
+    ) as process:
+        _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    stage = f"02-finetune-{TARGET}/training.jsonl"
+    assert (here / "run" / stage).read_bytes() == (made / "run" / stage).read_bytes()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_launcher_that_cannot_start_is_told() -> None:
+    ran = longrope(*command("--stages", "plan.toml", "--launcher", "no-such-command", "-q"))
+    assert ran.code == 2
+    assert "--launcher: got no-such-command (No such file or directory)" in ran.err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dry_run_prints_every_stage_and_writes_nothing() -> None:
+    before = contents(Path())
+    ran = longrope(*command("--stages", "plan.toml", "--dry-run", "--json"))
+    assert ran.code == 0, ran.err
+    assert contents(Path()) == before
+    rows = {each["method"]: each for each in ran.document["results"]}
+    assert rows[f"02-finetune-{TARGET}"]["tokens"] == 3 * 6 * 2 * TARGET
+    assert rows[f"01-search-{TARGET}"]["tokens"] == 5 * 2 * TARGET
+    assert rows[f"03-second-{FAR}"]["tokens"] == 5 * 2 * FAR
+    assert rows["perplexity"]["tokens"] == 2 * (ORIGINAL + 2 * ORIGINAL + TARGET + FAR)
+    told = longrope(*command("--stages", "plan.toml", "--dry-run"))
+    assert "token-passes at most" in told.err
+
+
+@pytest.mark.parametrize(
+    ("ratio", "stages"),
+    [
+        (8, ["search 8"]),
+        (32, ["search 32", "finetune 32", "recovery 1", "recovery 2"]),
+        (64, ["search 32", "search 64", "finetune 32", "finetune 64", "recovery 1", "recovery 2"]),
+        (48, ["search 32", "search 48", "finetune 32", "finetune 48", "recovery 1", "recovery 2"]),
+        (
+            512,
+            ["search 32", "search 64", "finetune 32", "finetune 64", "second 512", "recovery 1", "recovery 2"],
+        ),
+    ],
+)
+def test_the_default_stages_follow_from_the_ratio(ratio: int, stages: list[str]) -> None:
+    plan = default_plan(4096, ratio * 4096)
+    assert [f"{stage.do} {stage.to // 4096}" for stage in plan.stages] == stages
+    steps = [stage.settings["steps"] for stage in plan.stages if stage.do == "finetune"]
+    assert steps == [400, 600][: len(steps)], "the paper's"
+    assert all(stage.on == "base" for stage in plan.stages if stage.do == "search")
+
+
+def test_the_plans_of_the_papers_are_the_default_stages_and_one_with_mixed_windows() -> None:
+    assert read_plan("longrope", 4096).stages == default_plan(4096, 512 * 4096).stages
+    second = read_plan("longrope2", 8192)
+    assert [stage.do for stage in second.stages] == ["search", "finetune"]
+    assert second.stages[1].settings["mixed"] == 0.3
+    assert set(PLANS) == {"longrope", "longrope2"}
+
+
+def plan_of(*stages: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"stages": list(stages), **more}
+
+
+SEARCH = {"do": "search", "to": "4x"}
+TRAIN = {"do": "finetune", "to": "4x", "steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "stages: got None; a plan has one or more [[stages]]"),
+        (plan_of(SEARCH, name="x"), "plan: got name; its keys are measure, stages"),
+        (plan_of({"do": "dance", "to": 4}), "stage 1: do: got 'dance'; it is one of search, finetune, "),
+        (plan_of({"do": "search"}), 'stage 1: to: got None; it is a length such as "128k"'),
+        (plan_of({"do": "search", "to": "0x"}), "stage 1: to: got '0x'; it is a length"),
+        (plan_of({"do": "search", "to": True}), "stage 1: to: got True; it is a length"),
+        (plan_of({"do": "search", "to": "many"}), "length: got 'many'; a length is"),
+        (plan_of({"do": "search", "to": ["4x", "8x"]}), "stage 1: to: got 2 lengths; it is one length"),
+        (plan_of(SEARCH | {"steps": 4}), "stage 1: got steps; its keys are"),
+        (plan_of(SEARCH | {"method": "luck"}), "stage 1: --method: got 'luck'; it is one of"),
+        (plan_of(SEARCH | {"on": "top"}), "stage 1: on: got 'top'; it is base or last"),
+        (plan_of(SEARCH, TRAIN | {"on": "base"}), "stage 2: on: got 'base'; it is base or last, and of a search only"),
+        (plan_of(SEARCH, TRAIN | {"steps": "many"}), "stage 2: steps: got 'many'; it is a number"),
+        (plan_of(SEARCH, {"do": "finetune", "to": "4x"}), "stage 2: --steps: got none; a training has"),
+        (plan_of(SEARCH, TRAIN | {"documents": "x"}), "stage 2: documents: got 'x'; it is a list"),
+        (plan_of(TRAIN), "stage 1 (finetune): got no search for 192 before it; a fine-tuning uses"),
+        (plan_of({"do": "search", "to": "1x"}), "stage 1 (search): got 48; a search goes beyond the original length"),
+        (plan_of(SEARCH, {"do": "second", "to": "8x"}), "stage 2 (second): got no fine-tuning before it; "),
+        (plan_of(SEARCH, TRAIN, {"do": "second", "to": "4x"}), "stage 3 (second): got 192; a second interp"),
+        (plan_of(SEARCH, TRAIN, {"do": "recovery", "to": "4x"}), "stage 3 (recovery): got 192; a recovery is from"),
+        (plan_of(SEARCH, SEARCH), "stages: got two of search to 192; each is there once"),
+        (plan_of(SEARCH, TRAIN, {"do": "second", "to": "8x"}, TRAIN), "03-second-384: got a fine-tuning after it; "),
+        (plan_of(SEARCH, measure=3), "measure: got 3; it is a table"),
+        (plan_of(SEARCH, measure={"windows": 0}), "measure: windows: got 0; lengths are a list"),
+        (plan_of(SEARCH, measure={"seed": 0}), "measure: got seed; its keys are lengths, passkey, windows"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_makes_no_sense_is_told(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as told:
+        make_plan(data, ORIGINAL)
+    assert str(told.value).startswith(message)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stages", "none.toml"], "--stages: got none.toml, which is no file; it is a TOML file, or one of longrope"),
+        (["--stages", "texts/0.txt"], "--stages: got texts/0.txt ("),
+        (["--stages", "longrope"], "--to: got 384; the stages end at 24k"),
+        (["--to", "40"], "--to: got 40 tokens; the target is longer than the model's original length of 48"),
+        (["--to", "64k"], "--documents: got documents to search on, the longest of "),
+        (["--unseen", "texts"], "--unseen: got 6 documents, all of them used before"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(words: list[object], message: str) -> None:
+    assert message in refused(*command(*words))
+
+
+@pytest.mark.usefixtures("here")
+def test_documents_that_are_too_short_to_be_measured_on_are_told_first() -> None:
+    Path("short").mkdir()
+    Path("short/one.txt").write_text("too short")
+    told = refused(*command("--stages", "plan.toml", "--unseen", "short"))
+    assert told.startswith(f"--unseen: got held-out documents, the longest of 10 tokens; windows of {FAR} are measured")
+
+
+def test_the_shape_of_the_model_is_what_the_plans_count_from() -> None:
+    assert make_plan(plan_of(SEARCH | {"search_length": "2x"}), SHAPE.original_length).stages[0].settings == {
+        "search_length": 2 * ORIGINAL
+    }

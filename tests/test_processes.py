@@ -1,0 +1,242 @@
+"""Fine-tuning by several processes: the losses of one, with FSDP too; what a shard of a window knows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from commands import TARGET, Ran, table, write_checkpoint, write_documents
+from longrope.checkpoint import LoadOptions
+from longrope.errors import UserError
+from longrope.factors import RopeFactors
+from longrope.model import load_model
+from longrope.training.run import finetune
+from longrope.training.world import World
+
+CONFIGURATIONS = Path(__file__).parents[1] / "examples" / "accelerate"
+FSDP = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+use_cpu: true
+mixed_precision: "no"
+num_machines: 1
+num_processes: 2
+main_process_port: 0
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+  fsdp_cpu_ram_efficient_loading: false
+"""
+STEPS = 6
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SHARDED = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "fsdp.yaml"]
+GIVEN: dict[str, Any] = {"length": TARGET, "steps": STEPS, "batch": 4, "learning_rate": 1e-3, "save_every": 2}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ground")
+    write_checkpoint(folder / "model")
+    write_documents(folder / "texts")
+    table().save(folder / "good.json")
+    (folder / "fsdp.yaml").write_text(FSDP)
+    options = LoadOptions(device="cpu", dtype="float32", threads=1)
+    where: dict[str, Any] = {
+        "documents": [str(folder / "texts")],
+        "factors": folder / "good.json",
+        "out": folder / "one",
+    }
+    finetune(str(folder / "model"), options=options, tracker="none", **where, **GIVEN)
+    finetune(
+        str(folder / "model"), options=options, tracker="none", mixed=0.5, **where | {"out": folder / "mixed"}, **GIVEN
+    )
+    return folder
+
+
+@pytest.fixture
+def here(ground: Path, tmp_path: Path) -> Path:
+    shutil.copytree(ground, tmp_path / "here")
+    return tmp_path / "here"
+
+
+def words(launcher: list[str], *more: object, out: str = "run") -> list[str]:
+    given = ["-m", "longrope", "finetune", "model", "--factors", "good.json", "--documents", "texts", "--out", out]
+    for name, value in GIVEN.items():
+        given += [f"--{name.replace('_', '-')}", str(value)]
+    given += ["--device", "cpu", "--dtype", "float32", "--threads", "1", "--tracker", "none"]
+    return [*launcher, *given, *map(str, more)]
+
+
+def launch(here: Path, launcher: list[str], *more: object, out: str = "run") -> Ran:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = words(launcher, *more, out=out)
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "training.jsonl").read_text().splitlines()]
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert losses(run) == pytest.approx(losses(other), rel=1e-5)
+    ours, theirs = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (run, other))
+    assert sorted(ours) == sorted(theirs)
+    for name in ours:
+        # Adam divides by the root of a second moment: where a gradient is next to nothing, its last digits count.
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, SHARDED], ids=["two-copies", "fsdp"])
+def test_two_processes_train_as_one_does(here: Path, launcher: list[str]) -> None:
+    ran = launch(here, launcher, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["losses"] == losses(here / "run"), "one JSON document, of the first process"
+    assert_same(here / "run", here / "one")
+    state = here / "run" / "checkpoints" / f"checkpoint-{STEPS}"
+    assert (state / "optimizer_0").is_dir() == (launcher is SHARDED), "FSDP keeps its state in shards"
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, SHARDED], ids=["two-copies", "fsdp"])
+def test_mixed_windows_are_the_same_for_two_processes(here: Path, launcher: list[str]) -> None:
+    ran = launch(here, launcher, "--mixed", 0.5)
+    assert ran.code == 0, ran.err
+    assert_same(here / "run", here / "mixed")
+
+
+def test_two_processes_that_are_killed_go_on_from_their_shards(here: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words(SHARDED), cwd=here, env=environment, start_new_session=True)
+    mark = here / "run" / "checkpoints" / "checkpoint-2" / "longrope.json"
+    until = time.monotonic() + 120
+    while not mark.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert mark.exists()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    ran = launch(here, SHARDED)
+    assert ran.code == 0, ran.err
+    assert_same(here / "run", here / "one")
+    again = launch(here, SHARDED, "--json")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["losses"] == losses(here / "run"), "a finished run is read"
+
+
+def test_adapters_of_shards_are_merged(here: Path) -> None:
+    alone = launch(here, [sys.executable], "--lora", 4, "--merge", out="alone")
+    assert alone.code == 0, alone.err
+    ran = launch(here, SHARDED, "--lora", 4, "--merge")
+    assert ran.code == 0, ran.err
+    assert_same(here / "run", here / "alone")
+
+
+def test_bad_input_of_several_processes_is_told_once(here: Path) -> None:
+    ran = launch(here, TORCHRUN, "--batch", 3)
+    told = [line for line in ran.err.splitlines() if line.startswith("longrope: ")]
+    assert told == [
+        "longrope: --batch: got 3; 2 processes share a batch evenly; give a multiple of 2",
+    ], ran.err
+    assert ran.code != 0
+    assert not (here / "run").exists()
+
+
+def test_a_shard_of_a_window_has_the_angles_that_it_has_in_the_whole(here: Path) -> None:
+    loaded = load_model(str(here / "model"), LoadOptions(device="cpu", dtype="float32"))
+    rows = [
+        table().rows[-1],
+        RopeFactors(TARGET, tuple(1.0 + 0.5 * pair for pair in range(8)), start_tokens=12, attention_factor=1.2),
+    ]
+    processes, whole = 4, torch.arange(TARGET)[None]
+    pieces = whole.chunk(2 * processes, dim=1)
+    for row in rows:
+        with loaded.patch() as patch:
+            patch.install(row)
+            rotary = patch._places[0][3]
+            x = torch.zeros(1, TARGET, 1)
+            cos, sin = rotary(x, whole)
+            for rank in range(processes):  # one piece from either end, as torch's context parallelism deals them out
+                shard = torch.cat([pieces[rank], pieces[2 * processes - 1 - rank]], dim=1)
+                mine = rotary(x[:, : shard.shape[1]], shard)
+                assert torch.equal(mine[0], cos[:, shard[0]])
+                assert torch.equal(mine[1], sin[:, shard[0]])
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "message"),
+    [
+        (World(size=8), {"batch": 12}, "--batch: got 12; 8 processes share a batch evenly; give a multiple of 8"),
+        (
+            World(size=8, window_size=8),
+            {"batch": 1, "length": 40},
+            "--length: got 40 tokens; 8 processes share a window",
+        ),
+        (World(size=6, window_size=4), {"batch": 1}, "processes: got 6 processes; 4 of them share a window"),
+        (World(size=8, window_size=8), {"mixed": True}, "--mixed: got 8 processes to a window; attention of a packed"),
+    ],
+)
+def test_what_processes_cannot_share_is_told(world: World, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as told:
+        world.check(**({"batch": 8, "length": 4096, "mixed": False} | given))
+    assert str(told.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "window_size", "windows"),
+    [("1-gpu", 1, 1, 1), ("8-gpus", 8, 1, 8), ("8-gpus-one-window", 8, 8, 1), ("64-gpus", 64, 8, 8)],
+)
+def test_the_configurations_are_what_they_say(
+    name: str, processes: int, window_size: int, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import ParallelismConfig
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = CONFIGURATIONS / f"{name}.yaml"
+    configuration = load_config_from_file(str(path))
+    assert configuration.num_processes == processes
+    assert configuration.mixed_precision == "bf16"
+    assert "finetune MODEL" in path.read_text()
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "--multi_gpu", "script.py"])
+    arguments.num_processes, arguments.num_machines = processes, configuration.num_machines
+    arguments.use_fsdp = str(configuration.distributed_type) == "DistributedType.FSDP"
+    arguments.use_parallelism_config = configuration.parallelism_config != {}
+    for key, value in {**configuration.fsdp_config, **configuration.parallelism_config}.items():
+        assert hasattr(arguments, key), key
+        setattr(arguments, key, value)
+    arguments.main_process_ip, arguments.machine_rank, arguments.main_process_port = "first", 0, 29500
+    environment = prepare_multi_gpu_env(arguments)
+    for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", *(key for key in environment if key.startswith("PARALLELISM"))):
+        if key in environment:
+            monkeypatch.setenv(key, environment[key])
+    monkeypatch.setenv(
+        "ACCELERATE_USE_PARALLELISM_CONFIG", environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false")
+    )
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    world = World.told()
+    assert (world.size, world.window_size, world.windows_at_once) == (processes, window_size, windows)
+    assert world.sharded == (processes > 1)
+    world.check(batch=32, length=131072, mixed=False)
+    if window_size > 1:
+        assert ParallelismConfig().total_size == processes
+        assert environment["FSDP_VERSION"] == "2"
+
+
+def test_tensor_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    with pytest.raises(UserError, match=r"^processes: got tensor parallelism over 2 processes; weights are sharded"):
+        World.told()
