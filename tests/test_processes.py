@@ -201,24 +201,19 @@ def test_the_configurations_are_what_they_say(
     name: str, processes: int, window_size: int, windows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from accelerate import ParallelismConfig
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     path = CONFIGURATIONS / f"{name}.yaml"
-    configuration = load_config_from_file(str(path))
-    assert configuration.num_processes == processes
-    assert configuration.mixed_precision == "bf16"
     assert "finetune MODEL" in path.read_text()
-    arguments = launch_command_parser().parse_args(["--config_file", str(path), "--multi_gpu", "script.py"])
-    arguments.num_processes, arguments.num_machines = processes, configuration.num_machines
-    arguments.use_fsdp = str(configuration.distributed_type) == "DistributedType.FSDP"
-    arguments.use_parallelism_config = configuration.parallelism_config != {}
-    for key, value in {**configuration.fsdp_config, **configuration.parallelism_config}.items():
-        assert hasattr(arguments, key), key
-        setattr(arguments, key, value)
-    arguments.main_process_ip, arguments.machine_rank, arguments.main_process_port = "first", 0, 29500
-    environment = prepare_multi_gpu_env(arguments)
+    more = ["--machine_rank", "0", "--main_process_ip", "first"] if processes > 8 else []
+    given = launch_command_parser().parse_args(["--config_file", str(path), *more, "script.py"])
+    with monkeypatch.context() as context:  # it looks for as many GPUs as it is to use
+        context.setattr(torch.cuda, "is_available", lambda: True)
+        context.setattr(torch.cuda, "device_count", lambda: 8)
+        arguments, *_ = _validate_launch_command(given)
+    assert (arguments.num_processes, arguments.mixed_precision) == (processes, "bf16")
+    environment = prepare_multi_gpu_env(arguments) if processes > 1 else {}
     for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", *(key for key in environment if key.startswith("PARALLELISM"))):
         if key in environment:
             monkeypatch.setenv(key, environment[key])

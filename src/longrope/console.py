@@ -72,7 +72,8 @@ def end_at_once_on_signals() -> None:
         resume = f"; this goes on with it: {command}" if command else ""
         below_the_bar = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # with the cursor that the bar hides
         with suppress(OSError):
-            os.write(2, f"{below_the_bar}longrope: interrupted{resume}\n".encode())
+            if os.environ.get("RANK", "0") == "0":  # of several processes that train together the first one talks
+                os.write(2, f"{below_the_bar}longrope: interrupted{resume}\n".encode())
         os._exit(INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from longrope.errors import UserError
 
 
@@ -25,8 +27,11 @@ class LoraSettings:
             raise UserError("--lora", got=self.rank, rule="a rank is at least 1", do="give one such as 16")
 
 
-def with_lora(model: Any, settings: LoraSettings) -> Any:
-    """The model with adapters, the rest frozen. Raises UserError where PEFT is not installed."""
+def with_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
+    """The model with adapters drawn from a seed, equal in all processes; the rest frozen.
+
+    Raises UserError where PEFT is not installed.
+    """
     try:
         peft = import_module("peft")
     except ImportError as error:
@@ -47,7 +52,8 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
         modules_to_save=whole or None,
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)  # PEFT draws from torch's own generator
         warnings.simplefilter("ignore", FutureWarning)  # of names in transformers that PEFT still uses
         return peft.get_peft_model(model, config)
 

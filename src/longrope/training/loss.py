@@ -88,14 +88,16 @@ def _head(model: Any) -> nn.Module:
 
 @contextmanager
 def _called_once(model: nn.Module, head: nn.Module, hidden: Tensor) -> Iterator[nn.Module]:
-    """The output projection without the hooks of FSDP, in its place in the model; those are called once, at the end.
+    """The output projection without the hooks of FSDP, in its place in the model; those are called once, before.
 
-    FSDP gathers what a module needs when it is called and counts the calls of a group: once a forward pass. Here its
-    weights are gathered already, with the embeddings or the last norm, and it is called for every chunk.
+    FSDP gathers what a module needs when it is called, and counts the calls of a group: one a forward pass. Here it is
+    called for every chunk, with weights that stay gathered until the backward pass.
     """
     if not (head._forward_pre_hooks or head._forward_hooks):
         yield head
         return
+    with torch.no_grad():
+        head(hidden[:, :1])
     plain: nn.Module = object.__new__(type(head))  # FSDP's class has a __new__ that copy.copy stumbles over
     vars(plain).update(vars(head))
     vars(plain)["_forward_pre_hooks"], vars(plain)["_forward_hooks"] = OrderedDict(), OrderedDict()
@@ -108,8 +110,6 @@ def _called_once(model: nn.Module, head: nn.Module, hidden: Tensor) -> Iterator[
     finally:
         for parent, name in places:
             parent._modules[name] = head
-    with torch.no_grad():
-        head(hidden[:, :1])
 
 
 def _trained(head: nn.Module) -> list[nn.Parameter]:

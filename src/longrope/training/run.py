@@ -231,7 +231,7 @@ def _train(
         patch.install(table if given.mixed is not None else table.rows[-1])
         if note:
             logger.info(note)
-        trained = model if given.lora is None else with_lora(model, given.lora)
+        trained = model if given.lora is None else with_lora(model, given.lora, given.seed)
         with chunked_loss(model):
             arguments = _arguments(loaded, trained, given, recipe, path / STATE, world)
             watch = Watch(path / LOSSES, total=cast(int, recipe.steps), on_progress=on_progress)
