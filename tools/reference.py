@@ -20,6 +20,7 @@ COMMANDS = [
     "evaluate nonuniformity",
     "evaluate harness",
     "finetune",
+    "extend",
     "factors",
     "export",
     "report",

@@ -162,7 +162,7 @@ def _search(going: Extension, stage: Stage, model: str, folder: Path) -> None:
     loaded = going.model(model)
     if stage.do == "second":
         loaded = loaded.fine_tuned()
-    windows = choose_search_windows(loaded, settings, going.texts.search, going.texts.unseen)
+    windows = choose_search_windows(loaded, settings, going.texts.search)  # what is unseen is measured at the end
     with going.watching.search() as on_progress:
         search_windows(loaded, settings, windows, out=folder, workers=going.workers, on_progress=on_progress)
 

@@ -357,6 +357,8 @@ def measure_result(
         if chosen:
             beside: Sequence[str] = METHODS_BESIDE
             tables = {"longrope": table}
+            if windows.shorter is not None and name == "search":
+                beside = ()  # a target that is too dear to search at; what it was decided between is known
             if settings.stage == "recovery":  # nothing is extended here
                 beside = ("none",)
                 tables["checkpoint"] = loaded.meaning

@@ -13,7 +13,7 @@ from longrope.search.seeds import Seeds
 from longrope.search.space import Space
 from longrope.search.tasks import Steps
 
-_BESIDE = ("ntk", "yarn")
+_BESIDE = ("llama3", "yarn", "ntk")
 
 
 def carried_over(found: RopeFactors, ratio: float, wanted: float, space: Space) -> RopeFactors:
@@ -30,7 +30,7 @@ def carried_over(found: RopeFactors, ratio: float, wanted: float, space: Space) 
 
 def candidates(loaded: LoadedModel, found: RopeFactors, ratio: float, wanted: float, space: Space, to: int) -> Seeds:
     """What is decided between at the target: factors carried over, with their attention factor or the one they had, and
-    two baselines with it."""
+    baselines with it."""
     lifted = carried_over(found, ratio, wanted, space).with_values(up_to=to)
     made = [
         ("carried over", lifted),
