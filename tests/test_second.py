@@ -227,3 +227,18 @@ def test_a_second_interpolation_from_the_command_line_serves_all_lengths() -> No
         by_table = loaded.model(tokens(ORIGINAL)).logits
         patch.install(unscaled(SHAPE.pairs, ORIGINAL))
         assert (by_table - loaded.model(tokens(ORIGINAL)).logits).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("here")
+def test_compare_sets_methods_up_on_top_of_the_checkpoints_factors() -> None:
+    words = ["--lengths", FARTHER, "-d", "texts", "--windows", 2, "--methods", "pi,ntk", "--dtype", "float32", "--json"]
+    ran = longrope("compare", "model", *words, "--stage", "second", "--factors", "none", "--out", "second")
+    assert ran.code == 2, "without the factors beside the weights it is not extended"
+    ran = longrope("compare", "model", *words, "--stage", "second", "--out", "second")
+    assert ran.code == 0, ran.err
+    loaded = load_model("model", FLOAT32).fine_tuned()
+    windows = windows_of(loaded, FARTHER)
+    values = {each["method"]: each["value"] for each in ran.document["results"]}
+    for method in ("pi", "ntk"):
+        assert values[method] == pytest.approx(perplexity(loaded, loaded.baseline(method, FARTHER), windows), rel=1e-6)
+    assert "--stage: got 'third'; it is second: " in refused("compare", "model", *words, "--stage", "third")

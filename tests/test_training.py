@@ -134,6 +134,26 @@ def test_mixed_windows_keep_a_row_for_short_sequences() -> None:
     assert config["max_position_embeddings"] == ORIGINAL, "two attention factors: config.json cannot say it"
 
 
+@pytest.mark.usefixtures("here")
+def test_conversations_are_trained_on_as_the_chat_template_writes_them() -> None:
+    settings = json.loads(Path("model/tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for each in messages %}[{{ each.role }}] {{ each.content }}\n{% endfor %}"
+    Path("model/tokenizer_config.json").write_text(json.dumps(settings))
+    turns = [{"role": ("user", "assistant")[turn % 2], "content": f"turn {turn} of a long talk"} for turn in range(40)]
+    Path("talks.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    words = command("-d", "talks.jsonl")
+    words[words.index("texts")] = "talks.jsonl"
+    assert longrope(*words).code == 0
+    loaded = load_model("model", FLOAT32)
+    from longrope.documents import read_sources
+
+    documents = read_sources(["talks.jsonl"], tokenizer=loaded.tokenizer)
+    window = LongWindows(documents, loaded.tokenizer, length=TARGET, count=2, seed=0)[0]["input_ids"]
+    text = str(loaded.tokenizer.decode(window[1:-1]))
+    assert "[assistant] turn" in text
+    assert text in "".join(f"[{each['role']}] {each['content']}\n" for each in turns)
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
 def test_lora_trains_its_adapters_alone_and_merged_is_the_same_model(here: Path) -> None:
     from peft import PeftModel

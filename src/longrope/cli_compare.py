@@ -65,6 +65,9 @@ def compare(
         typer.Option(metavar="A,B,..", help="none, pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-rcd, llama3; +su."),
     ] = None,
     factors: Factors = None,
+    stage: Annotated[
+        str | None, typer.Option(metavar="second", help="second: methods on top of the checkpoint's own factors.")
+    ] = None,
     windows: Windows = None,
     stride: Stride = None,
     tries: Annotated[int | None, typer.Option(min=1, help="Prompts of a length (passkey) or a cell (needle).")] = None,
@@ -140,6 +143,7 @@ def compare(
             measure=measure,
             methods=chosen,
             factors=tables,
+            stage=stage,
             workers=workers,
             out=out,
             options=options,

@@ -17,6 +17,7 @@ from longrope.cli_options import (
     OriginalLength,
     Out,
     Precision,
+    Quantize,
     Quiet,
     Seed,
     Threads,
@@ -72,6 +73,7 @@ def finetune(
     original_length: OriginalLength = None,
     rope_precision: Precision = "float32",
     threads: Threads = None,
+    quantize: Quantize = None,
     trust: Trust = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -97,7 +99,7 @@ def finetune(
         "seed": seed,
     }
     given |= {"gradient_checkpointing": gradient_checkpointing, "save_every": save_every, "keep": keep}
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads, quantize=quantize)
     path = out or default_run_path("finetune", model, parse_length(length))
     resume_with()
     with training_progress(quiet) as on_progress:

@@ -29,6 +29,7 @@ def compare(
     measure: str = "perplexity",
     methods: Sequence[str] = DEFAULT_METHODS,
     factors: Mapping[str, FactorTable] | None = None,
+    stage: str | None = None,
     out: str | Path | None = None,
     workers: str | int | None = None,
     options: LoadOptions | None = None,
@@ -37,13 +38,17 @@ def compare(
 ) -> dict[str, Any]:
     """A measure of methods and factor tables (by name) at lengths, on the same items; returns metrics.json's dict.
 
-    Baselines are set up for the longest length. Without `factors` those beside the weights are compared; an empty
+    Baselines are set up for the longest length; with stage="second" on top of what the checkpoint was fine-tuned with,
+    as its second interpolation. Without `factors` those beside the weights are compared; an empty
     mapping ignores them. Writes a run folder `out` (runs/compare-MODEL-LENGTH by default, with the measure in its name
     where it is not perplexity) and resumes one that is there; a finished one is read, not measured again. Of `stdlib`
     the unseen share is used. `keywords` are the fields of MeasureSettings (`documents`, `windows`, `seed`, ...) and of
     LoadOptions; the rest is as in `evaluate`. `harness` has the fields of HarnessSettings instead, and gives a prompt
     the factors of the smallest of the lengths that holds it. Raises UserError for bad input.
     """
+    if stage not in (None, "second"):
+        rule = "it is second: methods on top of the checkpoint's own factors"
+        raise UserError("--stage", got=repr(stage), rule=rule, do="give that, or leave it out")
     suite = HarnessSettings.taken(keywords) if measure == "harness" else None
     given = MeasureSettings(**{name: keywords.pop(name) for name in vars(MeasureSettings()) if name in keywords})
     if suite is None:
@@ -56,12 +61,16 @@ def compare(
     if factors is not None and not factors:
         options = replace(options, own_factors=False)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    if stage == "second":
+        loaded = loaded.fine_tuned()
     if factors is None:
-        factors = {} if loaded.table is None else {"checkpoint": loaded.table}
+        beyond = stage == "second" and min(wanted, default=0) > loaded.meaning.rows[-1].up_to
+        factors = {} if loaded.table is None or beyond else {"checkpoint": loaded.table}
     _check(loaded, wanted, methods, factors)
     settings: dict[str, Any] = {
         "lengths": wanted,
         "methods": list(methods),
+        "stage": stage,
         "factors": {name: [row.key for row in table.rows] for name, table in factors.items()},
     }
     command = "compare" if measure == "perplexity" else f"compare-{measure}"

@@ -27,10 +27,10 @@ class LoraSettings:
             raise UserError("--lora", got=self.rank, rule="a rank is at least 1", do="give one such as 16")
 
 
-def with_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
+def with_lora(model: Any, settings: LoraSettings, seed: int, *, quantized: bool = False) -> Any:
     """The model with adapters drawn from a seed, equal in all processes; the rest frozen.
 
-    Raises UserError where PEFT is not installed.
+    quantized: of a base of few bits, the rest is in float32 (QLoRA). Raises UserError where PEFT is not installed.
     """
     try:
         peft = import_module("peft")
@@ -52,6 +52,8 @@ def with_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
         modules_to_save=whole or None,
         task_type="CAUSAL_LM",
     )
+    if quantized:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)  # PEFT draws from torch's own generator
         warnings.simplefilter("ignore", FutureWarning)  # of names in transformers that PEFT still uses

@@ -178,6 +178,9 @@ def _settings(
         if value is not None and value < 1:
             raise UserError(flag, got=value, rule="it is at least 1", do="give a larger number")
     options = load_options(options, keywords)
+    if options.quantize is not None and adapters is None:
+        rule = "weights of so few bits are not trained"
+        raise UserError("--quantize", got=f"{options.quantize} without --lora", rule=rule, do="give --lora RANK")
     # All weights are trained in float32, under autocast; a frozen base is in half precision where that computes fast.
     if options.dtype == "auto" and options.placement != "cpu" and adapters is None:
         options = replace(options, dtype="float32")
@@ -225,13 +228,18 @@ def _train(
 ) -> list[float]:
     """The losses of all steps; writes what was trained into the run."""
     model: Any = loaded.model
-    model.requires_grad_(True)
+    if given.lora is None:
+        model.requires_grad_(True)
     with loaded.patch() as patch:
         note = patch.widen_window(given.length)
         patch.install(table if given.mixed is not None else table.rows[-1])
         if note:
             logger.info(note)
-        trained = model if given.lora is None else with_lora(model, given.lora, given.seed)
+        trained = (
+            model
+            if given.lora is None
+            else with_lora(model, given.lora, given.seed, quantized=loaded.options.quantize is not None)
+        )
         with chunked_loss(model):
             arguments = _arguments(loaded, trained, given, recipe, path / STATE, world)
             watch = Watch(path / LOSSES, total=cast(int, recipe.steps), on_progress=on_progress)
@@ -248,8 +256,10 @@ def _train(
         if given.lora is not None and world.main:
             _save(path / ADAPTER, lambda folder: trained.save_pretrained(folder, state_dict=whole))
     if given.lora is not None and given.lora.merge and world.main:
-        # Shards cannot be merged: the adapters that were saved are, into a model that is loaded anew.
-        model = merged(load_model(loaded.name, loaded.options).model if world.sharded else trained, path / ADAPTER)
+        # Into shards and weights of few bits nothing can be merged: a model that is loaded anew takes what was saved.
+        anew = world.sharded or loaded.options.quantize is not None
+        whole_options = replace(loaded.options, quantize=None)
+        model = merged(load_model(loaded.name, whole_options).model if anew else trained, path / ADAPTER)
         whole = None
     if (given.lora is None or given.lora.merge) and world.main:
         _save(path / CHECKPOINT, lambda folder: write_checkpoint(folder, model, loaded, table, whole))
