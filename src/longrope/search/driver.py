@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from longrope import __version__
+from longrope.baselines import attention_factor
 from longrope.checkpoint import LoadOptions, load_options
 from longrope.describe import describe_model, describe_options, describe_windows, metrics
 from longrope.documents import Document, read_sources
@@ -239,8 +240,12 @@ def _from_shorter(
         loaded, inner, windows.shorter, out=path, init=init, workers=workers, on_progress=on_progress
     )
     found = seeds.relative(table.row_for(inner.to), loaded.trained)
-    ratio, wanted = inner.to / loaded.trained.up_to, to / loaded.trained.up_to
-    return shorter.candidates(loaded, found, ratio, wanted, make_space(loaded, settings), to)
+    length, searched = loaded.trained.up_to, settings.searches_attention
+    rule = settings.resolved().attention_factor or "su"
+    rules = [attention_factor(name, to / length, length) for name in (("none", "su") if searched else (rule,))]
+    return shorter.candidates(
+        loaded, found, inner.to / length, make_space(loaded, settings), to, rules, searched=searched
+    )
 
 
 def make_space(loaded: LoadedModel, settings: SearchSettings) -> Space:
@@ -273,7 +278,7 @@ def make_problem(
     first = len(windows.search) if windows.gradient else 0
     return methods.Problem(
         space=space,
-        seeds=seeds.with_attention(found, factors, choices, start),
+        seeds=seeds.with_attention(found, factors, choices, start, searched=rule == "search"),
         shape=loaded.rope.shape,
         pool=tuple(range(first, len(windows.search) + len(windows.gradient))),
         search_attention=settings.searches_attention,

@@ -104,8 +104,10 @@ def attention_factors(rule: str, ratio: float, original_length: int) -> dict[str
     return found
 
 
-def with_attention(seeds: Seeds, factors: dict[str, float], choices: Sequence[int], start: int) -> Seeds:
-    """Each seed with each attention factor (a seed of its own scaling also with its own, where several are tried).
+def with_attention(
+    seeds: Seeds, factors: dict[str, float], choices: Sequence[int], start: int, *, searched: bool
+) -> Seeds:
+    """Each seed with each attention factor; a seed of its own scaling also with its own, where that is searched.
 
     choices: start tokens of the search; a seed with others gets `start`. Equal ones come once.
     """
@@ -113,7 +115,7 @@ def with_attention(seeds: Seeds, factors: dict[str, float], choices: Sequence[in
     known: set[str] = set()
     for name, row in seeds:
         tried = dict(factors)
-        if len(factors) > 1 and name.partition("-")[0] in ("own", "init", "between"):
+        if searched and name.partition("-")[0] in ("own", "init", "between"):
             tried["own"] = row.attention_factor
         for rule, value in tried.items():
             kept = row.start_tokens if row.start_tokens in choices else start
