@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     except (UserError, KeyError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
-    state, begun = State(setting.state), time.monotonic()
+    state, begun = State(setting.state, setting.made_of()), time.monotonic()
     for part in wanted:
         if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
             logger.info("%s and what follows wait for the next call", part)

@@ -339,6 +339,18 @@ TRAIN = {"do": "finetune", "to": "4x", "steps": 2}
         (plan_of(SEARCH, SEARCH), "stages: got two of search to 192; each is there once"),
         (plan_of(SEARCH, TRAIN, {"do": "second", "to": "8x"}, TRAIN), "03-second-384: got a fine-tuning after it; "),
         (plan_of(SEARCH, measure=3), "measure: got 3; it is a table"),
+        (plan_of(SEARCH, {"do": "search", "to": "8x"}, TRAIN), "02-search-384: got nothing that uses it; "),
+        (plan_of(SEARCH, TRAIN | {"mixed": 1.5}), "stage 2: mixed: got 1.5; it is a share between 0 and 1"),
+        (plan_of(SEARCH, TRAIN | {"lora": "16"}), "stage 2: lora: got '16'; it is a whole number of at least 1"),
+        (plan_of(SEARCH, TRAIN | {"norms": True}), "stage 2: norms: got no lora; it is a setting of LoRA"),
+        (plan_of(SEARCH | {"start_tokens": 400}), "stage 1 (search): --start-tokens: got '400'; it is a number of"),
+        (plan_of(SEARCH | {"attention_factor": "much"}), "stage 1 (search): --attention-factor: got 'much'; it is su"),
+        (
+            plan_of(SEARCH, TRAIN, {"do": "second", "to": "16x", "search_length": "2x"}),
+            "stage 3 (second): --search-length: got 96 tokens; it is an extension that is shorter",
+        ),
+        (plan_of(SEARCH, measure={"lengths": []}), "measure: lengths: got none; there is at least one"),
+        (plan_of(SEARCH, measure={"lengths": ["8x"]}), "measure: lengths: got 384; there is at least one, and none"),
         (plan_of(SEARCH, measure={"windows": 0}), "measure: windows: got 0; lengths are a list"),
         (plan_of(SEARCH, measure={"seed": 0}), "measure: got seed; its keys are lengths, passkey, windows"),
     ],
@@ -359,6 +371,7 @@ def test_a_plan_that_makes_no_sense_is_told(data: dict[str, Any], message: str) 
         (["--to", "40"], "--to: got 40 tokens; the target is longer than the model's original length of 48"),
         (["--to", "64k"], "--documents: got documents to search on, the longest of "),
         (["--unseen", "texts"], "--unseen: got 6 documents, all of them used before"),
+        (["--search-documents", "texts/1.txt"], "--unseen: got none, with --search-documents; "),
     ],
 )
 def test_bad_input_is_told_in_one_line(words: list[object], message: str) -> None:
@@ -371,6 +384,20 @@ def test_documents_that_are_too_short_to_be_measured_on_are_told_first() -> None
     Path("short/one.txt").write_text("too short")
     told = refused(*command("--stages", "plan.toml", "--unseen", "short"))
     assert told.startswith(f"--unseen: got held-out documents, the longest of 10 tokens; windows of {FAR} are measured")
+
+
+@pytest.mark.usefixtures("here")
+def test_documents_of_a_stage_are_checked_before_any() -> None:
+    Path("short.txt").write_text("too short to train on")
+    far = ["--search-documents", "texts/0.txt", "--unseen", "texts/1.txt"]
+    words = ["extend", "model", "--to", FAR, "-d", "short.txt", "--out", "run", "--stages", "plan.toml"]
+    told = refused(*words, *far)
+    assert told.startswith(
+        "--documents: got documents to train on, the longest of 23 tokens with its ends; 02-finetune"
+    )
+    Path("plan.toml").write_text(PLAN.replace("steps = 6", 'steps = 6\ndocuments = ["texts/1.txt"]'))
+    words[words.index("short.txt")] = "texts/2.txt"
+    assert refused(*words, *far).startswith(f"--unseen: got 1 documents of 02-finetune-{TARGET}; no stage reads")
 
 
 def test_the_shape_of_the_model_is_what_the_plans_count_from() -> None:

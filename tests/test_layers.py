@@ -38,6 +38,7 @@ LAYERS = [
     ["cli_options"],
     ["cli_search", "cli_evaluate", "cli_compare", "cli_finetune", "cli_extend"],
     ["cli"],
+    ["__main__"],
 ]
 WITHOUT_TORCH = (
     "watch errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "

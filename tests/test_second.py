@@ -162,8 +162,14 @@ def test_a_recovery_is_a_row_for_a_length_that_is_reached_already() -> None:
     own, best = perplexity(loaded, table().rows[1], windows), perplexity(loaded, row, windows)
     assert best <= own * (1 + 1e-9), "the row that is there is one of the seeds"
     assert any(name.startswith("original") for name in values)
-    again = found(ORIGINAL, "recovery", out="again", windows=4, evaluations=6)
+    lines = read_lines(Path("run/evaluations.jsonl"))
+    trained = table().rows[1]
+    tried = [line for line in lines if tuple(line["rescale"]) == trained.rescale]
+    assert trained.attention_factor in {line["attention_factor"] for line in tried}, "as it was trained"
+    again = found(ORIGINAL, "recovery", out="again", windows=4, evaluations=16)
     assert again.lengths == [ORIGINAL, TARGET], "the row of that length is replaced"
+    factors = {line["attention_factor"] for line in read_lines(Path("again/evaluations.jsonl"))}
+    assert {1.0, trained.attention_factor} <= factors, "at the original length too, where all rules say 1"
 
 
 def test_factors_of_a_shorter_search_are_carried_over_as_the_baselines_are() -> None:
@@ -186,7 +192,7 @@ def test_a_search_at_a_shorter_length_ends_with_the_best_of_a_few_at_the_target(
     assert inner.rows[-1].up_to == 2 * start
     lines = read_lines(Path("run/evaluations.jsonl"))
     assert {len(line["windows"]) for line in lines} == {1}
-    assert 2 <= len(lines) <= 4
+    assert 3 <= len(lines) <= 5
     loaded = load_model(model, FLOAT32)
     values = [perplexity(loaded, made.rows[-1], windows_of_run(loaded, "run"))]
     assert values[0] == pytest.approx(min(line["value"] for line in lines), rel=1e-6)
@@ -241,4 +247,8 @@ def test_compare_sets_methods_up_on_top_of_the_checkpoints_factors() -> None:
     values = {each["method"]: each["value"] for each in ran.document["results"]}
     for method in ("pi", "ntk"):
         assert values[method] == pytest.approx(perplexity(loaded, loaded.baseline(method, FARTHER), windows), rel=1e-6)
+    short = ["--lengths", TARGET, "-d", "texts", "--stage", "second"]
+    assert "--lengths: got at most 192 tokens; the checkpoint's factors reach 192" in refused(
+        "compare", "model", *short
+    )
     assert "--stage: got 'third'; it is second: " in refused("compare", "model", *words, "--stage", "third")

@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import platform
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -215,8 +216,11 @@ def main(argv: list[str]) -> int:
     model = train(settings, out, save_every, compile_model)
     model.config.use_cache = True  # Trainer switched it off
     finished: Any = model  # mypy does not know the decorated nn.Module.to
-    finished.to(torch.bfloat16).save_pretrained(out / "model")
-    byte_tokenizer(settings.length).save_pretrained(out / "model")
+    unfinished = out / ".model.unfinished"
+    finished.to(torch.bfloat16).save_pretrained(unfinished)
+    byte_tokenizer(settings.length).save_pretrained(unfinished)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    unfinished.rename(out / "model")
     logger.info("wrote %s", out / "model")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from dataclasses import dataclass, field, replace
@@ -147,6 +148,11 @@ class Setting:
     def texts(self, use: str) -> list[Document]:
         """The documents of train, validation or test."""
         return read_sources([str(self.documents / use)])
+
+    def made_of(self) -> str:
+        """Hash of all that results depend on: size, plan, documents, seed."""
+        told = [self.size.told(), [stage.to_dict() for stage in self.plan.stages], self.hashes(), self.seed]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def hashes(self) -> dict[str, dict[str, str]]:
         """Their names and hashes."""

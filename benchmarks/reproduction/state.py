@@ -13,14 +13,20 @@ Json = Any
 
 
 class State:
-    """Lines in parts.jsonl and values.jsonl of a folder."""
+    """Lines in parts.jsonl and values.jsonl of a folder.
 
-    def __init__(self, folder: Path) -> None:
+    made_of: hash of what all parts are made of; parts of anything else are none of these.
+    """
+
+    def __init__(self, folder: Path, made_of: str) -> None:
+        self._made_of = made_of
         folder.mkdir(parents=True, exist_ok=True)
         self._parts_file, self._values_file = folder / "parts.jsonl", folder / "values.jsonl"
         parts = read_lines(self._parts_file, repair=True, required={"part": str, "seconds": float})
         values = read_lines(self._values_file, repair=True, required={"key": str})
-        self._parts: dict[str, Mapping[str, Any]] = {line["part"]: line for line in parts}
+        self._parts: dict[str, Mapping[str, Any]] = {
+            line["part"]: line for line in parts if line.get("made_of") == made_of
+        }
         self._values: dict[str, Json] = {line["key"]: line["value"] for line in values}
         self._figures: list[dict[str, Any]] = []
         self._tables: dict[str, Json] = {}
@@ -49,7 +55,8 @@ class State:
 
     def finish(self, part: str, seconds: float) -> None:
         """Write down that a part is done, with its figures and tables."""
-        line = {"part": part, "seconds": round(seconds, 1), "figures": self._figures, "tables": self._tables}
+        line: dict[str, Any] = {"part": part, "made_of": self._made_of, "seconds": round(seconds, 1)}
+        line |= {"figures": self._figures, "tables": self._tables}
         append_line(self._parts_file, line)
         self._parts[part], self._figures, self._tables = line, [], {}
 

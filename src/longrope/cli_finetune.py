@@ -44,6 +44,9 @@ def finetune(
     warmup: Annotated[int | None, typer.Option(metavar="S", help="Steps of a rising learning rate.")] = None,
     batch: Annotated[int | None, typer.Option(metavar="B", help="Windows of a step, over all devices.")] = None,
     weight_decay: Annotated[float | None, typer.Option(metavar="X", help="Instead of the recipe's.")] = None,
+    beta1: Annotated[float | None, typer.Option(metavar="X", help="Of Adam, instead of the recipe's.")] = None,
+    beta2: Annotated[float | None, typer.Option(metavar="X", help="Of Adam, instead of the recipe's.")] = None,
+    clip: Annotated[float | None, typer.Option(metavar="X", help="Norm that gradients are clipped at.")] = None,
     mixed: Annotated[
         float | None,
         typer.Option(metavar="SHARE", help="Windows packed of short documents under their own factors (LongRoPE2)."),
@@ -55,8 +58,10 @@ def finetune(
         bool, typer.Option("--hold-out", help="Leave out a part of the documents by hash, as extend does.")
     ] = False,
     lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train LoRA adapters of this rank.")] = None,
-    embeddings: Annotated[bool, typer.Option("--embeddings", help="Of LoRA: train the embeddings, too.")] = False,
-    norms: Annotated[bool, typer.Option("--norms", help="Of LoRA: train the norms, too.")] = False,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings/--no-embeddings", help="Of LoRA: train the embeddings, too.")
+    ] = False,
+    norms: Annotated[bool, typer.Option("--norms/--no-norms", help="Of LoRA: train the norms, too.")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Of LoRA: write a checkpoint with it merged.")] = False,
     gradient_checkpointing: Annotated[
         bool | None,
@@ -89,6 +94,7 @@ def finetune(
     from longrope.training.run import finetune as run_finetune
 
     given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup}
+    given |= {"beta1": beta1, "beta2": beta2, "clip": clip}
     given |= {"batch": batch, "weight_decay": weight_decay, "mixed": mixed, "short_documents": short_documents or []}
     given |= {
         "hold_out": hold_out,

@@ -63,6 +63,13 @@ def compare(
     loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
     if stage == "second":
         loaded = loaded.fine_tuned()
+        if max(wanted, default=0) <= loaded.trained.up_to:
+            got, rule = (
+                f"at most {max(wanted, default=0)} tokens",
+                f"the checkpoint's factors reach {loaded.trained.up_to}",
+            )
+            do = "give longer ones, or of an extension the checkpoint of its last fine-tuning"
+            raise UserError("--lengths", got=got, rule=rule, do=do)
     if factors is None:
         beyond = stage == "second" and min(wanted, default=0) > loaded.meaning.rows[-1].up_to
         factors = {} if loaded.table is None or beyond else {"checkpoint": loaded.table}

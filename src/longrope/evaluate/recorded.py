@@ -40,6 +40,7 @@ def measure_methods(
 
     Baselines are set up for the longest length, tables are measured where they reach.
     """
+    loaded.widen_window(max(windows))
     measure, rows = PerplexityMeasure(windows), rows_of(loaded, list(windows), methods, tables)
     items = {length: measure.items(loaded, length) for length in windows}
     # Of another table, where the factors of a run have changed since: those are other items.

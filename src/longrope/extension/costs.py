@@ -15,6 +15,8 @@ from longrope.search.driver import SearchWindows, make_budget, make_problem
 from longrope.training.recipes import Recipe, recipe_of
 from longrope.windows import Window, default_window_count
 
+_DECIDED = 5  # candidates at the target, after a search at a shorter length
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -42,6 +44,9 @@ def costs(loaded: LoadedModel, plan: Plan) -> list[Cost]:
         else:
             evaluations, evaluation = _evaluations(loaded, stage, reached)
             tokens, made_of = evaluations * evaluation, f"up to {evaluations:,} evaluations of {evaluation:,} tokens"
+            if stage.settings.get("search_length"):
+                decided = _DECIDED * stage.settings.get("windows", 1) * stage.to
+                tokens, made_of = tokens + decided, f"{made_of}, {_DECIDED} at the target"
         found.append(Cost(stage.name, stage.to, tokens, made_of))
     lengths = measured_lengths(plan)
     found.append(

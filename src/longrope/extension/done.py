@@ -20,7 +20,8 @@ def digest(folder: Path) -> str:
     """`sha256:...` of what the next stage reads of a folder: factors, configuration and weights."""
     found = hashlib.sha256()
     names = ("config.json", FACTORS_FILE)
-    paths = [path for path in sorted(folder.rglob("*")) if path.name in names or path.suffix == ".safetensors"]
+    # Not what lies in folders inside: a run may lie inside the model's own.
+    paths = [path for path in sorted(folder.iterdir()) if path.name in names or path.suffix == ".safetensors"]
     for path in paths:
         size = path.stat().st_size
         found.update(f"{path.relative_to(folder)}:{size}:".encode())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from longrope.checkpoint import LoadOptions
 from longrope.documents import Document, hold_out, read_sources
@@ -35,10 +38,12 @@ class Watching:
 
 @dataclass(frozen=True)
 class Texts:
-    """What an extension reads: sources to train on (hold_out: without those held out), to search on, to measure on."""
+    """What an extension reads: sources to train on (hold_out: without those held out; trained:
+    what that is), to search on, to measure on."""
 
     training: tuple[str, ...]
     hold_out: bool
+    trained: Sequence[Document]
     search: Sequence[Document]
     unseen: Sequence[Document]
 
@@ -71,13 +76,16 @@ class Extension:
     def model(self, name: str) -> LoadedModel:
         """A model, loaded; the last one is kept, so that searches in a row load it once."""
         if self._loaded is None or self._loaded.name != name:
-            self._loaded = None  # two are never in memory
+            self.forget()  # two are never in memory
             self._loaded = load_model(name, self.options)
         return self._loaded
 
     def forget(self) -> None:
-        """Let the loaded model go, before a training takes the memory."""
+        """Let the loaded model go, before another one or a training takes the memory."""
         self._loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def told(self) -> list[dict[str, Any]]:
         """The stages with the seconds that each took, for metrics.json, the card and the page."""
@@ -98,6 +106,9 @@ def texts_of(
     if not documents:
         raise UserError("--documents", got="none", rule="a model is extended on documents", do="give at least one")
     read = read_sources(documents, share="search", tokenizer=loaded.tokenizer)
+    if search_documents and not unseen:
+        got, rule = "none, with --search-documents", "what is measured on is neither trained nor searched on"
+        raise UserError("--unseen", got=got, rule=rule, do="name documents to measure on")
     searched = read_sources(search_documents, share="search", tokenizer=loaded.tokenizer) if search_documents else read
     if unseen:
         held = read_sources(unseen, share="unseen", tokenizer=loaded.tokenizer)
@@ -105,13 +116,13 @@ def texts_of(
         held = read_sources(documents, share="unseen")
     else:
         kept, held = hold_out(read)
-        return Texts(tuple(documents), True, searched if search_documents else kept, held)
+        return Texts(tuple(documents), True, kept, kept, held)
     used = {document.sha256 for document in (*read, *searched)}
     left = [document for document in held if document.sha256 not in used]
     if not left:
         got, rule = f"{len(held)} documents, all of them used before", "they are measured on, and seen by no stage"
         raise UserError("--unseen", got=got, rule=rule, do="give other documents")
-    return Texts(tuple(documents), False, searched, left)
+    return Texts(tuple(documents), False, read, searched, left)
 
 
 def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
@@ -127,6 +138,20 @@ def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
             got = f"documents to search on, the longest of {longest} tokens"
             rule = f"{stage.name} searches on windows of {stage.to}"
             raise UserError("--documents", got=got, rule=rule, do="give longer documents, or --search-documents")
+    ends = [loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id]
+    around = sum(each is not None for each in ends)
+    for stage in (stage for stage in plan.stages if stage.do == "finetune"):
+        sources = stage.settings.get("documents") or []
+        own = read_sources(sources, share="search", tokenizer=loaded.tokenizer) if sources else []
+        if shared := {each.sha256 for each in own} & {each.sha256 for each in texts.unseen}:
+            got, rule = f"{len(shared)} documents of {stage.name}", "no stage reads what is measured on"
+            raise UserError("--unseen", got=got, rule=rule, do="give other documents")
+        longest = max(token_lengths([*texts.trained, *own], loaded.tokenizer), default=0) + around
+        if stage.to > longest:
+            got = f"documents to train on, the longest of {longest} tokens with its ends"
+            raise UserError(
+                "--documents", got=got, rule=f"{stage.name} has windows of {stage.to}", do="give longer ones"
+            )
     held = max(token_lengths(texts.unseen, loaded.tokenizer), default=0) + bos
     wanted = max(measured_lengths(plan))
     if wanted > held:

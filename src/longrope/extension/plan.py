@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +26,13 @@ _OF_SEARCH = {each.name for each in fields(SearchSettings)} - {"to", "stage", "s
 _OF_TRAINING = {each.name for each in fields(Recipe)} | {
     *("documents", "recipe", "mixed", "lora", "embeddings", "norms", "gradient_checkpointing", "save_every", "keep")
 }
+_MORE_OF_TRAINING: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("mixed", lambda value: type(value) in (int, float) and 0 < value < 1, "it is a share between 0 and 1"),
+    *((name, lambda value: type(value) is int and value >= 1, "it is a whole number of at least 1") for name in
+      ("lora", "save_every", "keep")),
+    *((name, lambda value: isinstance(value, bool), "it is true or false") for name in
+      ("embeddings", "norms", "gradient_checkpointing")),
+)  # fmt: skip
 _OF_MEASURES = {"lengths": list, "windows": int, "passkey": int}
 
 
@@ -140,7 +147,12 @@ def make_plan(data: Mapping[str, Any], original_length: int) -> Plan:
     for each in listed:
         stages += _stages(each, len(stages) + 1, original_length)
     _check_order(stages, original_length)
-    return Plan(tuple(stages), _measures(data.get("measure", {}), original_length))
+    plan = Plan(tuple(stages), _measures(data.get("measure", {}), original_length))
+    lengths = plan.measures.lengths
+    if lengths is not None and (not lengths or max(lengths) > plan.target):
+        shown = ", ".join(map(format_length, lengths)) or "none"
+        raise _wrong("measure: lengths", shown, f"there is at least one, and none beyond {format_length(plan.target)}")
+    return plan
 
 
 def _stages(data: Mapping[str, Any], number: int, original_length: int) -> list[Stage]:
@@ -158,6 +170,9 @@ def _stages(data: Mapping[str, Any], number: int, original_length: int) -> list[
         lengths = [lengths]
     if len(lengths) != 1 and (do != "recovery" or not lengths):
         raise _wrong(f"{where}: to", f"{len(lengths)} lengths", "it is one length, or several of a recovery")
+    for name in ("start_tokens", "attention_factor"):  # numbers too
+        if name in settings:
+            settings[name] = str(settings[name])
     if "search_length" in settings:
         settings["search_length"] = _length(settings["search_length"], f"{where}: search_length", original_length)
     if do == "finetune":
@@ -172,6 +187,11 @@ def _stages(data: Mapping[str, Any], number: int, original_length: int) -> list[
 
 def _check_training(settings: Mapping[str, Any], where: str) -> None:
     numbers = {each.name: settings[each.name] for each in fields(Recipe) if each.name in settings}
+    for name, good, rule in _MORE_OF_TRAINING:
+        if name in settings and not good(settings[name]):
+            raise _wrong(f"{where}: {name}", repr(settings[name]), rule)
+    if settings.get("lora") is None and (alone := [each for each in ("embeddings", "norms") if settings.get(each)]):
+        raise _wrong(f"{where}: {alone[0]}", "no lora", "it is a setting of LoRA")
     further = settings.get("documents", [])
     if not isinstance(further, list) or not all(isinstance(each, str) for each in further):
         raise _wrong(f"{where}: documents", repr(further)[:60], "it is a list of further documents of this stage")
@@ -215,6 +235,17 @@ def _check_order(stages: Sequence[Stage], original_length: int) -> None:
             raise _wrong(where, to, f"a second interpolation goes beyond the fine-tuned length of {trained}")
         elif stage.do == "recovery" and not original_length <= stage.to < trained:
             raise _wrong(where, to, f"a recovery is from the original length up to below the fine-tuned {trained}")
+        if stage.do != "finetune":
+            try:
+                search_settings(stage, 0).check(original_length, None if stage.do == "search" else trained)
+            except UserError as error:
+                raise UserError(f"{where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+    reached = max([stage.to for stage in stages if stage.do == "second"] or [trained or max(searched)])
+    if unused := [stage for stage in stages if stage.to > reached]:
+        rule = (
+            f"the stages end with factors up to {format_length(reached)}: a search beyond is followed by a fine-tuning"
+        )
+        raise _wrong(unused[0].name, "nothing that uses it", rule)
     names = [(stage.do, stage.to) for stage in stages if stage.do != "finetune"]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise _wrong("stages", f"two of {twice[0]} to {format_length(twice[1])}", "each is there once")

@@ -35,6 +35,7 @@ from longrope.report import write_report
 from longrope.runs import FACTORS, RunFolder, command_line, default_run_path
 from longrope.search.driver import choose_search_windows, search_windows
 from longrope.training.run import CHECKPOINT, finetune
+from longrope.workers import options_for
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,9 @@ def extend(
     with factors.json, checkpoint/, metrics.json and report.html. load: the fields of LoadOptions. Raises UserError for
     bad input, and for a stage whose inputs or files have changed since it was made.
     """
-    watching, options = watching or Watching(), load_options(options, load)
+    watching = watching or Watching()
+    workers = None if workers is None else str(workers)
+    options = options_for(workers, load_options(options, load))
     target = as_length(to)
     loaded = load_model(model, options)
     plan = plan_for(loaded.rope.original_length, target, stages, train=train)
@@ -87,7 +90,7 @@ def extend(
             base=model,
             texts=texts,
             seed=seed,
-            workers=None if workers is None else str(workers),
+            workers=workers,
             launcher=shlex.split(launcher or ""),
             tracker=tracker,
             watching=watching,
@@ -96,6 +99,7 @@ def extend(
             current=model,
             _loaded=loaded,
         )
+        del loaded  # `going` lets it go when a training takes the memory
         for stage in plan.stages:
             _make(going, stage)
         assert going.table is not None, "a plan has a search"
@@ -204,7 +208,7 @@ def _launch(going: Extension, stage: Stage, model: str, factors: Path, folder: P
         if name == "documents":
             continue
         flag = "--" + name.replace("_", "-")
-        words += ([flag] if value else []) if isinstance(value, bool) else [flag, str(value)]
+        words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
     options = going.options
     words += ["--device", options.device, "--dtype", options.dtype, "--attention", options.attention]
     words += ["--original-length", str(options.original_length)] if options.original_length else []
@@ -252,6 +256,7 @@ def _config(
         "model": describe_model(loaded),
         "settings": settings | describe_options(loaded),
         "documents": {
+            "train": [{"name": each.name, "sha256": each.sha256} for each in texts.trained],
             "search": [{"name": each.name, "sha256": each.sha256} for each in texts.search],
             "unseen": [{"name": each.name, "sha256": each.sha256} for each in texts.unseen],
         },

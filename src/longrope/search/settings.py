@@ -113,6 +113,9 @@ class SearchSettings:
                 rule=f"it is an extension that is shorter than the target: above {least} and below {self.to}",
                 do="give such a length, or leave it out",
             )
+        if self.search_length is not None and self.objective == "needle":
+            rule = "what is found at a shorter length is decided between by perplexity"
+            raise UserError("--search-length", got="--objective needle", rule=rule, do="leave one of them out")
         self._check_factors(original_length)
 
     def check_words(self) -> None:

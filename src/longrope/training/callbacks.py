@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from longrope.errors import UserError
@@ -77,7 +78,8 @@ class Watch(TrainerCallback):
             self.on_progress(Progress(state.global_step, self.total, loss, left))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint whole."""
+        """Mark the checkpoint whole, when all processes have written what is theirs."""
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             mark_whole(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             self._saved = state.global_step

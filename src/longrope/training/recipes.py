@@ -33,6 +33,9 @@ class Recipe:
             ("--schedule", made.schedule, made.schedule in SCHEDULES, f"it is one of {', '.join(SCHEDULES)}"),
             ("--warmup", made.warmup, made.warmup >= 0, "it is not negative"),
             ("--batch", made.batch, made.batch >= 1, "it is at least 1"),
+            ("--beta1", made.beta1, 0 <= made.beta1 < 1, "it is from 0 to below 1"),
+            ("--beta2", made.beta2, 0 <= made.beta2 < 1, "it is from 0 to below 1"),
+            ("--clip", made.clip, made.clip > 0, "it is above 0"),
             ("--weight-decay", made.weight_decay, made.weight_decay >= 0, "it is not negative"),
             ("--steps", made.steps, made.steps is None or made.steps >= 1, "it is at least 1"),
         ):

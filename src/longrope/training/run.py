@@ -274,7 +274,8 @@ def _arguments(
     together = next(
         size for size in range(min(share, max(1, loaded.batch_tokens // given.length)), 0, -1) if share % size == 0
     )
-    again = given.gradient_checkpointing
+    # Of shards nothing is estimated: what does not fit into one process is what they are for.
+    again = given.gradient_checkpointing is not False
     if world.window_size == 1 and not world.sharded:
         again = _fits(loaded, trained, given, together)
     # Its name from transformers 5.23 on, which warns of the older one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,8 @@ from accelerate.utils.operations import broadcast_object_list
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 
+# The first process alone saves, which takes long for a large model: NCCL's own ten minutes would end the others.
+_PATIENCE = timedelta(hours=2)
 Told = TypeVar("Told")
 
 
@@ -92,7 +95,7 @@ class World:
         if device not in ("cpu", f"cuda:{self.local_rank}"):
             rule = "each process has a device of its own"
             raise UserError("--device", got=repr(options.device), rule=rule, do="leave it out, or give cpu or cuda")
-        PartialState(cpu=device == "cpu")
+        PartialState(cpu=device == "cpu", timeout=_PATIENCE)
         return replace(options, device=device)
 
     def first(self, work: Callable[[], Told]) -> Told:
