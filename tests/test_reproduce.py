@@ -1,0 +1,142 @@
+"""benchmarks/reproduce.py on a model of one layer: all parts, resumed, and its figures computed again another way."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import reproduce
+from commands import write_documents
+from longrope.checkpoint import LoadOptions
+from longrope.factors import FactorTable
+from longrope.model import load_model
+from longrope.windows import Window
+from reproduction.core import PARTS
+from reproduction.setting import cut
+
+PLAN = """
+[[stages]]
+do = "search"
+to = "4x"
+[[stages]]
+do = "finetune"
+to = "4x"
+steps = 2
+[[stages]]
+do = "second"
+to = "8x"
+search_length = "6x"
+[[stages]]
+do = "recovery"
+to = ["1x"]
+[measure]
+lengths = ["1x"]
+windows = 1
+passkey = 0
+"""
+LENGTH = 128
+
+
+def command(folder: Path, *more: str) -> int:
+    words = ["--stages", str(folder / "miniature.toml"), "--documents", str(folder / "corpus"), "--quick"]
+    words += ["--state", str(folder / "state"), "--out", str(folder / "results"), "--device", "cpu", "--threads", "1"]
+    return reproduce.main([*words, *more])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reproduction")
+    (folder / "miniature.toml").write_text(PLAN)
+    for number, name in enumerate(("train", "validation", "test")):
+        write_documents(folder / "corpus" / name, count=2, characters=6000 + number)
+    command(folder, "--parts", "core")
+    return folder
+
+
+def test_every_figure_has_its_limit_and_what_came_of_it(made: Path) -> None:
+    results = json.loads((made / "results" / "miniature-quick.json").read_text())
+    assert set(results["minutes"]) == set(PARTS)
+    for figure in results["figures"]:
+        assert figure["ok"] == (figure["value"] <= figure["limit"])
+    names = [figure["figure"] for figure in results["figures"]]
+    assert "perplexity at 4x after fine-tuning / of the base at its own length" in names
+    assert "perplexity at 8x / at the fine-tuned length" in names
+    assert {"perplexity, ours / pi", "perplexity, ours / ntk", "perplexity, ours / yarn"} <= set(names)
+    assert len(results["losses"]["02-finetune-512"]) == 2
+    assert "/" not in json.dumps(results["documents"]), "no paths"
+
+
+def test_figures_are_what_the_checkpoints_give(made: Path) -> None:
+    state = made / "state" / "miniature-quick"
+    results = json.loads((made / "results" / "miniature-quick.json").read_text())
+    values = {figure["figure"]: figure["value"] for figure in results["figures"]}
+    options = LoadOptions(device="cpu", threads=1)
+    final = load_model(str(state / "extend" / "checkpoint"), options)
+    base = load_model(str(state / "base" / "model"), options)
+    table = FactorTable.load(state / "extend" / "factors.json")
+    windows = _window(made, final)
+
+    def perplexity(loaded: Any, row: Any, length: int) -> float:
+        total, count = 0.0, 0
+        with torch.no_grad(), loaded.autocast(), loaded.patch() as patch:
+            patch.install(row)
+            text = windows.ids[1:]
+            for start in range(0, len(text) - length + 2, length - 1):
+                ids = torch.tensor([windows.ids[0], *text[start : start + length - 1]])[None]
+                logits = loaded.model(ids).logits[0].double()
+                total += float(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum"))
+                count += ids.shape[1] - 1
+        return math.exp(total / count)
+
+    at_original = perplexity(base, None, LENGTH)
+    trained = perplexity(final, table.row_for(4 * LENGTH), 4 * LENGTH)
+    assert values["perplexity at 4x after fine-tuning / of the base at its own length"] == pytest.approx(
+        trained / at_original, rel=2e-3
+    )
+    far = perplexity(final, table.row_for(8 * LENGTH), 8 * LENGTH)
+    assert values["perplexity at 8x / at the fine-tuned length"] == pytest.approx(far / trained, rel=2e-3)
+    recovered = perplexity(final, table.row_for(LENGTH), LENGTH)
+    assert values["short window after recovery / base"] == pytest.approx(recovered / at_original, rel=2e-3)
+
+
+def _window(made: Path, loaded: Any) -> Window:
+    """The window of the test documents that figures are on, drawn as the reproduction draws it."""
+    from longrope.documents import read_sources
+    from longrope.windows import choose_windows
+
+    (window,) = choose_windows(
+        read_sources([str(made / "corpus" / "test")]), loaded.tokenizer, length=8 * LENGTH, count=1, seed=0
+    )
+    return window
+
+
+def test_what_is_done_is_not_done_again_and_another_plan_is_something_else(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = json.loads((made / "results" / "miniature-quick.json").read_text())
+    for part in PARTS:
+        monkeypatch.setitem(reproduce.PARTS, part, lambda *_: pytest.fail("it is done"))
+    command(made, "--parts", "core")
+    after = json.loads((made / "results" / "miniature-quick.json").read_text())
+    assert after["figures"] == before["figures"]
+    assert reproduce.main(["--stages", "x.toml", "--documents", str(made / "corpus")]) == 2
+    assert command(made, "--parts", "dance") == 2
+    assert "--parts: got 'dance'; it is one of core" in capsys.readouterr().err
+    assert reproduce.main(["--stages", str(made / "miniature.toml"), "--documents", str(made)]) == 2
+    assert "without train; the documents are in train, validation and test" in capsys.readouterr().err
+
+
+def test_a_window_in_pieces_has_the_same_tokens() -> None:
+    window = Window("text", "hash", 100, np.array([7, *range(1000, 1020)]))
+    pieces = cut([window], 6)
+    assert [list(piece.ids) for piece in pieces] == [
+        [7, *range(1000 + 5 * number, 1005 + 5 * number)] for number in range(4)
+    ]
+    assert [piece.start for piece in pieces] == [100, 105, 110, 115]
+    assert cut([window], 21)[0].ids.tolist() == window.ids.tolist()
