@@ -1,7 +1,6 @@
 """LongRoPE's results on a small model, stage by stage: the whole method, honestly measured.
 
     python benchmarks/reproduce.py --stages benchmarks/plans/miniature.toml --documents CORPUS
-    python benchmarks/reproduce.py --stages benchmarks/plans/miniature.toml --documents CORPUS --parts tables
 
 CORPUS has the folders train, validation and test. What is done is kept in benchmarks/state and not done again: stop it
 at any time, and give the same command. Results go to benchmarks/results, figures with their limits first.
@@ -22,21 +21,19 @@ from common import RESULTS, Figure, machine, print_table, today, versions, write
 from longrope.errors import UserError
 from longrope.extension.plan import read_plan
 from longrope.files import read_lines
-from reproduction.core import PARTS as CORE
+from reproduction.core import PARTS
 from reproduction.setting import SETTINGS, Setting, quick_plan
 from reproduction.state import State
-from reproduction.tables import PARTS as TABLES
 
 STATE = Path(__file__).parent / "state"
-PARTS = {**CORE, **TABLES}
 logger = logging.getLogger("reproduce")
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=Path, required=True, help="a plan, miniature.toml or full-length.toml")
+    parser.add_argument("--stages", type=Path, required=True, help="a plan; its name says which model: miniature.toml")
     parser.add_argument("--documents", type=Path, required=True, help="a folder with train, validation and test")
-    parser.add_argument("--parts", default="core", help=f"core, tables, all, or some of {', '.join(PARTS)}")
+    parser.add_argument("--parts", default="core", help=f"core, or some of {', '.join(PARTS)}")
     parser.add_argument("--state", type=Path, default=STATE, help="where what is done is kept")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
     parser.add_argument("--device", default="auto")
@@ -48,10 +45,12 @@ def main(argv: list[str]) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(args.threads)
-    groups = {"core": list(CORE), "tables": list(TABLES), "all": list(PARTS)}
-    wanted = [part for word in args.parts.split(",") for part in groups.get(word, [word])]
+    wanted = list(PARTS) if args.parts == "core" else args.parts.split(",")
     if unknown := [part for part in wanted if part not in PARTS]:
-        print(f"reproduce: --parts: got {unknown[0]!r}; it is one of {', '.join([*groups, *PARTS])}", file=sys.stderr)
+        print(f"reproduce: --parts: got {unknown[0]!r}; it is one of {', '.join(['core', *PARTS])}", file=sys.stderr)
+        return 2
+    if args.stages.stem not in SETTINGS:
+        print(f"reproduce: --stages: got {args.stages}; it is named {', '.join(SETTINGS)}.toml", file=sys.stderr)
         return 2
     try:
         name = f"{args.stages.stem}-quick" if args.quick else args.stages.stem
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> int:
         plan = read_plan(args.stages, size.length)
         plan = quick_plan(plan) if args.quick else plan
         setting = Setting.of(size, plan, args.documents, args.state / name, args.device, args.threads)
-    except (UserError, KeyError) as error:
+    except UserError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
     state, begun = State(setting.state, setting.made_of()), time.monotonic()

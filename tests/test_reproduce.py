@@ -121,11 +121,12 @@ def test_what_is_done_is_not_done_again_and_another_plan_is_something_else(
 ) -> None:
     before = json.loads((made / "results" / "miniature-quick.json").read_text())
     for part in PARTS:
-        monkeypatch.setitem(reproduce.PARTS, part, lambda *_: pytest.fail("it is done"))
+        monkeypatch.setitem(PARTS, part, lambda *_: pytest.fail("it is done"))
     command(made, "--parts", "core")
     after = json.loads((made / "results" / "miniature-quick.json").read_text())
     assert after["figures"] == before["figures"]
     assert reproduce.main(["--stages", "x.toml", "--documents", str(made / "corpus")]) == 2
+    assert "--stages: got x.toml; it is named miniature.toml" in capsys.readouterr().err
     assert command(made, "--parts", "dance") == 2
     assert "--parts: got 'dance'; it is one of core" in capsys.readouterr().err
     assert reproduce.main(["--stages", str(made / "miniature.toml"), "--documents", str(made)]) == 2

@@ -1,1 +1,1 @@
-"""The parts of a reproduction: the setting, what is kept between calls, the core, and the further tables."""
+"""The parts of a reproduction: the setting, what is kept between calls, and the core."""

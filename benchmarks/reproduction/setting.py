@@ -76,9 +76,6 @@ SETTINGS = {
     "miniature": Size(
         length=256, tokens=36e6, batch=32, hidden=256, intermediate=704, layers=4, heads=4, head_dim=64, theta=200.0
     ),
-    "full-length": Size(
-        length=4096, tokens=200e6, batch=8, hidden=320, intermediate=880, layers=6, heads=5, head_dim=64, theta=10000.0
-    ),
 }
 
 
