@@ -334,3 +334,21 @@ def test_a_raced_evolution_descends_as_far_for_less() -> None:
     (whole, value), (raced_windows, raced_value) = found
     assert raced_windows < 0.8 * whole
     assert raced_value < 1.01 * value
+
+
+@pytest.mark.parametrize(("windows", "sizes"), [(1, [1]), (8, [1] * 8), (9, [2] + [1] * 7), (256, [32] * 8)])
+def test_windows_are_run_in_eight_pieces_at_most(windows: int, sizes: list[int]) -> None:
+    archive = Archive([COUNT] * windows)
+    assert [len(piece) for piece in archive.pieces] == sizes
+    assert [window for piece in archive.pieces for window in piece] == list(range(windows))
+
+
+def test_many_windows_are_raced_by_pieces_and_who_lags_is_dropped_after_the_first() -> None:
+    table = 200 + np.random.default_rng(3).normal(0, 3, (3, 64))
+    table[1] += 50
+    table[2] = table[0] - 1
+    asked, archive = beaten(table)
+    assert [len(asked.windows_of(candidate(number).factors.key)) for number in (1, 2)] == [8, 64]
+    assert {len(each.task.windows) for each in asked.proposals} == {8}
+    assert archive.best is not None
+    assert index_of(archive.best[1]) == 2

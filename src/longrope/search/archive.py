@@ -13,6 +13,14 @@ from longrope.search.tasks import Outcome, Task
 
 Losses = NDArray[np.float64]
 
+# Pieces that the windows of a search are run in. Windows of a piece run as one batch, which short ones need to be fast.
+_PIECES = 8
+
+
+def in_pieces(windows: Sequence[int]) -> list[tuple[int, ...]]:
+    """Windows in order, in at most 8 pieces whose sizes differ by one at most; up to 8 windows are each a piece."""
+    return [tuple(int(window) for window in piece) for piece in np.array_split(windows, min(_PIECES, len(windows)))]
+
 
 class Archive:
     """Losses of candidates on the search windows, of which there are len(counts); further windows are not kept.
@@ -30,6 +38,11 @@ class Archive:
     def everything(self) -> tuple[int, ...]:
         """Indices of all search windows."""
         return tuple(range(len(self.counts)))
+
+    @property
+    def pieces(self) -> list[tuple[int, ...]]:
+        """Indices of all search windows, in the pieces that a race goes by."""
+        return in_pieces(self.everything)
 
     @property
     def best(self) -> tuple[float, RopeFactors] | None:

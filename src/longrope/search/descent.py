@@ -16,7 +16,7 @@ import numpy as np
 
 from longrope.baselines import RopeShape
 from longrope.factors import RopeFactors
-from longrope.search.archive import Archive
+from longrope.search.archive import Archive, in_pieces
 from longrope.search.space import GRIDS, Chart, Space, Vector
 from longrope.search.tasks import Proposal, Steps, Task
 
@@ -117,7 +117,7 @@ def descend(
             waiting = [int(index) for index in rng.permutation(len(pool))]
         batch = tuple(sorted(pool[waiting.pop()] for _ in range(size)))
         here = at(x, m)
-        outcomes = yield [Proposal(Task(here, (window,), gradient=True), origin, step) for window in batch]
+        outcomes = yield [Proposal(Task(here, piece, gradient=True), origin, step) for piece in in_pieces(batch)]
         by_rescale = sum((np.array(each.gradient.rescale) for each in outcomes if each.gradient), np.zeros(len(matrix)))
         by_factor = sum(each.gradient.attention_factor for each in outcomes if each.gradient)
         if not np.isfinite([*by_rescale, by_factor]).all():
@@ -159,7 +159,7 @@ def refine(exact: RopeFactors, space: Space, archive: Archive, origin: str, iter
 
     moved: whether the attention factor was, see `rounded`.
     """
-    yield each_window(exact, archive, f"{origin} unrounded", iteration, may_win=False)
+    yield by_piece(exact, archive, f"{origin} unrounded", iteration, may_win=False)
     unrounded = archive.value(exact)
     if unrounded is None or not math.isfinite(unrounded):
         return
@@ -195,13 +195,13 @@ def rounded(factors: RopeFactors, space: Space, moved: bool) -> RopeFactors:
 def evaluate(factors: RopeFactors, archive: Archive, origin: str, iteration: int) -> Steps[float]:
     """The value of factors on all search windows, infinite when they fail."""
     if archive.value(factors) is None:
-        yield each_window(factors, archive, origin, iteration)
+        yield by_piece(factors, archive, origin, iteration)
     value = archive.value(factors)
     return math.inf if value is None else value
 
 
-def each_window(
+def by_piece(
     factors: RopeFactors, archive: Archive, origin: str, iteration: int, *, may_win: bool = True
 ) -> list[Proposal]:
-    """One task a search window, so that workers share a single candidate."""
-    return [Proposal(Task(factors, (window,)), origin, iteration, may_win) for window in archive.everything]
+    """One task a piece of the search windows, so that workers share a single candidate."""
+    return [Proposal(Task(factors, piece), origin, iteration, may_win) for piece in archive.pieces]

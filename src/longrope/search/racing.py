@@ -1,4 +1,7 @@
-"""Candidates raced window by window: what cannot win is dropped before all windows are paid for."""
+"""Candidates raced by pieces of the windows: what cannot win is dropped before all windows are paid for.
+
+A piece is one window, or several where there are many windows (`archive.in_pieces`).
+"""
 
 from __future__ import annotations
 
@@ -39,27 +42,28 @@ def _value(archive: Archive, candidate: Candidate) -> float:
 def race_to_be_best(candidates: Sequence[Candidate], archive: Archive, keep: int = 1) -> Steps[None]:
     """Find the best `keep` of some candidates, exactly as if all were evaluated on all windows.
 
-    The first candidate comes first, on all windows, so that there is a result from the start; then one window of each
+    The first candidate comes first, on all windows, so that there is a result from the start; then one piece of each
     other, and the best by it run to their end. From then on a candidate is dropped as soon as its loss so far exceeds
     the whole loss of the keep-th best complete one: losses are not negative, so that it could not become better.
     """
     likely, *others = candidates
     if not _complete(archive, likely.factors):
         yield [Proposal(Task(likely.factors, archive.everything), likely.origin, likely.iteration)]
-    first, *rest = archive.everything
+    first, *rest = archive.pieces
     if others:
-        yield [Proposal(Task(each.factors, (first,)), each.origin, each.iteration) for each in others]
-    ordered = sorted(others, key=lambda each: archive.losses(each.factors)[first])
+        yield [Proposal(Task(each.factors, first), each.origin, each.iteration) for each in others]
+    ordered = sorted(others, key=lambda each: archive.losses(each.factors)[list(first)].sum())
     if rest and ordered:
-        yield [Proposal(Task(each.factors, tuple(rest)), each.origin, each.iteration) for each in ordered[:keep]]
+        left = tuple(window for piece in rest for window in piece)
+        yield [Proposal(Task(each.factors, left), each.origin, each.iteration) for each in ordered[:keep]]
     alive = ordered[keep:]
-    for window in rest:
+    for piece in rest:
         totals = sorted(archive.losses(each.factors).sum() for each in candidates if _complete(archive, each.factors))
         bound = totals[keep - 1] if len(totals) >= keep else np.inf
         alive = [each for each in alive if np.nansum(archive.losses(each.factors)) < bound]
         if not alive:
             return
-        yield [Proposal(Task(each.factors, (window,)), each.origin, each.iteration) for each in alive]
+        yield [Proposal(Task(each.factors, piece), each.origin, each.iteration) for each in alive]
 
 
 def _complete(archive: Archive, factors: RopeFactors) -> bool:
@@ -67,16 +71,16 @@ def _complete(archive: Archive, factors: RopeFactors) -> bool:
 
 
 def race_to_beat(candidates: Sequence[Candidate], archive: Archive) -> Steps[None]:
-    """Candidates against the best so far, window by window; one that lags behind it, by more than chance, is dropped.
+    """Candidates against the best so far, piece by piece; one that lags behind it, by more than chance, is dropped.
 
-    The spread is that of the candidates' differences on the windows that were run. Nothing is dropped after the first
+    The spread is that of the candidates' differences on the windows that were run. Nothing is dropped after a single
     window, from which no spread can be told.
     """
     assert archive.best is not None, "a race needs somebody to beat"
     rival = archive.losses(archive.best[1])
     alive = list(candidates)
-    for window in archive.everything:
-        yield [Proposal(Task(each.factors, (window,)), each.origin, each.iteration) for each in alive]
+    for piece in archive.pieces:
+        yield [Proposal(Task(each.factors, piece), each.origin, each.iteration) for each in alive]
         alive = [each for each in alive if not _lags(archive, archive.losses(each.factors), rival)]
         if not alive:
             return
@@ -98,9 +102,9 @@ def race_to_be_parent(
 ) -> Steps[list[float]]:
     """Values of a generation's candidates, NaN for those that were dropped because they would not become parents.
 
-    After each window, taken in an order drawn anew, parents and candidates are ranked by their loss on the windows so
+    After each piece, taken in an order drawn anew, parents and candidates are ranked by their loss on the windows so
     far; a candidate stays when it is ahead of the last place that makes a parent, by `ahead` standard errors of a
-    paired difference, which shrink to nothing at the last window. Until there are as many parents as there may be, all
+    paired difference, which shrink to nothing at the last piece. Until there are as many parents as there may be, all
     windows are run.
     """
     parents = np.array([archive.losses(candidate.factors) for _, candidate in evolution.parents])
@@ -108,15 +112,15 @@ def race_to_be_parent(
     if len(parents) < places or len(archive.counts) < 2:
         return (yield from whole(candidates, archive))
     spread = paired_spread(parents[:-1], parents[-1], archive.counts)
-    order = [int(window) for window in evolution.rng.permutation(len(archive.counts))]
+    pieces, seen = archive.pieces, list[int]()
     alive = list(candidates)
-    for done, window in enumerate(order, start=1):
-        yield [Proposal(Task(each.factors, (window,)), each.origin, each.iteration) for each in alive]
-        seen = order[:done]
+    for index in evolution.rng.permutation(len(pieces)):
+        yield [Proposal(Task(each.factors, pieces[index]), each.origin, each.iteration) for each in alive]
+        seen.extend(pieces[index])
         counts = archive.counts[seen].sum()
         means = [float(archive.losses(each.factors)[seen].sum() / counts) for each in alive]
         last_place = np.sort(np.append(parents[:, seen].sum(1) / counts, means))[places - 1]
-        margin = settings.ahead * spread * np.sqrt(1 / done - 1 / len(order))
+        margin = settings.ahead * spread * np.sqrt(1 / len(seen) - 1 / len(archive.counts))
         alive = [each for each, mean in zip(alive, means, strict=True) if mean <= last_place - margin]
         if not alive:
             break
