@@ -27,6 +27,7 @@ LAYERS = [
     ["windows"],
     ["describe"],
     ["workers", "memory"],
+    ["runtime"],
     ["evaluate"],
     ["search"],
     ["export"],

@@ -2,6 +2,7 @@
 
     python tools/pretrain.py --out runs/tiny                         # what src/longrope/assets/tiny is
     python tools/pretrain.py --out runs/other --documents BOOKS --kv-heads 2 --head-dim 32 --theta 500
+    python tools/pretrain.py --out runs/books --documents BOOKS --init src/longrope/assets/tiny
 
 Training is transformers.Trainer's; this file only says what the model is and where the text comes from. Stop it at
 any time: the same command goes on from the last checkpoint and ends in the same weights.
@@ -61,6 +62,8 @@ class Settings:
     head_dim: int
     theta: float
     seed: int
+    init: str = ""
+    """A checkpoint of this shape whose weights training begins with; from scratch without."""
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -117,7 +120,11 @@ def build_model(settings: Settings) -> LlamaForCausalLM:
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    if settings.init:
+        given = LlamaForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
+        model.load_state_dict(given.state_dict())
+    return model
 
 
 class SayLoss(TrainerCallback):
@@ -195,6 +202,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--theta", type=float, default=200.0)
+    parser.add_argument("--init", default="", help="a checkpoint of the same shape to begin with, such as tiny's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler on CPU")

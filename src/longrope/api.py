@@ -9,13 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from longrope.checkpoint import LoadOptions
+from longrope.checkpoint import CONFIG_ENTRY, LoadOptions, in_config
 from longrope.configs import rope_config
 from longrope.convert import factors_file, read_factors
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
-from longrope.model import load_model
+from longrope.model import LoadedModel, load_model
 from longrope.patch import Patch
+from longrope.runtime.switch import CHUNK, Switch
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +32,50 @@ def as_factors(given: Factors) -> FactorTable | RopeFactors:
     return read_factors(factors_file(given))
 
 
-def apply(model: PreTrainedModel, factors: Factors, *, original_length: int | None = None) -> Patch:
+class Applied:
+    """Factors on a model: `undo`, or leaving it as a context, restores the model.
+
+    switch: what makes a table exact at run time; None for a single row.
+    """
+
+    def __init__(self, model: PreTrainedModel, patch: Patch, factors: FactorTable | RopeFactors, **how: Any) -> None:
+        self._model, self._patch = model, patch
+        self.switch = Switch(model, patch, factors, **how) if isinstance(factors, FactorTable) else None
+        if isinstance(factors, FactorTable):
+            # A checkpoint that is saved says by itself what it was served with
+            setattr(model.config, CONFIG_ENTRY, factors.to_dict())
+        else:
+            patch.install(factors)
+
+    def undo(self) -> None:
+        """Restore the model."""
+        if self.switch is not None:
+            vars(self._model.config).pop(CONFIG_ENTRY, None)
+            self.switch.undo()
+        self._patch.undo()
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+
+def apply(
+    model: PreTrainedModel,
+    factors: Factors,
+    *,
+    original_length: int | None = None,
+    policy: str = "exact",
+    chunk: int = CHUNK,
+) -> Applied:
     """Put factors on a model that is already loaded; the returned handle's `undo()` takes them off.
 
-    A table is used by the length of each sequence, a single row at every length. A sequence that grows past a boundary
-    of the table inside a cache is refused, not answered wrongly. A sliding window that every layer has is widened to
-    the longest length, until `undo`. Raises UserError for factors of another model.
+    A table is used by the length of each sequence, a single row at every length. Under a table, forward passes and
+    `generate` are exact also where keys are cached: what comes out is what a pass over the whole text so far gives.
+    policy, chunk: as in `runtime.switch.Switch`. A sliding window that every layer has is widened to the longest
+    length, until `undo`. The table becomes part of the model's configuration, so that `save_pretrained` keeps it and
+    `load` finds it. Raises UserError for factors of another model, and for a model that carries some.
     """
     wanted = as_factors(factors)
     rope = rope_config(model.config.get_text_config().to_dict(), original_length=original_length)
@@ -44,32 +83,47 @@ def apply(model: PreTrainedModel, factors: Factors, *, original_length: int | No
         wanted.check_model(rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length)
     patch = Patch(model, rope.shape)
     try:
-        patch.install(wanted)
+        applied = Applied(model, patch, wanted, policy=policy, chunk=chunk)
     except UserError:
         patch.undo()
         raise
     note = patch.widen_window(wanted.rows[-1].up_to if isinstance(wanted, FactorTable) else wanted.up_to)
     if note:
         logger.info(note)
-    return patch
+    return applied
 
 
-def load(model: str | PreTrainedModel, factors: Factors | None = None, **options: Any) -> PreTrainedModel:
+def load(
+    model: str | PreTrainedModel,
+    factors: Factors | None = None,
+    *,
+    policy: str = "exact",
+    chunk: int = CHUNK,
+    **options: Any,
+) -> PreTrainedModel:
     """A transformers model whose RoPE is the factor table: MODEL as every command takes it, or one already loaded.
 
-    factors: by default the factors.json beside the weights. `options` are the fields of LoadOptions.
+    factors: by default the factors.json beside the weights, or the table in the model's configuration. policy, chunk:
+    as in `runtime.switch.Switch`. `options` are the fields of LoadOptions.
     Raises UserError when the model cannot be loaded or the factors are not its own.
     """
     if isinstance(model, PreTrainedModel):
-        if factors is None:
+        wanted = factors if factors is not None else in_config(model.config)
+        if wanted is None:
             raise UserError("factors", got="none", rule="a model already loaded needs them", do="give a factors.json")
-        apply(model, factors)
+        apply(model, wanted, policy=policy, chunk=chunk)
         return model
     loaded = load_model(model, LoadOptions(**options))
+    switched(loaded, factors, policy=policy, chunk=chunk)
+    return loaded.model
+
+
+def switched(loaded: LoadedModel, factors: Factors | None, *, policy: str = "exact", chunk: int = CHUNK) -> Applied:
+    """Factors on a loaded model as in `load`; the handle takes them off."""
     wanted = as_factors(factors) if factors is not None else loaded.table
     if wanted is None:
-        raise UserError("factors", got="none", rule=f"{model} has no factors.json of its own", do="give a factors.json")
+        got, rule = "none", f"{loaded.name} has no factors.json of its own"
+        raise UserError("factors", got=got, rule=rule, do="give a factors.json")
     loaded.check(wanted)
     loaded.widen_window(wanted.rows[-1].up_to if isinstance(wanted, FactorTable) else wanted.up_to)
-    loaded.patch().install(wanted)
-    return loaded.model
+    return Applied(loaded.model, loaded.patch(), wanted, policy=policy, chunk=chunk)

@@ -29,6 +29,8 @@ from longrope.patch import CHOOSE_ROPE
 
 TINY = "tiny"
 FACTORS_FILE = "factors.json"
+CONFIG_ENTRY = "longrope_factors"
+"""Of a configuration that was saved with a table on its model."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 QUANTIZATIONS = ("8bit", "4bit")
@@ -90,6 +92,12 @@ def beside_weights(source: str) -> FactorTable | None:
     """The factor table of a checkpoint of ours: factors.json beside its config.json."""
     path = Path(source) / FACTORS_FILE
     return FactorTable.load(path) if path.is_file() else None
+
+
+def in_config(config: Any) -> FactorTable | None:
+    """The factor table that a transformers configuration carries. Raises UserError for one that is damaged."""
+    entry = getattr(config, CONFIG_ENTRY, None)
+    return None if entry is None else FactorTable.from_dict(entry)
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from longrope.checkpoint import (
     LoadOptions,
     beside_weights,
     check_has_rope,
+    in_config,
     load_config,
     load_tokenizer,
     load_weights,
@@ -227,7 +228,7 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
         torch.set_num_threads(options.threads)
     source = model_source(name)
     config = load_config(name, source, options)
-    table = beside_weights(source) if options.own_factors else None
+    table = (beside_weights(source) or in_config(config)) if options.own_factors else None
     original = options.original_length or (table.original_length if table else None)
     described = config.get_text_config().to_dict()
     check_has_rope(name, described)

@@ -45,6 +45,7 @@ class ScaledRotary(nn.Module):
         self.layout = _measured_layout(stock, shape)
         self.rope: RopeTensors | None = None
         self.by_length = False
+        self.rows: Tensor | None = None
 
     def set(self, rope: RopeTensors | None, *, by_length: bool = False) -> None:
         """Rotate by these rows: by the first one whatever the length, or each sequence by its own; None is stock."""
@@ -56,7 +57,9 @@ class ScaledRotary(nn.Module):
             return self.stock(x, position_ids) if layer_type is None else self.stock(x, position_ids, layer_type)
         if self.rope.base.device != x.device:
             self.rope = self.rope.to(x.device)
-        rows = _rows_by_length(position_ids, self.rope.up_to) if self.by_length else None
+        rows = None
+        if self.by_length:
+            rows = _rows_by_length(position_ids, self.rope.up_to) if self.rows is None else self.rows.to(x.device)
         with torch.autocast(device_type=x.device.type, enabled=False):
             cos, sin = cos_sin(position_ids, self.rope, rows)
             laid_out = self.layout(cos, sin)
@@ -138,6 +141,11 @@ class Patch:
         rope = RopeTensors.of(rows, self.shape.rope_theta, device=device, precision=self.precision)
         for *_, scaled in self._places:
             scaled.set(rope, by_length=isinstance(factors, FactorTable))
+
+    def use_rows(self, rows: Tensor | None) -> None:
+        """Let the sequences of the next passes use these rows (B,) or (1,) of a table; None: by their lengths again."""
+        for *_, scaled in self._places:
+            scaled.rows = rows
 
     def install_tensors(self, factors: RopeFactors, rescale: Tensor, attention_factor: Tensor) -> None:
         """Rotate by rescale factors (P,) and an attention factor () that may ask for gradients.

@@ -1,0 +1,97 @@
+"""A cache that has room from the start: no token's keys are ever copied for the sake of the next one's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values (B, H, T, D) of one layer as views of tensors that have room for `capacity` tokens.
+
+    Beyond that they grow by half; a stock layer copies all of them for every token.
+    """
+
+    def __init__(self, capacity: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        self.capacity = capacity
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in keys and values (B, H, t, D); returns all of them so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        room = self._room_for(key_states, value_states, start, end)
+        # A pass that is differentiated needs the tensors of the passes before as they were
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return super().update(key_states, value_states)
+        for whole, states in zip(room, (key_states, value_states), strict=True):
+            whole[:, :, start:end] = states
+        self.keys, self.values = (whole[:, :, :end] for whole in room)
+        return self.keys, self.values
+
+    def _room_for(self, keys: Tensor, values: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Tensors with room for `end` tokens that hold the first `start`."""
+        if self._room is not None and self._fits(keys, start, end):
+            return self._room
+        old, self._room = self._room, None
+        if old is None or end > old[0].shape[-2]:
+            self.capacity = max(self.capacity, end if start == 0 else end + end // 2)
+        room = []
+        for states, held in ((keys, self.keys), (values, self.values)):
+            shape = (*states.shape[:-2], self.capacity, states.shape[-1])
+            with torch.inference_mode(False):  # so that passes in and out of inference mode may write to it
+                whole = torch.empty(shape, dtype=states.dtype, device=states.device)
+            if start and held is not None:
+                whole[:, :, :start] = held
+            room.append(whole)
+        self._room = room[0], room[1]
+        return self._room
+
+    def _fits(self, states: Tensor, start: int, end: int) -> bool:
+        """Whether what is held stands in the room, and the room suffices: a reordered cache has tensors of its own."""
+        assert self._room is not None, "asked for it"
+        whole = self._room[0]
+        held = not start or (self.keys is not None and self.keys.data_ptr() == whole.data_ptr())
+        alike = whole.shape[:2] == states.shape[:2] and (whole.dtype, whole.device) == (states.dtype, states.device)
+        return held and alike and end <= whole.shape[-2]
+
+
+class RoomyCache(DynamicCache):
+    """transformers' dynamic cache with room for `capacity` tokens in the layers that see the whole text."""
+
+    def __init__(self, config: PretrainedConfig, capacity: int) -> None:
+        super().__init__(config=config)
+        self.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+
+def by_place(cache: Any) -> bool:
+    """Whether keys stand where their tokens do, so that those of one sequence can take the place of the old ones."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer, StaticLayer)
+    return all(type(layer) in kinds for layer in cache.layers)
+
+
+def put_rows(cache: Any, alone: Any, rows: Tensor) -> bool:
+    """Put the keys of some sequences, made again, into a cache; False where they do not stand in the same places."""
+    pairs = [pair for pair in zip(cache.layers, alone.layers, strict=True) if pair[0].is_initialized]
+    for old, new in pairs:
+        static = type(old) is StaticLayer
+        if not static and old.keys.shape[1:] != new.keys.shape[1:]:
+            return False
+    for old, new in pairs:
+        places = slice(0, new.keys.shape[2])
+        for name in ("keys", "values"):
+            held, made = getattr(old, name), getattr(new, name)
+            if type(old) is StaticLayer or type(old) is RoomyLayer:
+                held[rows.to(held.device), :, places] = made
+            else:  # a tensor that the caller may hold, or that inference mode made
+                held = held.clone()
+                held[rows.to(held.device), :, places] = made
+                setattr(old, name, held)
+    return True

@@ -1,0 +1,83 @@
+"""The tokens of one forward pass: where they stand, which are padding, and a pass cut into pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from longrope.errors import UserError
+from longrope.runtime.history import Flags, Whole
+
+# Inputs of a forward pass with a column for each new token
+_BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+
+
+def is_flat(mask: Any) -> bool:
+    """Whether a mask is one of transformers' two-dimensional ones."""
+    return isinstance(mask, Tensor) and mask.ndim == 2
+
+
+def new_columns(
+    inputs: Tensor, position_ids: Tensor | None, flat: Tensor | None, mask: Any, cached: int
+) -> tuple[Whole, Flags]:
+    """Positions and what is attended (B, t) of the new tokens of a forward pass.
+
+    flat: the two-dimensional mask, where it is known; mask: whatever the pass was given.
+    """
+    batch, new = inputs.shape[:2]
+    if position_ids is None:
+        positions = np.arange(cached, cached + new)[None]
+    else:
+        positions = position_ids.detach().cpu().numpy().astype(np.int64)
+        if positions.ndim != 2 or positions.shape[1] != new:
+            got, rule = f"shape {tuple(position_ids.shape)}", f"they are ({batch}, {new}) here, one for each token"
+            raise UserError("position_ids", got=got, rule=rule, do="leave them out, or give those of the new tokens")
+    positions = np.broadcast_to(positions, (batch, new))
+    if flat is not None:
+        attended = flat[:, cached : cached + new].detach().cpu().numpy() != 0
+        if attended.shape[1] < new:
+            got, rule = f"{flat.shape[1]} columns", f"it has one for each of the {cached + new} tokens, cached ones too"
+            raise UserError("attention mask", got=got, rule=rule, do="append a column for each new token")
+        return positions, np.broadcast_to(attended, (batch, new))
+    if isinstance(mask, Mapping):
+        mask = next((each for each in mask.values() if isinstance(each, Tensor)), None)
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] >= cached + new:
+        own = torch.diagonal(mask[:, 0, :, cached : cached + new], dim1=1, dim2=2)  # whether a token sees itself
+        seen = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+        return positions, np.broadcast_to(seen.cpu().numpy(), (batch, new))
+    return positions, np.ones((batch, new), dtype=bool)
+
+
+def columns_of(given: Mapping[str, Any], new: int, cached: int, start: int, end: int) -> dict[str, Any]:
+    """What a forward pass was given, for its tokens start to end alone, with the logits of all of these."""
+    piece = dict(given) | {"return_dict": True, "logits_to_keep": 0}
+    for name in _BY_TOKEN:
+        if isinstance(value := piece.get(name), Tensor):
+            piece[name] = value[:, start:end] if name == "inputs_embeds" else value[..., start:end]
+    mask = piece.get("attention_mask")
+    cut = partial(_mask_columns, new=new, cached=cached, start=start, end=end)
+    piece["attention_mask"] = {kind: cut(each) for kind, each in mask.items()} if isinstance(mask, dict) else cut(mask)
+    return piece
+
+
+def _mask_columns(mask: Any, *, new: int, cached: int, start: int, end: int) -> Any:
+    if not isinstance(mask, Tensor):
+        return mask
+    if mask.ndim == 2:
+        return mask[:, : cached + end] if mask.shape[1] == cached + new else mask
+    seen = mask[:, :, start:end]
+    return seen[..., : cached + end] if mask.shape[-1] == cached + new else seen
+
+
+def cache_of(output: Any) -> Cache | None:
+    """The cache that a forward pass returned, as an object or in a tuple."""
+    found = getattr(output, "past_key_values", None)
+    if found is None and isinstance(output, tuple):
+        found = next((each for each in output if isinstance(each, Cache)), None)
+    return found

@@ -1,0 +1,121 @@
+"""What a cache was made of: needed to make it again under other factors, and to see that it is ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import Cache
+
+Whole = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass
+class History:
+    """Everything that went into a cache, of B sequences and T columns.
+
+    key: of the factors that the keys were made under. inputs: token ids (B, t) or embeddings (B, t, D), pass by pass.
+    positions, attended: (B, t) of each pass; columns that are not attended are padding. rows: (B,) regimes of the keys.
+    """
+
+    key: str
+    inputs: list[Tensor] = field(default_factory=list)
+    positions: list[Whole] = field(default_factory=list)
+    attended: list[Flags] = field(default_factory=list)
+    rows: Whole = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    columns: int = 0
+    last: Whole = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """(B,) the highest position that is attended so far, -1 where there is none."""
+
+    def add(self, inputs: Tensor, positions: Whole, attended: Flags, rows: Whole) -> None:
+        """Take in what a forward pass put into the cache."""
+        self.inputs.append(inputs.detach())
+        self.positions.append(positions)
+        self.attended.append(attended)
+        highest = np.where(attended, positions, -1).max(1)
+        self.last = highest if not self.columns else np.maximum(self.last, highest)
+        self.columns += positions.shape[1]
+        self.rows = rows
+
+    def joined(self, embed: nn.Module) -> tuple[Tensor, Whole, Flags]:
+        """Ids (B, T), or embeddings (B, T, D) where any were given, with positions and what is attended (B, T)."""
+        if len(self.inputs) > 1:
+            parts = self.inputs
+            if any(part.is_floating_point() for part in parts):
+                parts = [part if part.is_floating_point() else embed(part) for part in parts]
+            self.inputs = [torch.cat(parts, 1)]
+            self.positions = [np.concatenate(self.positions, 1)]
+            self.attended = [np.concatenate(self.attended, 1)]
+        return self.inputs[0], self.positions[0], self.attended[0]
+
+    def crop(self, columns: int, embed: nn.Module) -> None:
+        """Forget what stands beyond so many columns, as an assisted generation does with tokens that it rejects."""
+        inputs, positions, attended = self.joined(embed)
+        self.inputs, self.positions, self.attended = [], [], []
+        self.columns, rows = 0, self.rows
+        if columns:
+            self.add(inputs[:, :columns], positions[:, :columns], attended[:, :columns], rows)
+
+    def select(self, indices: Tensor) -> None:
+        """Sequences in another order, some perhaps more than once, as a beam search asks for."""
+        chosen = indices.cpu().numpy()
+        self.inputs = [part.index_select(0, indices.to(part.device)) for part in self.inputs]
+        self.positions = [part[chosen] for part in self.positions]
+        self.attended = [part[chosen] for part in self.attended]
+        self.rows, self.last = self.rows[chosen], self.last[chosen]
+
+
+class _Followed:
+    """What a cache of transformers does to its sequences is done to their history too.
+
+    Mixed into the class of the cache itself: a copy of the cache then has a history of its own.
+    """
+
+    longrope_history: History | None = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.longrope_history is not None:
+            self._select(torch.arange(len(self.longrope_history.rows)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.longrope_history = None
+
+    def _select(self, indices: Tensor) -> None:
+        if self.longrope_history is not None:
+            self.longrope_history.select(indices)
+
+
+@lru_cache
+def _followed(kind: Any) -> Any:
+    return type(kind.__name__, (_Followed, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def history_of(cache: Cache) -> History | None:
+    """The history that is kept with a cache, if any."""
+    found: History | None = getattr(cache, "longrope_history", None)
+    return found
+
+
+def keep_history(cache: Cache, history: History) -> None:
+    """Keep a history with a cache from now on, through all that transformers does to the cache."""
+    if not isinstance(cache, _Followed):
+        kind: Any = type(cache)
+        cache.__class__ = _followed(kind)
+    held: Any = cache
+    held.longrope_history = history

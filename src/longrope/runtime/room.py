@@ -1,0 +1,55 @@
+"""Whether a text fits into the memory, said before its first token is run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from longrope.errors import UserError
+from longrope.lengths import format_length
+from longrope.memory import free_memory
+
+if TYPE_CHECKING:
+    from longrope.runtime.switch import Switch
+
+# Tokens that are run to learn what one takes in the cache.
+_PROBE = 8
+# Of the free memory, what a cache and the activations of a chunk may take.
+_SHARE = 0.9
+
+
+def bytes_a_token(cache: Any) -> float:
+    """Bytes of keys and values that each further token adds: of layers that see the whole text."""
+    full = [layer for layer in cache.layers if layer.is_initialized and not layer.is_sliding]
+    tokens = cache.get_seq_length()
+    return float(sum(part.nbytes for layer in full for part in (layer.keys, layer.values)) / max(1, tokens))
+
+
+def chunk_bytes(config: Any, chunk: int) -> int:
+    """Generous bytes of activations of a chunk: a layer's inner states, and those between layers, in float32."""
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return int(4 * chunk * (3 * wide + 8 * config.hidden_size))
+
+
+@torch.no_grad()
+def check_room(switch: Switch, tokens: int) -> None:
+    """Raise UserError, with the length that fits, unless a cache of so many tokens does."""
+    model = switch.model
+    device, config = model.get_input_embeddings().weight.device, model.config.get_text_config()
+    probe = DynamicCache(config=config)
+    for _ in switch.fill(probe, torch.zeros(1, min(_PROBE, tokens), dtype=torch.long, device=device), 1):
+        pass
+    each, chunk = bytes_a_token(probe), chunk_bytes(config, min(switch.chunk, tokens))
+    room = _SHARE * free_memory(device) - chunk
+    if each * tokens <= room:
+        return
+    fits = int(max(0, room) / max(each, 1e-9))
+    kept = "keep the cache in host memory, or quantise it" if device.type != "cpu" else "quantise the cache"
+    raise UserError(
+        "memory",
+        got=f"a cache of {format_length(tokens)} tokens, {each * tokens / 2**30:.1f} GiB",
+        rule=f"{max(0, room) / 2**30:.1f} GiB are free for it",
+        do=f"use at most {format_length(fits)} tokens here, or {kept}" if fits else "use a machine with more memory",
+    )

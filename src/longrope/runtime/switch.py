@@ -1,0 +1,304 @@
+"""The exact switch: when a sequence grows past a boundary of its table, its cache is made again, once.
+
+Keys of deeper layers depend on the factors of the layers below, so that nothing but recomputing them is exact. This is
+done around a model's own forward pass, so that it holds for `generate` in all its kinds and for a caller's own loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from longrope.errors import UserError
+from longrope.factors import FactorTable
+from longrope.patch import Patch
+from longrope.runtime.caches import by_place, put_rows
+from longrope.runtime.chunks import by_chunks, whole_text
+from longrope.runtime.columns import cache_of, columns_of, is_flat, new_columns
+from longrope.runtime.generate import generate
+from longrope.runtime.history import Flags, History, Whole, history_of, keep_history
+
+logger = logging.getLogger(__name__)
+
+POLICIES = ("exact", "ahead", "fixed")
+# Tokens of a forward pass over a long prompt; the benchmark of prefill says what fewer or more cost.
+CHUNK = 2048
+
+
+@dataclass
+class _Pass:
+    """A forward pass that is going on: what it puts into the cache, and the logits of the pieces before it."""
+
+    history: History | None
+    inputs: Tensor
+    positions: Whole
+    attended: Flags
+    rows: Whole
+    before: list[Any]
+    keep: int | Tensor
+    as_tuple: bool
+
+
+class Switch:
+    """Rows of a table on a model by the length of each sequence, exact also where keys are cached.
+
+    policy: `exact` makes a cache again when its sequence passes a boundary. `ahead` takes the row of the prompt and of
+    all tokens that `generate` may add from the start, so that nothing is made again. `fixed` takes the last row at
+    every length, as engines do that have one regime. chunk: tokens of a pass when a cache is made again or a prompt is
+    long. While it is on, `generate` and `prepare_inputs_for_generation` of the model are ours; `undo` restores all.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, patch: Patch, table: FactorTable, *, policy: str = "exact", chunk: int = CHUNK
+    ) -> None:
+        if policy not in POLICIES:
+            raise UserError("policy", got=repr(policy), rule=f"it is one of {', '.join(POLICIES)}", do="choose one")
+        if chunk < 1:
+            raise UserError("chunk", got=chunk, rule="it is at least 1 token", do=f"leave it out, or give {CHUNK}")
+        self.model: Any = model
+        self.patch, self.table, self.policy, self.chunk = patch, table, policy, chunk
+        patch.install(table)
+        self.recomputed = 0
+        """Tokens that were run again at switches so far."""
+        self._up_to = np.array([row.up_to for row in table.rows])
+        told = f"{[row.key for row in table.rows]} {policy == 'fixed'}"
+        self._key = hashlib.sha256(told.encode()).hexdigest()[:16]
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._least: Whole | None = None  # lengths that the rows of this generation are for at least
+        self._mask: Tensor | None = None  # the two-dimensional mask of what is prepared for a forward pass
+        self._pass: _Pass | None = None
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+        self._own = {name: vars(model).get(name) for name in ("generate", "prepare_inputs_for_generation")}
+        own: Any = model
+        # transformers reads the signatures of these
+        vars(model)["prepare_inputs_for_generation"] = wraps(own.prepare_inputs_for_generation)(
+            partial(self._prepared, own.prepare_inputs_for_generation)
+        )
+        vars(model)["generate"] = wraps(own.generate)(partial(generate, self, own.generate))
+
+    def undo(self) -> None:
+        """Restore the model, RoPE included."""
+        for hook in self._hooks:
+            hook.remove()
+        for name, own in self._own.items():
+            vars(self.model).pop(name, None)
+            if own is not None:
+                vars(self.model)[name] = own
+        self._hooks, self._own = [], {}
+        self.patch.undo()
+
+    # Around a forward pass
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        """Put the rows of the new tokens in place, and before that make the cache again where they differ from its own.
+
+        A token that comes after cached ones has the row of its own length, as if all had been run again for it alone.
+        So a pass of several tokens across a boundary is run in pieces, of which the last is left to the caller.
+        """
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        self._pass = None
+        inputs = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if inputs is None:
+            return (), given  # transformers says what is missing
+        cache: Any = given.get("past_key_values")
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        history = self._history(cache, cached)
+        mask, (prepared, self._mask) = given.get("attention_mask"), (self._mask, None)
+        flat = mask if is_flat(mask) else prepared
+        positions, attended = new_columns(inputs, given.get("position_ids"), flat, mask, cached)
+        lengths = self._lengths(history, positions, attended, implicit=given.get("position_ids") is None)
+        rows = self._rows(lengths, cache is not None, cached)
+        cuts = [0, *(np.flatnonzero((rows[:, 1:] != rows[:, :-1]).any(0)) + 1).tolist(), inputs.shape[1]]
+        keep, before = given.get("logits_to_keep") or 0, list[Any]()
+        as_tuple = given.get("return_dict") is False
+        whole = len(cuts) == 2
+        if not whole and given.get("labels") is not None:
+            rule = "the loss of tokens under several rows is not defined"
+            raise UserError("labels", got="tokens across a boundary", rule=rule, do="run them without a cache")
+        for start, end in pairwise(cuts):
+            now = rows[:, start]
+            if history is not None and (history.rows != now).any():
+                self._remake(cache, history, now)
+            self._use(now)
+            piece = given if whole else columns_of(given, inputs.shape[1], cached, start, end)
+            part = slice(start, end)
+            done = inputs[:, part], positions[:, part], attended[:, part], now
+            if end == inputs.shape[1]:
+                self._pass = _Pass(history, *done, before, keep, as_tuple)
+                return (), piece
+            history = history or History(self._key)
+            before.append(self.model.forward(**piece))
+            history.add(*done)
+            keep_history(cache, history)
+        raise AssertionError("the last piece is the caller's")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Note what went into the cache, and put the logits of the pieces together."""
+        done, self._pass = self._pass, None
+        if done is None:
+            return None
+        self.patch.use_rows(None)
+        if output is None:  # it failed
+            return None
+        cache = cache_of(output) or kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and cache.get_seq_length():
+            history = done.history or history_of(cache) or History(self._key)
+            history.add(done.inputs, done.positions, done.attended, done.rows)
+            keep_history(cache, history)
+        if not done.before:
+            return None
+        output.logits = torch.cat([piece.logits for piece in (*done.before, output)], 1)
+        if output.get("hidden_states") is not None:
+            pieces = zip(*(piece.hidden_states for piece in (*done.before, output)), strict=True)
+            output.hidden_states = tuple(torch.cat(layer, 1) for layer in pieces)
+        keep = slice(-done.keep, None) if isinstance(done.keep, int) else done.keep
+        output.logits = output.logits[:, keep]
+        return output.to_tuple() if done.as_tuple else output
+
+    def _history(self, cache: Cache | None, cached: int) -> History | None:
+        """What is known of the tokens in a cache, None where it has none. Raises UserError for keys of others."""
+        history = None if cache is None else history_of(cache)
+        if history is not None and history.columns > cached:
+            history.crop(cached, self.model.get_input_embeddings())
+        if not cached:
+            return None
+        if history is None or history.key != self._key or history.columns < cached:
+            raise UserError(
+                "cache",
+                got=f"{cached} tokens that were cached without these factors",
+                rule="keys are right under the factors they were made with",
+                do="start with an empty cache",
+            )
+        return history
+
+    def _lengths(self, history: History | None, positions: Whole, attended: Flags, *, implicit: bool) -> Whole:
+        """Lengths (B, t) of each sequence up to each new token. Raises UserError for positions that are none."""
+        batch = len(positions)
+        last = np.full(batch, -1) if history is None else history.last
+        if len(last) != batch:
+            rule = "a cache goes on with as many sequences as it has"
+            raise UserError("batch", got=f"{batch}, {len(last)} in the cache", rule=rule, do="use a cache of its own")
+        reached = np.where(attended, positions, -1)
+        highest = np.maximum.accumulate(np.concatenate([last[:, None], reached], 1), 1)
+        earlier = highest[:, :-1]
+        if (attended & (positions <= earlier)).any():
+            row, column = np.argwhere(attended & (positions <= earlier))[0]
+            raise UserError(
+                "position_ids",
+                got=f"position {positions[row, column]} after {earlier[row, column]}",
+                rule="positions of a sequence ascend",
+                do="give one text a row, padded on the left, and no position_ids or those of its tokens",
+            )
+        if implicit and (attended & (earlier >= 0) & (positions > earlier + 1)).any():
+            raise UserError(
+                "attention mask",
+                got="a mask with holes",
+                rule="padding is at one side of a text",
+                do="pad on the left, or give the position_ids of what is between",
+            )
+        lengths = highest[:, 1:] + 1
+        if (longest := int(lengths.max())) > self._up_to[-1]:
+            self.table.row_for(longest)  # raises
+        return np.asarray(lengths)
+
+    def _rows(self, lengths: Whole, goes_on: bool, cached: int) -> Whole:
+        """Regimes (B, t) of new tokens: each of its length so far, those of a prompt of the prompt's."""
+        if self.policy == "fixed":
+            return np.full(lengths.shape, len(self._up_to) - 1)
+        if not goes_on or (not cached and self._least is None):
+            lengths = np.broadcast_to(lengths[:, -1:], lengths.shape)
+        elif self._least is not None:
+            least = np.repeat(self._least, len(lengths) // len(self._least))
+            lengths = np.maximum(lengths, least[:, None])
+        return np.searchsorted(self._up_to, np.maximum(lengths, 1))
+
+    def _use(self, rows: Whole) -> None:
+        device = self.model.get_input_embeddings().weight.device
+        alike = rows[:1] if (rows == rows[0]).all() else rows
+        self.patch.use_rows(torch.tensor(alike).to(device))
+
+    # Making caches
+
+    def _remake(self, cache: Any, history: History, rows: Whole) -> None:
+        """Run all cached tokens again under other rows: of the sequences that change alone, where a cache allows it."""
+        inputs, positions, attended = history.joined(self.model.get_input_embeddings())
+        changed = np.flatnonzero(history.rows != rows)
+        lengths = ", ".join(str(int(history.last[row]) + 1) for row in changed[:4])
+        logger.debug("switching %d of %d sequences, after %s tokens", len(changed), len(rows), lengths)
+        self.recomputed += len(changed) * history.columns
+        with torch.no_grad():
+            alone = DynamicCache(config=self.model.config.get_text_config()) if len(changed) < len(rows) else None
+            if alone is not None and by_place(cache):
+                some = torch.from_numpy(changed).to(inputs.device)
+                parts = inputs.index_select(0, some), positions[changed], attended[changed], rows[changed]
+                _exhaust(self._chunks(alone, *parts))
+                if put_rows(cache, alone, some):
+                    history.rows = rows
+                    return
+            cache.reset()
+            _exhaust(self._chunks(cache, inputs, positions, attended, rows))
+        history.rows = rows
+        keep_history(cache, history)  # reset let go of it
+
+    def _chunks(
+        self, cache: Cache, inputs: Tensor, positions: Whole, attended: Flags, rows: Whole
+    ) -> Iterator[tuple[int, Any]]:
+        self._use(rows)
+        try:
+            yield from by_chunks(self.model, cache, inputs, positions, attended, self.chunk)
+        finally:
+            self.patch.use_rows(None)
+
+    def fill(self, cache: Cache, inputs: Tensor, length: int) -> Iterator[tuple[int, Any]]:
+        """Put a text (1, T) without padding into an empty cache, under the row of `length` tokens, chunk by chunk.
+
+        Yields (first column, outputs of the decoder) of each chunk. Raises UserError for a length beyond the table.
+        """
+        self.table.row_for(length)
+        positions, attended = whole_text(inputs)
+        last = len(self._up_to) - 1
+        row = last if self.policy == "fixed" else int(np.searchsorted(self._up_to, length))
+        rows = np.array([row])
+        yield from self._chunks(cache, inputs, positions, attended, rows)
+        history = History(self._key)
+        history.add(inputs, positions, attended, rows)
+        keep_history(cache, history)
+
+    # Around generate
+
+    def _prepared(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Remember the mask of a step before transformers makes a four-dimensional one of it."""
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if is_flat(mask) else None
+        return own(*args, **kwargs)
+
+    @contextmanager
+    def at_least(self, lengths: Sequence[int] | None) -> Iterator[None]:
+        """While it lasts, cached sequences have the rows of these lengths (B,) at least: those of whole prompts."""
+        own, self._least = self._least, None if lengths is None else np.asarray(lengths)
+        try:
+            yield
+        finally:
+            self._least = own
+
+
+def _exhaust(chunks: Iterator[object]) -> None:
+    for _ in chunks:
+        pass

@@ -1,0 +1,127 @@
+"""Long prompts by chunks: the same numbers, in memory that grows by the cache alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import longrope
+import longrope.runtime.room as room
+from longrope.errors import UserError
+from longrope.runtime.attention import attend
+from longrope.runtime.caches import RoomyCache
+from models import ARCHITECTURES, ORIGINAL, build, tokens
+from test_runtime import ENDS, FAMILIES, GREEDY, Reference, generate, table_of, text
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("past", [1, 100, 1000])
+@pytest.mark.parametrize("new", [2, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_of_a_chunk_is_that_under_a_mask(
+    heads: tuple[int, int], past: int, new: int, dtype: torch.dtype
+) -> None:
+    drawn = torch.Generator().manual_seed(past + new)
+    query = torch.randn(2, heads[0], new, 16, generator=drawn).to(dtype)
+    # Views of a longer tensor, as those of a cache with room are
+    key, value = (torch.randn(2, heads[1], past + new + 50, 16, generator=drawn).to(dtype) for _ in range(2))
+    key, value = key[:, :, : past + new], value[:, :, : past + new]
+    mask = torch.ones(new, past + new, dtype=torch.bool).tril(past)
+    whole = [each.repeat_interleave(heads[0] // heads[1], 1).float() for each in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), *whole, attn_mask=mask, scale=0.3)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(attend(query, key, value, 0.3).float(), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *ARCHITECTURES} - {"llama4"}))
+def test_a_prompt_by_chunks_goes_on_as_one_that_was_run_whole(family: str) -> None:
+    model: Any = build(family).requires_grad_(False)
+    longrope.apply(model, table_of(model), chunk=11)
+    reference = Reference(family)
+    for prompt in (ORIGINAL - 3, ORIGINAL + 5):
+        ids = text(prompt)
+        assert generate(model, ids, 12) == reference.greedy(ids, 12)
+
+
+def test_a_chunk_is_attended_to_without_a_mask_and_into_a_cache_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    import longrope.runtime.attention as attention
+
+    model: Any = build("llama").requires_grad_(False)
+    longrope.apply(model, table_of(model), chunk=11)
+    seen: list[int] = []
+
+    def noted(query: Any, key: Any, value: Any, scale: Any = None) -> Any:
+        seen.append(key.shape[2])
+        return attend(query, key, value, scale)
+
+    monkeypatch.setattr(attention, "attend", noted)
+    ids = text(40)
+    made = model.generate(torch.tensor([ids]), max_new_tokens=9, return_dict_in_generate=True, **GREEDY)
+    assert seen == [22, 22, 33, 33, 39, 39], "of two layers; the first chunk is causal by itself, the last token alone"
+    assert isinstance(made.past_key_values, RoomyCache)
+    assert made.past_key_values.layers[0].capacity == 49
+    assert model.config._attn_implementation == "sdpa"
+
+
+def run(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    answer: torch.Tensor = model(ids, past_key_values=cache).logits
+    return answer
+
+
+def test_a_cache_with_room_is_a_dynamic_one_that_copies_nothing() -> None:
+    model: Any = build("llama").requires_grad_(False)
+    roomy, stock = RoomyCache(model.config, 40), DynamicCache(config=model.config)
+    ids = tokens(60, batch=2)
+    places = set()
+    for start, end in ((0, 20), (20, 21), (21, 38)):
+        piece = ids[:, start:end]
+        assert torch.equal(run(model, roomy, piece), run(model, stock, piece))
+        places.add(roomy.layers[0].keys.data_ptr())
+    assert len(places) == 1
+    for cache in (roomy, stock):
+        cache.crop(-8)
+        cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(run(model, roomy, ids[:, 30:60]), run(model, stock, ids[:, 30:60])), "beyond its room it grows"
+    assert roomy.get_seq_length() == 60
+    assert roomy.layers[0].capacity == 90
+    for cache in (roomy, stock):
+        cache.reset()
+    assert torch.equal(run(model, roomy, ids), run(model, stock, ids))
+
+
+def test_a_cache_with_room_is_written_in_and_out_of_inference_mode() -> None:
+    model: Any = build("llama").requires_grad_(False)
+    cache, ids = RoomyCache(model.config, 30), tokens(30)
+    with torch.inference_mode():
+        run(model, cache, ids[:, :10])
+    run(model, cache, ids[:, 10:20])
+    with torch.inference_mode():
+        last = run(model, cache, ids[:, 20:])
+    assert torch.allclose(last[:, -1], model(ids).logits[:, -1], atol=1e-5)
+
+
+def test_a_cache_with_room_passes_gradients_on() -> None:
+    model: Any = build("llama")
+    ids = tokens(20)
+    gradients = []
+    for cache in (RoomyCache(model.config, 30), DynamicCache(config=model.config)):
+        model.zero_grad()
+        run(model, cache, ids[:, :10])
+        run(model, cache, ids[:, 10:]).sum().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+    assert torch.equal(*gradients)
+
+
+def test_a_prompt_beyond_memory_is_refused_before_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build("llama").requires_grad_(False)
+    longrope.apply(model, table_of(model), chunk=11)
+    # Keys and values of two layers, one head of 16 numbers in float32: 256 bytes a token
+    chunk = room.chunk_bytes(model.config, 11)
+    monkeypatch.setattr(room, "free_memory", lambda device: (chunk + 256 * 50) / 0.9 + 1)
+    generate(model, text(40), 10)
+    with pytest.raises(UserError, match=r"^memory: got a cache of 60 tokens, .* GiB are free for it; use at most 50 "):
+        generate(model, text(40), 20)
+    assert ENDS[2] >= 60

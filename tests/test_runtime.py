@@ -1,0 +1,430 @@
+"""The exact switch: whatever way tokens come, the logits are those of a pass over the whole text so far."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, TextIteratorStreamer
+
+import longrope
+from byte_tokenizer import PAD, byte_tokenizer
+from commands import write_checkpoint
+from longrope.configs import rope_config
+from longrope.errors import UserError
+from longrope.factors import FactorTable, RopeFactors
+from longrope.patch import Patch
+from longrope.runtime.switch import POLICIES
+from models import ORIGINAL, build, tokens
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "olmo2")
+ENDS = (ORIGINAL, 56, 80)
+
+
+def table_of(model: Any) -> FactorTable:
+    """Three rows that differ in everything a row has: factors, start tokens and attention factor."""
+    rope = rope_config(model.config.get_text_config().to_dict())
+    spread = np.linspace(0, 1, rope.shape.pairs)
+    rows = (
+        RopeFactors(ENDS[0], tuple(1 + 0.5 * spread)),
+        RopeFactors(ENDS[1], tuple(1.5 + 2 * spread), start_tokens=3, attention_factor=1.1),
+        RopeFactors(ENDS[2], tuple(3 + 4 * spread), attention_factor=1.2),
+    )
+    return FactorTable(rope.rope_theta, rope.rotary_dim, rope.original_length, rows)
+
+
+class Reference:
+    """Another model with the same weights: every text is run whole, alone and without a cache, under its row."""
+
+    def __init__(self, family: str) -> None:
+        self.model: Any = build(family).requires_grad_(False)
+        self.table = table_of(self.model)
+        self.patch = Patch(self.model, rope_config(self.model.config.get_text_config().to_dict()).shape)
+        self.patch.widen_window(ENDS[-1])
+
+    def logits(self, ids: list[int]) -> Tensor:
+        self.patch.install(self.table.row_for(len(ids)))
+        answer: Tensor = self.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        return answer
+
+    def greedy(self, ids: list[int], new: int) -> list[int]:
+        for _ in range(new):
+            ids = [*ids, int(self.logits(ids).argmax())]
+        return ids
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Reference]]:
+    model = build(request.param).requires_grad_(False)
+    with longrope.apply(model, table_of(model)):
+        yield model, Reference(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[tuple[Any, Reference]]:
+    model = build("llama").requires_grad_(False)
+    with longrope.apply(model, table_of(model)):
+        yield model, Reference("llama")
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    return [int(token) for token in tokens(length, seed=seed)[0]]
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+
+
+def generate(model: Any, ids: list[int], new: int, **more: Any) -> list[int]:
+    made = model.generate(torch.tensor([ids]), max_new_tokens=new, **(GREEDY | more))
+    return [int(token) for token in made[0]]
+
+
+def test_tokens_across_every_boundary_are_those_of_a_full_recompute(pair: tuple[Any, Reference]) -> None:
+    model, reference = pair
+    ids = text(ORIGINAL - 4)
+    assert generate(model, ids, 16) == reference.greedy(ids, 16)
+
+
+def test_logits_of_a_loop_with_a_cache_are_those_of_a_full_recompute(pair: tuple[Any, Reference]) -> None:
+    model, reference = pair
+    ids = text(ENDS[1] + 6)
+    start = ORIGINAL - 2
+    output = model(torch.tensor([ids[:start]]))
+    for end in range(start, len(ids)):
+        assert torch.allclose(output.logits[0, -1], reference.logits(ids[:end]), atol=2e-5), end
+        output = model(torch.tensor([ids[end : end + 1]]), past_key_values=output.past_key_values)
+
+
+def test_each_sequence_of_a_padded_batch_has_the_row_of_its_own_length(pair: tuple[Any, Reference]) -> None:
+    model, reference = pair
+    texts = [text(ORIGINAL - 6), text(ORIGINAL - 1, 1), text(ENDS[1] - 2, 2), text(9, 3)]
+    width = max(len(each) for each in texts)
+    for left in (True, False):
+        pads = [[PAD] * (width - len(each)) for each in texts]
+        ids = torch.tensor([pad + each if left else each + pad for each, pad in zip(texts, pads, strict=True)])
+        mask = (ids != PAD).long()
+        made = model.generate(ids, attention_mask=mask, max_new_tokens=10, **GREEDY)
+        assert torch.equal(made[:, :width], ids)
+        for row, each in zip(made, texts, strict=True):
+            assert [*each, *row[width:].tolist()] == reference.greedy(each, 10)
+
+
+def test_stock_transformers_is_wrong_where_ours_is_exact() -> None:
+    """The gap that this exists for, on the class of most models: logits of a cached token after the boundary."""
+    factors: dict[str, Any] = {
+        "short_factor": [1.0] * 8,
+        "long_factor": list(np.linspace(1.5, 8, 8)),
+        "original_max_position_embeddings": ORIGINAL,
+        "attention_factor": 1.0,
+    }
+    changes = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, **factors}}
+    stock: Any = build("llama", max_position_embeddings=96, **changes).requires_grad_(False)
+    ids = text(ORIGINAL + 1)
+
+    def after_the_boundary(model: Any) -> Tensor:
+        cache = model(torch.tensor([ids[:ORIGINAL]])).past_key_values
+        answer: Tensor = model(torch.tensor([ids[ORIGINAL:]]), past_key_values=cache).logits[0, -1]
+        return answer
+
+    whole = stock(torch.tensor([ids]), use_cache=False).logits[0, -1]
+    assert (after_the_boundary(stock) - whole).abs().max() > 0.1
+    rows = [RopeFactors(end, tuple(factors[key])) for end, key in ((ORIGINAL, "short_factor"), (96, "long_factor"))]
+    ours: Any = build("llama").requires_grad_(False)
+    longrope.apply(ours, FactorTable(500.0, 16, ORIGINAL, tuple(rows)))
+    assert torch.allclose(after_the_boundary(ours), whole, atol=1e-5)
+
+
+def test_a_short_text_beside_a_long_one_keeps_its_row(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    short, long = text(16), text(ENDS[1], 1)
+    ids = torch.tensor([[PAD] * (len(long) - len(short)) + short, long])
+    mask = (ids != PAD).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+    for row, each in zip(logits, (short, long), strict=True):
+        assert torch.allclose(row, reference.logits(each), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "offloaded"},
+        {"use_cache": False},
+        {"prefill_chunk_size": 7},
+        {"prompt_lookup_num_tokens": 5},
+    ],
+    ids=lambda how: next(iter(how)) + "-" + str(next(iter(how.values()))),
+)
+@pytest.mark.parametrize("prompt", [ORIGINAL - 3, ORIGINAL + 1])
+def test_every_way_to_generate_is_exact(llama: tuple[Any, Reference], how: dict[str, Any], prompt: int) -> None:
+    model, reference = llama
+    if how.get("cache_implementation") == "offloaded" and not torch.cuda.is_available():
+        # transformers offloads from CUDA alone: here its layers are taken through the same calls without it
+        how = {"past_key_values": DynamicCache(config=model.config)}
+    ids = text(prompt) if "prompt_lookup_num_tokens" not in how else (text(6) * 20)[:prompt]
+    assert generate(model, ids, 12, **how) == reference.greedy(ids, 12)
+
+
+def test_an_assistant_is_exact_and_so_is_what_it_assists(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    assistant: Any = build("llama").requires_grad_(False)
+    with torch.no_grad():
+        for weight in assistant.parameters():  # a worse model: some of its proposals are rejected
+            weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    longrope.apply(assistant, table_of(assistant))
+    for prompt in (ORIGINAL - 4, ENDS[1] - 3):
+        ids = text(prompt)
+        assert generate(model, ids, 14, assistant_model=assistant) == reference.greedy(ids, 14)
+
+
+def test_beams_are_those_of_a_search_without_a_cache(llama: tuple[Any, Reference]) -> None:
+    model, _ = llama
+    ids = torch.tensor([text(ORIGINAL - 4), text(ORIGINAL - 4, 1)])
+    more = GREEDY | {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 14}
+    more |= {"return_dict_in_generate": True, "output_scores": True}
+    cached, whole = (model.generate(ids, use_cache=use, **more) for use in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    assert torch.allclose(cached.sequences_scores, whole.sequences_scores, atol=1e-5)
+
+
+def test_sampling_draws_the_same_with_and_without_a_cache(llama: tuple[Any, Reference]) -> None:
+    model, _ = llama
+    made = []
+    for use in (True, False):
+        torch.manual_seed(5)
+        options = GREEDY | {"do_sample": True, "num_return_sequences": 3, "use_cache": use}
+        made.append(model.generate(torch.tensor([text(ORIGINAL - 4)]), max_new_tokens=16, **options))
+    assert torch.equal(*made)
+
+
+def test_a_streamed_text_is_the_one_that_is_returned(llama: tuple[Any, Reference]) -> None:
+    model, _ = llama
+    tokenizer = byte_tokenizer(ORIGINAL)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    ids = text(ORIGINAL - 4)
+    made = generate(model, ids, 12, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(made[len(ids) :])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_forward_pass_is_exact(llama: tuple[Any, Reference]) -> None:
+    """With a static cache, as transformers compiles on CUDA; torch compiles for CPUs too."""
+    from transformers import CompileConfig
+
+    model, reference = llama
+    compiled = CompileConfig(backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    ids = text(ORIGINAL - 3)
+    try:
+        made = generate(model, ids, 10, cache_implementation="static", compile_config=compiled)
+    finally:
+        torch._dynamo.reset()
+    assert made == reference.greedy(ids, 10)
+
+
+def test_a_loop_with_a_static_cache_is_exact(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    ids = text(ENDS[1] + 4)
+    cache = StaticCache(config=model.config, max_cache_len=ENDS[2])
+    start = ORIGINAL - 2
+    output = model(torch.tensor([ids[:start]]), past_key_values=cache)
+    for end in range(start, len(ids)):
+        assert torch.allclose(output.logits[0, -1], reference.logits(ids[:end]), atol=2e-5), end
+        output = model(torch.tensor([ids[end : end + 1]]), past_key_values=cache)
+
+
+def test_several_tokens_on_top_of_a_cache_each_have_the_row_of_their_length(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    ids = text(ENDS[1] + 5)
+    cache = model(torch.tensor([ids[:10]])).past_key_values
+    output = model(torch.tensor([ids[10:]]), past_key_values=cache, output_hidden_states=True)
+    assert output.logits.shape[1] == output.hidden_states[-1].shape[1] == len(ids) - 10
+    for end in (11, ORIGINAL, ORIGINAL + 1, ENDS[1], ENDS[1] + 1, len(ids)):
+        assert torch.allclose(output.logits[0, end - 11], reference.logits(ids[:end]), atol=2e-5), end
+    last = model(torch.tensor([ids[20:]]), past_key_values=cropped(output.past_key_values, 20), logits_to_keep=2)
+    assert torch.allclose(last.logits[0], output.logits[0, -2:], atol=2e-5)
+
+
+def cropped(cache: Any, length: int) -> Any:
+    cache.crop(length - cache.get_seq_length())
+    return cache
+
+
+def test_a_cropped_cache_goes_back_to_the_row_of_its_length(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    ids = text(ORIGINAL + 4)
+    cache = cropped(model(torch.tensor([ids])).past_key_values, ORIGINAL - 2)
+    output = model(torch.tensor([ids[ORIGINAL - 2 : ORIGINAL - 1]]), past_key_values=cache)
+    assert torch.allclose(output.logits[0, -1], reference.logits(ids[: ORIGINAL - 1]), atol=2e-5)
+
+
+def test_a_copied_prompt_goes_on_in_two_ways(llama: tuple[Any, Reference]) -> None:
+    """The prompt cache of transformers' documentation: deep copies of a cache, each going across the boundary."""
+    model, reference = llama
+    ids = text(ORIGINAL - 2)
+    prompt = model(torch.tensor([ids])).past_key_values
+    for seed in (1, 2):
+        longer = [*ids, *text(6, seed)]
+        cache = copy.deepcopy(prompt)
+        made = generate(model, longer, 3, past_key_values=cache)
+        assert made == reference.greedy(longer, 3)
+
+
+def test_a_reordered_cache_of_a_loop_is_exact(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    first, second = text(ORIGINAL), text(ORIGINAL, 1)
+    cache = model(torch.tensor([first, second])).past_key_values
+    cache.reorder_cache(torch.tensor([1, 1]))
+    logits = model(torch.tensor([[7], [9]]), past_key_values=cache).logits[:, -1]
+    for row, token in zip(logits, (7, 9), strict=True):
+        assert torch.allclose(row, reference.logits([*second, token]), atol=2e-5)
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    again = model(torch.tensor([[3], [4]]), past_key_values=cache).logits[:, -1]
+    for row, token in zip(again, (3, 4), strict=True):
+        assert torch.allclose(row, reference.logits([*second, 9, token]), atol=2e-5)
+
+
+def test_only_the_sequences_that_pass_a_boundary_are_run_again() -> None:
+    model: Any = build("llama").requires_grad_(False)
+    applied = longrope.apply(model, table_of(model))
+    assert applied.switch is not None
+    ids = torch.tensor([[PAD] * 8 + text(ORIGINAL - 8), text(ORIGINAL, 1)])
+    mask = (ids != PAD).long()
+    model.generate(ids, attention_mask=mask, max_new_tokens=4, **GREEDY)
+    assert applied.switch.recomputed == ORIGINAL, "one sequence of two, once"
+
+
+def test_prompts_given_as_embeddings_are_exact(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    ids = text(ORIGINAL - 3)
+    embedded = model.get_input_embeddings()(torch.tensor([ids]))
+    made = model.generate(inputs_embeds=embedded, max_new_tokens=8, **GREEDY)
+    assert made[0].tolist() == reference.greedy(ids, 8)[len(ids) :]
+
+
+def test_ahead_takes_the_row_of_all_that_may_come_and_runs_nothing_again() -> None:
+    model: Any = build("llama").requires_grad_(False)
+    applied = longrope.apply(model, table_of(model), policy="ahead")
+    assert applied.switch is not None
+    ids = text(ORIGINAL - 4)
+    made = generate(model, ids, 12)
+    assert applied.switch.recomputed == 0
+    reference = Reference("llama")
+    reference.table = FactorTable(500.0, 16, ORIGINAL, (table_of(model).rows[1],))
+    assert made == reference.greedy(ids, 12)
+    generate(model, ids, 4)
+    assert generate(model, ids, 4) == Reference("llama").greedy(ids, 4), "within the first row"
+
+
+def test_fixed_takes_the_last_row_at_every_length() -> None:
+    model: Any = build("llama").requires_grad_(False)
+    longrope.apply(model, table_of(model), policy="fixed")
+    reference = Reference("llama")
+    reference.table = FactorTable(500.0, 16, ORIGINAL, (table_of(model).rows[-1],))
+    ids = text(10)
+    assert generate(model, ids, 12) == reference.greedy(ids, 12)
+    assert torch.allclose(model(torch.tensor([ids])).logits[0, -1], reference.logits(ids), atol=1e-5)
+
+
+def test_what_save_pretrained_writes_is_loaded_with_the_table(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    table = table_of(model)
+    longrope.apply(model, table)
+    model.save_pretrained(tmp_path / "saved")
+    byte_tokenizer(ORIGINAL).save_pretrained(tmp_path / "saved")
+    ids = text(ORIGINAL - 2)
+    expected = generate(model, ids, 8)
+    again = longrope.load(str(tmp_path / "saved"), device="cpu", dtype="float32")
+    assert generate(again, ids, 8) == expected
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert generate(longrope.load(stock), ids, 8) == expected
+    assert FactorTable.from_dict(stock.config.longrope_factors) == table
+
+
+def test_undo_restores_the_model_and_its_methods(tmp_path: Path) -> None:
+    model: Any = build("llama").requires_grad_(False)
+    ids = torch.tensor([text(ENDS[0] + 2)])
+    before, config = model(ids).logits, model.config.to_dict()
+    applied = longrope.apply(model, table_of(model))
+    assert not torch.equal(model(ids).logits, before)
+    applied.undo()
+    assert torch.equal(model(ids).logits, before)
+    assert model.config.to_dict() == config
+    assert not {"generate", "prepare_inputs_for_generation"} & set(vars(model))
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    longrope.apply(model, table_of(model)).undo()
+
+
+def refused(match: str) -> Any:
+    return pytest.raises(UserError, match=match)
+
+
+def test_bad_input_is_refused_in_one_line(llama: tuple[Any, Reference]) -> None:
+    model, _ = llama
+    ids = torch.tensor([text(20)])
+    one = torch.tensor([[1]])
+    with refused(r"^sequence: got 81 tokens; the factor table ends at 80; use at most 80 tokens"):
+        model(torch.tensor([text(81)]))
+    with refused(r"^max_new_tokens: got 61 tokens after a prompt of 20; .* ends at 80; ask for at most 60 new tokens"):
+        model.generate(ids, max_new_tokens=61, **GREEDY)
+    with refused(r"^sequence: got 81 tokens"):
+        model.generate(torch.tensor([text(80)]), max_new_tokens=1, **GREEDY)
+    with refused(r"^position_ids: got position 4 after 5; positions of a sequence ascend; "):
+        model(ids[:, :3], position_ids=torch.tensor([[3, 5, 4]]))
+    cache = model(ids).past_key_values
+    with refused(r"^position_ids: got position 19 after 19; "):
+        model(one, past_key_values=cache, position_ids=torch.tensor([[19]]))
+    with refused(r"^position_ids: got shape \(1, 2\); they are \(1, 1\) here"):
+        model(one, past_key_values=cache, position_ids=torch.tensor([[20, 21]]))
+    holes = torch.ones_like(ids)
+    holes[0, 5:8] = 0
+    with refused(r"^attention mask: got a mask with holes; padding is at one side of a text; pad on the left"):
+        model(ids, attention_mask=holes)
+    with refused(r"^attention mask: got 1 columns; it has one for each of the 21 tokens"):
+        model(one, past_key_values=cache, attention_mask=torch.ones(1, 1))
+    with refused(r"^batch: got 2, 1 in the cache; "):
+        model(torch.tensor([[1], [2]]), past_key_values=cache)
+    with refused(r"^labels: got tokens across a boundary; "):
+        model(torch.tensor([text(40)]), past_key_values=cache, labels=torch.tensor([text(40)]))
+    stock: Any = build("llama").requires_grad_(False)
+    with refused(r"^cache: got 20 tokens that were cached without these factors; .*start with an empty cache$"):
+        model(one, past_key_values=stock(ids).past_key_values)
+    other = table_of(stock)
+    applied = longrope.apply(stock, FactorTable(other.rope_theta, other.rotary_dim, ORIGINAL, other.rows[:2]))
+    with refused(r"^cache: got 20 tokens that were cached without these factors; "):
+        model(one, past_key_values=stock(ids).past_key_values)
+    with refused(r"^model: got a model that already carries factors; "):
+        longrope.apply(stock, other)
+    applied.undo()
+    with refused(r"^policy: got 'banana'; it is one of exact, ahead, fixed; choose one$"):
+        longrope.apply(stock, other, policy="banana")
+    with refused(r"^chunk: got 0; it is at least 1 token; "):
+        longrope.apply(stock, other, chunk=0)
+    longrope.apply(stock, other)  # what was refused left nothing behind
+
+
+def test_a_pass_that_fails_leaves_nothing_behind(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.tensor([[10_000]]))
+    ids = text(20)
+    assert torch.allclose(model(torch.tensor([ids])).logits[0, -1], reference.logits(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_training_passes_have_gradients_under_a_table(policy: str) -> None:
+    model: Any = build("llama")
+    longrope.apply(model, table_of(model), policy=policy)
+    ids = torch.tensor([text(ORIGINAL + 3)])
+    model(ids, labels=ids).loss.backward()
+    assert all(weight.grad is not None and bool(torch.isfinite(weight.grad).all()) for weight in model.parameters())
