@@ -30,8 +30,8 @@ def test_attention_of_a_chunk_is_that_under_a_mask(
     key, value = (torch.randn(2, heads[1], past + new + 50, 16, generator=drawn).to(dtype) for _ in range(2))
     key, value = key[:, :, : past + new], value[:, :, : past + new]
     mask = torch.ones(new, past + new, dtype=torch.bool).tril(past)
-    whole = [each.repeat_interleave(heads[0] // heads[1], 1).float() for each in (key, value)]
-    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), *whole, attn_mask=mask, scale=0.3)
+    keys, values = (each.repeat_interleave(heads[0] // heads[1], 1).float() for each in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), keys, values, mask, scale=0.3)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert torch.allclose(attend(query, key, value, 0.3).float(), expected, atol=tolerance)
 
@@ -62,7 +62,8 @@ def test_a_chunk_is_attended_to_without_a_mask_and_into_a_cache_with_room(monkey
     made = model.generate(torch.tensor([ids]), max_new_tokens=9, return_dict_in_generate=True, **GREEDY)
     assert seen == [22, 22, 33, 33, 39, 39], "of two layers; the first chunk is causal by itself, the last token alone"
     assert isinstance(made.past_key_values, RoomyCache)
-    assert made.past_key_values.layers[0].capacity == 49
+    layer: Any = made.past_key_values.layers[0]
+    assert layer.capacity == 49
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -73,7 +74,8 @@ def run(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def test_a_cache_with_room_is_a_dynamic_one_that_copies_nothing() -> None:
     model: Any = build("llama").requires_grad_(False)
-    roomy, stock = RoomyCache(model.config, 40), DynamicCache(config=model.config)
+    roomy: Any = RoomyCache(model.config, 40)
+    stock: Any = DynamicCache(config=model.config)
     ids = tokens(60, batch=2)
     places = set()
     for start, end in ((0, 20), (20, 21), (21, 38)):
@@ -110,7 +112,7 @@ def test_a_cache_with_room_passes_gradients_on() -> None:
     for cache in (RoomyCache(model.config, 30), DynamicCache(config=model.config)):
         model.zero_grad()
         run(model, cache, ids[:, :10])
-        run(model, cache, ids[:, 10:]).sum().backward()
+        run(model, cache, ids[:, 10:]).sum().backward()  # type: ignore[no-untyped-call]
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     assert torch.equal(*gradients)
 

@@ -9,14 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from longrope.checkpoint import CONFIG_ENTRY, LoadOptions, in_config
+from longrope.checkpoint import LoadOptions, in_config
 from longrope.configs import rope_config
 from longrope.convert import factors_file, read_factors
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
 from longrope.model import LoadedModel, load_model
 from longrope.patch import Patch
-from longrope.runtime.switch import CHUNK, Switch
+from longrope.runtime.applied import Applied
+from longrope.runtime.switch import CHUNK
 
 logger = logging.getLogger(__name__)
 
@@ -30,35 +31,6 @@ def as_factors(given: Factors) -> FactorTable | RopeFactors:
     if isinstance(given, Mapping):
         return FactorTable.from_dict(given)
     return read_factors(factors_file(given))
-
-
-class Applied:
-    """Factors on a model: `undo`, or leaving it as a context, restores the model.
-
-    switch: what makes a table exact at run time; None for a single row.
-    """
-
-    def __init__(self, model: PreTrainedModel, patch: Patch, factors: FactorTable | RopeFactors, **how: Any) -> None:
-        self._model, self._patch = model, patch
-        self.switch = Switch(model, patch, factors, **how) if isinstance(factors, FactorTable) else None
-        if isinstance(factors, FactorTable):
-            # A checkpoint that is saved says by itself what it was served with
-            setattr(model.config, CONFIG_ENTRY, factors.to_dict())
-        else:
-            patch.install(factors)
-
-    def undo(self) -> None:
-        """Restore the model."""
-        if self.switch is not None:
-            vars(self._model.config).pop(CONFIG_ENTRY, None)
-            self.switch.undo()
-        self._patch.undo()
-
-    def __enter__(self) -> Applied:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.undo()
 
 
 def apply(

@@ -20,6 +20,7 @@ from longrope.cli_compare import compare
 from longrope.cli_evaluate import evaluate_app
 from longrope.cli_extend import extend
 from longrope.cli_finetune import finetune
+from longrope.cli_generate import chat, generate
 from longrope.cli_options import (
     VERBOSITY,
     Attention,
@@ -158,6 +159,8 @@ app.command()(search)
 app.command()(compare)
 app.command()(finetune)
 app.command()(extend)
+app.command()(generate)
+app.command()(chat)
 
 
 @app.command()

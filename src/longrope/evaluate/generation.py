@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from longrope.evaluate.perplexity import run_if_it_fits, window_too_long
 from longrope.model import LoadedModel
+from longrope.runtime.text import ends_of_text
 
 
 def greedy(loaded: LoadedModel, ids: NDArray[np.int64], tokens: int) -> list[int]:
@@ -57,11 +58,3 @@ def _greedily(loaded: LoadedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def ends_of_text(loaded: LoadedModel) -> list[int]:
-    """Tokens that end a text: those of the checkpoint's generation settings, and the tokenizer's."""
-    model: Any = loaded.model
-    own = getattr(model.generation_config, "eos_token_id", None)
-    named = own if isinstance(own, list) else [own]
-    return sorted({int(token) for token in (*named, loaded.tokenizer.eos_token_id) if token is not None})

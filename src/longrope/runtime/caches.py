@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig, QuantizedCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from longrope.errors import UserError
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -69,6 +72,25 @@ class RoomyCache(DynamicCache):
     def __init__(self, config: PretrainedConfig, capacity: int) -> None:
         super().__init__(config=config)
         self.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+
+def make_cache(kind: str | None, config: PretrainedConfig, capacity: int, described: Mapping[str, Any]) -> Cache:
+    """A cache for a text of `capacity` tokens, of the kinds that transformers' `cache_implementation` names.
+
+    None and `dynamic` are one with room from the start; `offloaded` and `quantized` are transformers' own, of which
+    `described` is the `cache_config`. Raises UserError when the package of a quantization is not there.
+    """
+    if kind == "offloaded":
+        return DynamicCache(config=config, offloading=True)
+    if kind != "quantized":
+        return RoomyCache(config, capacity)
+    settings = {"backend": "quanto"} | dict(described) | {"config": config}
+    try:
+        return QuantizedCache(**settings)
+    except (ImportError, ValueError) as error:
+        rule = " ".join(str(error).split())
+        do = "install the backend's package, or choose another cache"
+        raise UserError("cache", got=f"quantized by {settings['backend']}", rule=rule, do=do) from None
 
 
 def by_place(cache: Any) -> bool:

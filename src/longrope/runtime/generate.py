@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from longrope.errors import UserError
 from longrope.lengths import format_length
-from longrope.runtime.caches import RoomyCache
+from longrope.runtime.caches import make_cache
 from longrope.runtime.room import check_room
 
 if TYPE_CHECKING:
@@ -55,7 +55,11 @@ def generate(
     least = [length + new for length in lengths] if switch.policy == "ahead" and new is not None else lengths
     with switch.at_least(least):
         if _is_long(switch, ids, mask, config, kwargs):
-            kwargs["past_key_values"] = _prefilled(switch, ids, least[0], ids.shape[1] + (new or 0))
+            kind = kwargs.pop("cache_implementation", config.cache_implementation)
+            described = kwargs.pop("cache_config", config.cache_config)
+            capacity = ids.shape[1] + (new or 0)
+            cache = make_cache(kind, switch.model.config.get_text_config(), capacity, described or {})
+            kwargs["past_key_values"] = _fill(switch, cache, ids, least[0], capacity)
         result = own(ids, generation_config, *args, **kwargs)
     if shift is None:
         return result
@@ -127,16 +131,14 @@ def _is_long(
         return False
     many = (setting("num_beams") or 1) > 1 or (setting("num_return_sequences") or 1) > 1
     others = [setting(name) for name in ("prompt_lookup_num_tokens", "prefill_chunk_size", "assistant_early_exit")]
-    kind = setting("cache_implementation")
-    return not many and not any(others) and setting("use_cache") is not False and kind in (None, "dynamic")
+    known = setting("cache_implementation") in (None, "dynamic", "offloaded", "quantized")
+    return not many and not any(others) and setting("use_cache") is not False and known
 
 
-def _prefilled(switch: Switch, ids: Tensor, length: int, capacity: int) -> RoomyCache:
-    """A cache with all tokens of a prompt (1, T) but the last, run chunk by chunk under the row of `length`."""
-    model = switch.model
-    ids = ids.to(model.get_input_embeddings().weight.device)
-    cache = RoomyCache(model.config.get_text_config(), capacity)
-    check_room(switch, capacity)
+def _fill(switch: Switch, cache: Cache, ids: Tensor, length: int, capacity: int) -> Cache:
+    """Put all tokens of a prompt (1, T) but the last into a cache, chunk by chunk, under the row of `length`."""
+    ids = ids.to(switch.model.get_input_embeddings().weight.device)
+    check_room(switch, cache, capacity)
     logger.debug("a prompt of %s tokens, by %d", format_length(ids.shape[1]), switch.chunk)
     with torch.no_grad():
         for _ in switch.fill(cache, ids[:, :-1], length):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, QuantizedCache
 
 from longrope.errors import UserError
 from longrope.lengths import format_length
@@ -34,8 +34,12 @@ def chunk_bytes(config: Any, chunk: int) -> int:
 
 
 @torch.no_grad()
-def check_room(switch: Switch, tokens: int) -> None:
-    """Raise UserError, with the length that fits, unless a cache of so many tokens does."""
+def check_room(switch: Switch, cache: Cache, tokens: int) -> None:
+    """Raise UserError, with the length that fits, unless a cache of so many tokens does.
+
+    What a token takes is that of a dynamic cache; a quantized one takes the part of it that its 8 bits or fewer are,
+    and one that is offloaded lies in host memory, but for two layers.
+    """
     model = switch.model
     device, config = model.get_input_embeddings().weight.device, model.config.get_text_config()
     probe = DynamicCache(config=config)
@@ -43,6 +47,11 @@ def check_room(switch: Switch, tokens: int) -> None:
         pass
     each, chunk = bytes_a_token(probe), chunk_bytes(config, min(switch.chunk, tokens))
     room = _SHARE * free_memory(device) - chunk
+    if isinstance(cache, QuantizedCache):
+        first: Any = probe.layers[0]
+        each /= first.keys.element_size()
+    if getattr(cache, "offloading", False):
+        room = min(room * len(probe.layers) / 2, _SHARE * free_memory(torch.device("cpu")))
     if each * tokens <= room:
         return
     fits = int(max(0, room) / max(each, 1e-9))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,15 @@ class _Pass:
     as_tuple: bool
 
 
+@dataclass
+class _Next:
+    """A forward pass of the next token of each sequence, in the rows that the cache has."""
+
+    history: History
+    inputs: Tensor
+    positions: list[int]
+
+
 class Switch:
     """Rows of a table on a model by the length of each sequence, exact also where keys are cached.
 
@@ -72,13 +82,15 @@ class Switch:
         patch.install(table)
         self.recomputed = 0
         """Tokens that were run again at switches so far."""
-        self._up_to = np.array([row.up_to for row in table.rows])
+        self._ends = [row.up_to for row in table.rows]
+        self._up_to = np.array(self._ends)
         told = f"{[row.key for row in table.rows]} {policy == 'fixed'}"
         self._key = hashlib.sha256(told.encode()).hexdigest()[:16]
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._least: Whole | None = None  # lengths that the rows of this generation are for at least
         self._mask: Tensor | None = None  # the two-dimensional mask of what is prepared for a forward pass
-        self._pass: _Pass | None = None
+        self._pass: _Pass | _Next | None = None
+        self._tensors: dict[tuple[int, ...], Tensor] = {}
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -121,6 +133,12 @@ class Switch:
         history = self._history(cache, cached)
         mask, (prepared, self._mask) = given.get("attention_mask"), (self._mask, None)
         flat = mask if is_flat(mask) else prepared
+        if history is not None and inputs.shape[1] == 1 and (flat is not None or mask is None):
+            at = self._next(history, given.get("position_ids"), flat, len(inputs))
+            if at is not None:
+                self._use(history.rows)
+                self._pass = _Next(history, inputs, at)
+                return (), given
         positions, attended = new_columns(inputs, given.get("position_ids"), flat, mask, cached)
         lengths = self._lengths(history, positions, attended, implicit=given.get("position_ids") is None)
         rows = self._rows(lengths, cache is not None, cached)
@@ -156,6 +174,9 @@ class Switch:
             return None
         self.patch.use_rows(None)
         if output is None:  # it failed
+            return None
+        if isinstance(done, _Next):
+            done.history.add_tokens(done.inputs, done.positions)
             return None
         cache = cache_of(output) or kwargs.get("past_key_values")
         if isinstance(cache, Cache) and cache.get_seq_length():
@@ -229,10 +250,38 @@ class Switch:
             lengths = np.maximum(lengths, least[:, None])
         return np.searchsorted(self._up_to, np.maximum(lengths, 1))
 
+    def _next(self, history: History, position_ids: Tensor | None, flat: Tensor | None, batch: int) -> list[int] | None:
+        """Positions (B,) of the next token of each sequence where nothing changes; None where more is to be looked at.
+
+        What holds for nearly every token of a text, so that it is cheap: without arrays.
+        """
+        column, last, least = history.columns, history.last.tolist(), self._least
+        if len(last) != batch or (flat is not None and flat.shape[1] <= column):
+            return None
+        if position_ids is None:
+            positions = [column] * batch
+        elif position_ids.ndim == 2 and position_ids.shape[1] == 1:
+            positions = [int(position) for position in position_ids[:, 0].tolist()]
+        else:
+            return None
+        positions = positions if len(positions) == batch else positions * batch
+        if positions != [each + 1 for each in last] or (flat is not None and not all(flat[:, column].tolist())):
+            return None
+        if self.policy != "fixed":
+            lengths = [each + 1 for each in positions]
+            if least is not None:
+                floors = np.repeat(least, batch // len(least)).tolist()
+                lengths = [max(pair) for pair in zip(lengths, floors, strict=True)]
+            if [bisect_left(self._ends, length) for length in lengths] != history.rows.tolist():
+                return None
+        return positions
+
     def _use(self, rows: Whole) -> None:
-        device = self.model.get_input_embeddings().weight.device
-        alike = rows[:1] if (rows == rows[0]).all() else rows
-        self.patch.use_rows(torch.tensor(alike).to(device))
+        key = tuple(rows.tolist())
+        if key not in self._tensors:
+            alike = key[:1] if len(set(key)) == 1 else key
+            self._tensors = {key: torch.tensor(alike, device=self.model.get_input_embeddings().weight.device)}
+        self.patch.use_rows(self._tensors[key])
 
     # Making caches
 

@@ -1,0 +1,236 @@
+"""`longrope generate` and `longrope chat`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longrope.cli_options import (
+    Attention,
+    Device,
+    Dtype,
+    Factors,
+    Json,
+    Model,
+    OriginalLength,
+    Precision,
+    Quantize,
+    Quiet,
+    Seed,
+    Threads,
+    Trust,
+    Verbose,
+    begin,
+    one_or_none,
+    options_of,
+)
+from longrope.errors import UserError
+
+if TYPE_CHECKING:
+    from longrope.checkpoint import LoadOptions
+    from longrope.factors import FactorTable
+    from longrope.model import LoadedModel
+    from longrope.runtime.applied import Applied
+    from longrope.runtime.text import Made
+
+New = Annotated[
+    int | None, typer.Option("--max-new-tokens", "-n", min=1, help="By default 256, or what the table has room for.")
+]
+Policy = Annotated[
+    str,
+    typer.Option(
+        help="exact: a text that passes a boundary is run again; ahead: the row of prompt and new tokens from the "
+        "start; fixed: the last row at every length."
+    ),
+]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability together.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many tokens; 0: from all.")]
+Beams = Annotated[int, typer.Option(min=1, help="Beams of a beam search.")]
+CacheKind = Annotated[
+    str, typer.Option("--cache", help="Where keys and values lie: device, offloaded (host memory), quantized (8 bits).")
+]
+Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a pass over a long prompt; by default 2048.")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What the text begins with.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", metavar="P", help="A file that holds it, or - for standard input.")
+    ] = None,
+    factors: Factors = None,
+    new: New = None,
+    policy: Policy = "exact",
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    beams: Beams = 1,
+    as_chat: Annotated[bool, typer.Option("--chat", help="The prompt is a turn in the chat template.")] = False,
+    cache: CacheKind = "device",
+    chunk: Chunk = None,
+    original_length: OriginalLength = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    precision: Precision = "float32",
+    threads: Threads = None,
+    quantize: Quantize = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Text that goes on from a prompt, with the exact switch between the rows of a factor table."""
+    begin(verbose, quiet)
+    from longrope.console import err, print_json
+    from longrope.runtime.text import Sampling, chat_ids, prompt_ids, write_text
+
+    text = _prompt(prompt, prompt_file)
+    table = one_or_none(factors)
+    sampling = Sampling(temperature, top_p, top_k, beams, seed)
+    options = options_of(
+        device, dtype, attention, original_length, trust, precision, threads, own_factors=table != "none",
+        quantize=quantize,
+    )  # fmt: skip
+    loaded, applied = _ready(model, table, options, policy, chunk)
+    if as_chat:
+        ids = chat_ids(loaded.tokenizer, [{"role": "user", "content": text}])
+    else:
+        ids = prompt_ids(loaded.tokenizer, text)
+    write = None if as_json else _write
+    made = write_text(loaded, applied, ids, new=new, sampling=sampling, cache=cache, write=write)
+    if as_json:
+        settings = {"policy": policy, "cache": cache, "seed": seed, **vars(sampling)}
+        print_json({"command": "generate", "model": model, "settings": settings, "results": [made.told()]})
+    else:
+        _write("\n")
+    if not quiet:
+        err.print(_summary(made), soft_wrap=True)
+
+
+def chat(
+    model: Model,
+    factors: Factors = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system's turn.")] = None,
+    new: New = None,
+    policy: Policy = "exact",
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    cache: CacheKind = "device",
+    chunk: Chunk = None,
+    original_length: OriginalLength = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    precision: Precision = "float32",
+    threads: Threads = None,
+    quantize: Quantize = None,
+    trust: Trust = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """A conversation, a line a turn; /file PATH adds a document to the next turn, /reset begins anew, /exit ends."""
+    begin(verbose, quiet)
+    from longrope.console import err
+    from longrope.runtime.text import Conversation, Sampling, chat_ids
+
+    table = one_or_none(factors)
+    sampling = Sampling(temperature, top_p, top_k, seed=seed)
+    options = options_of(
+        device, dtype, attention, original_length, trust, precision, threads, own_factors=table != "none",
+        quantize=quantize,
+    )  # fmt: skip
+    loaded, applied = _ready(model, table, options, policy, chunk)
+    chat_ids(loaded.tokenizer, [{"role": "user", "content": "."}])  # says at once that there is no template
+    talk = Conversation(loaded, applied, system, new=new, sampling=sampling, cache=cache)
+    if not quiet:
+        err.print(f"{model}, up to {applied.reach} tokens; /file PATH, /reset, /exit")
+    document = ""
+    while (line := _line(quiet)) is not None:
+        command, _, argument = line.partition(" ")
+        if command == "/exit":
+            return
+        if command == "/reset":
+            talk.reset()
+            document = ""
+            continue
+        try:  # what is wrong with one turn ends no conversation
+            if command == "/file":
+                document += _read(argument.strip()) + "\n\n"
+            elif line.strip():
+                made = talk.say(document + line, _write)
+                document = ""
+                _write("\n")
+                if not quiet:
+                    err.print(_summary(made), soft_wrap=True)
+        except UserError as error:
+            err.print(str(error), style="red", soft_wrap=True)
+
+
+def _ready(
+    model: str, table: FactorTable | str | None, options: LoadOptions, policy: str, chunk: int | None
+) -> tuple[LoadedModel, Applied]:
+    """A model with the factors that are asked for, else with its own, else with its own RoPE."""
+    from longrope.api import switched
+    from longrope.model import load_model
+    from longrope.runtime.switch import CHUNK
+
+    loaded = load_model(model, options)
+    wanted = loaded.meaning if table is None or isinstance(table, str) else table
+    applied = switched(loaded, wanted, policy=policy, chunk=CHUNK if chunk is None else chunk)
+    return loaded, applied
+
+
+def _prompt(text: str | None, file: str | None) -> str:
+    if (text is None) == (file is None):
+        got = "neither" if text is None else "both"
+        rule = "a text begins with one of --prompt and --prompt-file"
+        raise UserError("prompt", got=got, rule=rule, do="give one of them")
+    if text is not None:
+        return text
+    return sys.stdin.read() if file == "-" else _read(str(file))
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text("utf-8")
+    except OSError as error:
+        rule = error.strerror or type(error).__name__
+        raise UserError("prompt", got=name or "no file", rule=rule, do="give a file that can be read") from None
+    except UnicodeDecodeError:
+        raise UserError("prompt", got=name, rule="a prompt is UTF-8 text", do="convert the file") from None
+
+
+def _line(quiet: bool) -> str | None:
+    """The next turn; None at the end of the input."""
+    if not quiet and sys.stdin.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _write(text: str) -> None:
+    from longrope.console import print_out
+
+    print_out(text)
+
+
+def _summary(made: Made) -> str:
+    first = made.prompt / max(made.first, 1e-9)
+    rest = (len(made.tokens) - 1) / max(made.seconds - made.first, 1e-9) if len(made.tokens) > 1 else 0
+    again = f"; {made.recomputed:,} run again at a boundary" if made.recomputed else ""
+    return (
+        f"{made.prompt:,} tokens in {made.first:.1f} s ({first:,.0f} a second), then {len(made.tokens):,}"
+        + (f" at {rest:,.1f} a second" if rest else "")
+        + again
+    )
