@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ from transformers import DynamicCache
 
 import longrope
 import longrope.runtime.room as room
+from commands import write_checkpoint
+from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
+from longrope.model import load_model
 from longrope.runtime.attention import attend
 from longrope.runtime.caches import RoomyCache
 from models import ARCHITECTURES, ORIGINAL, build, tokens
@@ -18,7 +22,7 @@ from test_runtime import ENDS, FAMILIES, GREEDY, Reference, generate, table_of, 
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
-@pytest.mark.parametrize("past", [1, 100, 1000])
+@pytest.mark.parametrize("past", [1, 100, 1000, 20_000])
 @pytest.mark.parametrize("new", [2, 37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_of_a_chunk_is_that_under_a_mask(
@@ -65,6 +69,22 @@ def test_a_chunk_is_attended_to_without_a_mask_and_into_a_cache_with_room(monkey
     layer: Any = made.past_key_values.layers[0]
     assert layer.capacity == 49
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_under_autocast_a_prompt_by_chunks_has_the_logits_of_a_whole_pass(tmp_path: Path) -> None:
+    loaded = load_model(str(write_checkpoint(tmp_path / "model")), LoadOptions(device="cpu", threads=1))
+    model: Any = loaded.model
+    applied = longrope.apply(model, table_of(model), chunk=11)
+    assert applied.switch is not None
+    ids = tokens(60)
+    with torch.inference_mode(), loaded.autocast():
+        cache = RoomyCache(model.config, 70)
+        for _ in applied.switch.fill(cache, ids[:, :-1], 60):
+            pass
+        by_chunks = model(ids[:, -1:], past_key_values=cache).logits[0, -1]
+        whole = model(ids).logits[0, -1]
+    assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16}  # type: ignore[union-attr]
+    assert torch.allclose(by_chunks.float(), whole.float(), atol=0.05)
 
 
 def run(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:

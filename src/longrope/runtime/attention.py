@@ -18,6 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "longrope_chunks"
+# Tokens of the past that are attended to at once: kernels for CPUs make a copy of their keys and values.
+_BLOCK = 16384
 
 
 def _parts(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -44,12 +46,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
     shared, past = heads // key.shape[1], key.shape[2] - tokens
     scale = width**-0.5 if scale is None else scale
     here = [states[:, :, past:].repeat_interleave(shared, 1) for states in (key, value)]
-    own, own_sum = _parts(query, here[0], here[1], True, scale)
+    out, total = _parts(query, here[0], here[1], True, scale)
+    out = out.float()
     folded = query.reshape(batch, key.shape[1], shared * tokens, width)
-    before, before_sum = _parts(folded, key[:, :, :past], value[:, :, :past], False, scale)
-    before, before_sum = before.reshape(own.shape), before_sum.reshape(own_sum.shape)
-    share = torch.sigmoid(before_sum - own_sum)[..., None]
-    return torch.lerp(own, before, share.to(own.dtype))
+    for start in range(0, past, _BLOCK):
+        block = slice(start, min(start + _BLOCK, past))
+        seen, its = _parts(folded, key[:, :, block], value[:, :, block], False, scale)
+        its = its.reshape(total.shape)
+        out = torch.lerp(out, seen.reshape(out.shape).float(), torch.sigmoid(its - total)[..., None])
+        total = torch.logaddexp(total, its)
+    return out.to(query.dtype)
 
 
 def _forward(
@@ -68,6 +74,10 @@ def _forward(
             attention_mask = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=query.device)
             attention_mask = attention_mask.tril(key.shape[2] - tokens)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    # Under autocast, rotated states are float32 here and others are not: torch's own attention casts all of them.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 

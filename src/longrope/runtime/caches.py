@@ -26,6 +26,11 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in keys and values (B, H, t, D); returns all of them so far."""
+        kind = key_states.device.type
+        if torch.is_autocast_enabled(kind):
+            # Rotated keys are float32 then, and attention would cast all of them anew for every chunk and token.
+            dtype = torch.get_autocast_dtype(kind)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
