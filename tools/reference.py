@@ -23,6 +23,8 @@ COMMANDS = [
     "extend",
     "factors",
     "export",
+    "generate",
+    "chat",
     "report",
     "watch",
 ]
