@@ -24,8 +24,9 @@ from longrope.checkpoint import TINY, LoadOptions
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel, load_model
 from longrope.runtime.caches import RoomyCache
+from longrope.runtime.chunks import CHUNK
 from longrope.runtime.room import bytes_a_token
-from longrope.runtime.switch import CHUNK, Switch
+from longrope.runtime.switch import Switch
 from longrope.runtime.text import prompt_ids
 from memory import highest, resident
 

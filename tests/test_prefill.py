@@ -17,6 +17,7 @@ from longrope.errors import UserError
 from longrope.model import load_model
 from longrope.runtime.attention import attend
 from longrope.runtime.caches import RoomyCache
+from longrope.windows import Window
 from models import ARCHITECTURES, ORIGINAL, build, tokens
 from test_runtime import ENDS, FAMILIES, GREEDY, Reference, generate, table_of, text
 
@@ -147,3 +148,27 @@ def test_a_prompt_beyond_memory_is_refused_before_it_is_run(monkeypatch: pytest.
     with pytest.raises(UserError, match=r"^memory: got a cache of 60 tokens, .* GiB are free for it; use at most 50 "):
         generate(model, text(40), 20)
     assert ENDS[2] >= 60
+
+
+def test_a_window_that_does_not_fit_whole_is_measured_by_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longrope.evaluate import perplexity
+
+    loaded = load_model(
+        str(write_checkpoint(tmp_path / "model")), LoadOptions(device="cpu", dtype="float32", threads=1)
+    )
+    [window] = [Window("a", "a", 0, tokens(60)[0].numpy())]
+    whole = perplexity.losses_by_token(loaded, [window, window])
+
+    def full(*given: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(perplexity, "token_losses", full)
+    with pytest.raises(UserError, match=r"^memory: got a window of 60 tokens; "):
+        perplexity.losses_by_token(loaded, [window])
+    monkeypatch.setattr(perplexity, "CHUNK", 7)
+    monkeypatch.setattr(perplexity.token_losses_by_chunks, "__defaults__", (7,))
+    chunked = perplexity.losses_by_token(loaded, [window, window])
+    assert loaded.by_chunks
+    assert torch.allclose(chunked, whole, atol=1e-5)

@@ -2,7 +2,7 @@
 
     python tools/pretrain.py --out runs/tiny                         # what src/longrope/assets/tiny is
     python tools/pretrain.py --out runs/other --documents BOOKS --kv-heads 2 --head-dim 32 --theta 500
-    python tools/pretrain.py --out runs/books --documents BOOKS --init src/longrope/assets/tiny
+    python tools/pretrain.py --out runs/books --documents BOOKS --init tiny
 
 Training is transformers.Trainer's; this file only says what the model is and where the text comes from. Stop it at
 any time: the same command goes on from the last checkpoint and ends in the same weights.
@@ -38,6 +38,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from byte_tokenizer import BOS, EOS, PAD, VOCABULARY, byte_tokenizer
+from longrope.checkpoint import model_source
 from longrope.documents import read_sources
 from recall import recall_text
 
@@ -63,7 +64,7 @@ class Settings:
     theta: float
     seed: int
     init: str = ""
-    """A checkpoint of this shape whose weights training begins with; from scratch without."""
+    """A MODEL of this shape whose weights training begins with; from scratch without."""
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -122,7 +123,7 @@ def build_model(settings: Settings) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     if settings.init:
-        given = LlamaForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
+        given = LlamaForCausalLM.from_pretrained(model_source(settings.init), dtype=torch.float32)
         model.load_state_dict(given.state_dict())
     return model
 
@@ -202,7 +203,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--theta", type=float, default=200.0)
-    parser.add_argument("--init", default="", help="a checkpoint of the same shape to begin with, such as tiny's")
+    parser.add_argument("--init", default="", help="a MODEL of the same shape to begin with, such as tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler on CPU")

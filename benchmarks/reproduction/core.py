@@ -43,7 +43,7 @@ def base(setting: Setting, state: State) -> None:
     for name in ("length", "tokens", "batch", "recall", "hidden", "intermediate", "layers", "heads", "theta"):
         words += [f"--{name}", str(getattr(size, name))]
     words += ["--kv-heads", str(size.heads), "--head-dim", str(size.head_dim)]
-    words += ["--learning-rate", str(size.learning_rate)]
+    words += ["--learning-rate", str(size.learning_rate), "--init", size.init]
     subprocess.run(words, check=True)
 
 

@@ -17,7 +17,7 @@ from longrope.factors import FactorTable, RopeFactors
 from longrope.model import LoadedModel, load_model
 from longrope.patch import Patch
 from longrope.runtime.applied import Applied
-from longrope.runtime.switch import CHUNK
+from longrope.runtime.chunks import CHUNK
 
 logger = logging.getLogger(__name__)
 

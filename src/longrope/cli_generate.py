@@ -182,7 +182,7 @@ def _ready(
     """A model with the factors that are asked for, else with its own, else with its own RoPE."""
     from longrope.api import switched
     from longrope.model import load_model
-    from longrope.runtime.switch import CHUNK
+    from longrope.runtime.chunks import CHUNK
 
     loaded = load_model(model, options)
     wanted = loaded.meaning if table is None or isinstance(table, str) else table

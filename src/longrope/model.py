@@ -64,6 +64,8 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     batch_tokens: int = 8192
     """Tokens of short windows that are run together; evaluation halves it when memory runs out."""
+    by_chunks: bool = False
+    """Whether long windows are run by chunks, because one did not fit whole."""
     under: RopeFactors | None = None
     """What extensions multiply, where that is not what `trained` finds; see `fine_tuned`."""
     checkpoint_from: int | None = None

@@ -17,6 +17,8 @@ from longrope.errors import UserError
 from longrope.evaluate.intervals import mean_interval
 from longrope.lengths import format_length
 from longrope.model import LoadedModel
+from longrope.runtime.caches import RoomyCache
+from longrope.runtime.chunks import CHUNK, by_chunks, whole_text
 from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
@@ -48,13 +50,33 @@ def token_losses(loaded: LoadedModel, ids: Tensor) -> Tensor:
     losses = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     with torch.inference_mode(), loaded.autocast():
         for start, logits in loaded.logits(ids):
-            # Flattened whole, without the last token cut off, logits are not copied.
-            wanted = targets[:, start : start + logits.shape[1]].to(logits.device)
-            chunk = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=_NO_TARGET, reduction="none"
-            )
-            losses[:, start : start + logits.shape[1]] = chunk.view_as(wanted)
+            part = slice(start, start + logits.shape[1])
+            losses[:, part] = _chunk_losses(logits, targets[:, part])
     return losses[:, :-1]
+
+
+def token_losses_by_chunks(loaded: LoadedModel, ids: Tensor, chunk: int = CHUNK) -> Tensor:
+    """`token_losses` with the activations of a chunk and a cache of the window, where it does not fit otherwise."""
+    losses = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NO_TARGET)
+    with torch.inference_mode(), loaded.autocast():
+        cache = RoomyCache(loaded.model.config.get_text_config(), ids.shape[1])
+        for start, outputs in by_chunks(loaded.model, cache, ids, *whole_text(ids), chunk):
+            piece = ids[:, start : start + outputs.last_hidden_state.shape[1]]
+            for first, _, logits in loaded.tail(outputs, piece):
+                part = slice(start + first, start + first + logits.shape[1])
+                losses[:, part] = _chunk_losses(logits, targets[:, part])
+    return losses[:, :-1]
+
+
+def _chunk_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood (B, t) of targets (B, t) under logits (B, t, V), 0 where there is no target."""
+    wanted = targets.to(logits.device)
+    # Flattened whole, without the last token cut off, logits are not copied.
+    chunk = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=_NO_TARGET, reduction="none"
+    )
+    return chunk.view_as(wanted)
 
 
 def window_losses(loaded: LoadedModel, windows: Sequence[Window]) -> NDArray[np.float64]:
@@ -67,9 +89,17 @@ def losses_by_token(loaded: LoadedModel, windows: Sequence[Window]) -> Tensor:
     ids = torch.from_numpy(np.stack([window.ids for window in windows]))
 
     def run(batch: Tensor) -> Tensor:
-        return token_losses(loaded, batch.to(loaded.device)).cpu()
+        batch = batch.to(loaded.device)
+        return (token_losses_by_chunks if loaded.by_chunks else token_losses)(loaded, batch).cpu()
 
-    return in_batches(loaded, run, ids).double()
+    def smaller() -> bool:
+        if loaded.by_chunks or ids.shape[1] <= CHUNK:
+            return False
+        logger.info("out of memory: going on by chunks of %d tokens", CHUNK)
+        loaded.by_chunks = True
+        return True
+
+    return in_batches(loaded, run, ids, smaller).double()
 
 
 def scored_sums(losses: Tensor, windows: Sequence[Window]) -> NDArray[np.float64]:
@@ -78,10 +108,13 @@ def scored_sums(losses: Tensor, windows: Sequence[Window]) -> NDArray[np.float64
     return torch.stack(scored).numpy()
 
 
-def in_batches(loaded: LoadedModel, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+def in_batches(
+    loaded: LoadedModel, run: Callable[[Tensor], Tensor], ids: Tensor, smaller: Callable[[], bool] | None = None
+) -> Tensor:
     """run over batches of rows of ids (N, T), of loaded.batch_tokens at most; a batch too large for memory halves that.
 
-    Raises UserError, with a length that would fit, when a single window does not fit.
+    smaller: lets `run` take less memory from then on, where it can. Raises UserError, with a length that would fit,
+    when a single window does not fit.
     """
     length, results, done = ids.shape[1], [], 0
     while done < len(ids):
@@ -90,6 +123,8 @@ def in_batches(loaded: LoadedModel, run: Callable[[Tensor], Tensor], ids: Tensor
         if part is not None:
             results.append(part)
             done += size
+        elif size == 1 and smaller is not None and smaller():
+            continue
         elif size == 1:
             raise window_too_long(run, ids[done : done + 1])
         else:

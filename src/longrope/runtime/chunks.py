@@ -14,6 +14,9 @@ from longrope.model import decoder_of
 from longrope.runtime.attention import without_masks
 from longrope.runtime.history import Flags, Whole
 
+# Tokens of a forward pass over a long text; the benchmark of prompts says what they take.
+CHUNK = 2048
+
 
 def whole_text(inputs: Tensor) -> tuple[Whole, Flags]:
     """Positions and what is attended (B, T) of texts without padding."""

@@ -26,7 +26,7 @@ from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.patch import Patch
 from longrope.runtime.caches import by_place, put_rows
-from longrope.runtime.chunks import by_chunks, whole_text
+from longrope.runtime.chunks import CHUNK, by_chunks, whole_text
 from longrope.runtime.columns import cache_of, columns_of, is_flat, new_columns
 from longrope.runtime.generate import generate
 from longrope.runtime.history import Flags, History, Whole, history_of, keep_history
@@ -34,8 +34,6 @@ from longrope.runtime.history import Flags, History, Whole, history_of, keep_his
 logger = logging.getLogger(__name__)
 
 POLICIES = ("exact", "ahead", "fixed")
-# Tokens of a forward pass over a long prompt; the benchmark of prefill says what fewer or more cost.
-CHUNK = 2048
 
 
 @dataclass
