@@ -17,6 +17,7 @@ import typer
 
 from longrope import __version__
 from longrope.cli_compare import compare
+from longrope.cli_doctor import doctor
 from longrope.cli_evaluate import evaluate_app
 from longrope.cli_extend import extend
 from longrope.cli_finetune import finetune
@@ -161,6 +162,7 @@ app.command()(finetune)
 app.command()(extend)
 app.command()(generate)
 app.command()(chat)
+app.command()(doctor)
 
 
 @app.command()

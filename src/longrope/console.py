@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -27,6 +28,7 @@ from longrope.report.style import stage_of
 from longrope.runs import lower_is_better
 
 if TYPE_CHECKING:
+    from longrope.doctor.examine import Finding
     from longrope.evaluate.execute import OnStep, Step
     from longrope.factors import FactorTable
     from longrope.search.loop import OnProgress, Progress
@@ -308,6 +310,17 @@ def factors_table(table: FactorTable) -> Table:
             *(f"{value:.4g}" for value in (row.rescale[0], middle, row.rescale[-1])),
         ]
         shown.add_row(format_length(row.up_to), str(row.start_tokens), *cells)
+    return shown
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What a doctor found, a line each."""
+    shown = Table(title_justify="left")
+    for name in ("", "finding", "what", "mend"):
+        shown.add_column(name, overflow="fold")
+    for finding in findings:
+        mend = finding.do + (" (--fix does)" if finding.fixed else "")
+        shown.add_row(finding.severity, finding.name, escape(finding.what), escape(mend))
     return shown
 
 

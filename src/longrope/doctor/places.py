@@ -1,0 +1,141 @@
+"""Where a configuration says things, and under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from longrope.doctor.view import View, check
+
+# Rope types that transformers knows
+_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+
+
+def _by_type(view: View) -> bool:
+    """Whether each type of layer has a RoPE of its own."""
+    value = view.text.get("rope_parameters")
+    return isinstance(value, dict) and isinstance(value.get("full_attention"), dict)
+
+
+def _rename_su(view: View) -> None:
+    for _, rope in view.ropes:
+        rope |= {key: "longrope" for key in ("rope_type", "type") if rope.get(key) == "su"}
+
+
+@check("su-name", lambda view: "warning" if view.family == "phi3" else "error", "call it longrope", _rename_su)
+def _su(view: View) -> Iterator[str]:
+    if any("su" in (rope.get("rope_type"), rope.get("type")) for _, rope in view.ropes):
+        yield "the type is called su: transformers renames it for Phi3 alone, and fails on it elsewhere"
+
+
+def _same_names(view: View) -> None:
+    for _, rope in view.ropes:
+        rope["rope_type"] = rope["type"] = rope.get("rope_type") or rope.get("type")
+
+
+@check("type-names-differ", "error", "give both the same value", _same_names)
+def _types_differ(view: View) -> Iterator[str]:
+    for key, rope in view.ropes:
+        if len({rope.get("rope_type"), rope.get("type")} - {None}) > 1:
+            names = f"rope_type {rope['rope_type']} and type {rope['type']}"
+            yield f"{key} has {names}: vLLM refuses it, transformers takes the first"
+
+
+@check("type-name-old", "warning", "write rope_type beside it", _same_names)
+def _type_old(view: View) -> Iterator[str]:
+    for key, rope in view.ropes:
+        if rope.get("type") and not rope.get("rope_type"):
+            yield f"{key} names its type by the old key `type` alone"
+
+
+@check("unknown-type", "error", f"use one of {', '.join(_KINDS)}")
+def _unknown(view: View) -> Iterator[str]:
+    if view.ropes and view.kind not in _KINDS:
+        yield f"rope_type {view.kind!r} is none that transformers knows"
+
+
+def _write_both(view: View) -> None:
+    used: dict[str, Any] = dict(view.used)
+    theta = used.get("rope_theta", view.text.get("rope_theta"))
+    if theta is not None:
+        used["rope_theta"] = view.text["rope_theta"] = theta
+    if _by_type(view):
+        view.text["rope_parameters"]["full_attention"] = used
+    else:
+        view.text |= {"rope_parameters": used, "rope_scaling": dict(used)}
+
+
+@check("one-place", "warning", "write it to rope_scaling and rope_parameters", _write_both)
+def _one_place(view: View) -> Iterator[str]:
+    if view.kind != "default" and len(view.ropes) == 1 and not _by_type(view):
+        key = view.ropes[0][0]
+        others = "mlx-lm, SGLang and transformers 4 read rope_scaling"
+        yield f"the scaling is in {key} alone: " + (
+            others if key == "rope_parameters" else "vLLM reads rope_parameters"
+        )
+
+
+@check("places-differ", "error", "make them equal", _write_both)
+def _places_differ(view: View) -> Iterator[str]:
+    if len(view.ropes) == 2 and not _by_type(view):
+        old, new = ({key: value for key, value in rope.items() if value is not None} for _, rope in view.ropes)
+        if different := sorted(key for key in old.keys() & new.keys() if old[key] != new[key]):
+            told = ", ".join(different)
+            yield f"rope_scaling and rope_parameters differ in {told}: transformers takes the first, vLLM the second"
+
+
+@check("theta-lost", "error", "write the rope_theta that the model was trained with")
+def _theta_lost(view: View) -> Iterator[str]:
+    places = [rope.get("rope_theta") for _, rope in view.ropes]
+    places += [view.text.get(key) for key in ("rope_theta", "rotary_emb_base")]
+    if view.ropes and all(value is None for value in places):
+        yield "no rope_theta anywhere: each engine takes a default of its own, silently"
+
+
+@check("theta-below", "warning", "write it at the top level, too", _write_both)
+def _theta_below(view: View) -> Iterator[str]:
+    inner = any(rope.get("rope_theta") is not None for _, rope in view.ropes)
+    if view.kind != "default" and inner and view.text.get("rope_theta") is None and not _by_type(view):
+        yield "rope_theta is not at the top level: mlx-lm then uses 10000, older SGLang finds none"
+
+
+def _one_theta(view: View) -> None:
+    theta = view.used.get("rope_theta")
+    if theta is not None:
+        view.text["rope_theta"] = theta
+        for _, rope in view.ropes:
+            rope["rope_theta"] = theta
+
+
+@check("theta-differs", "error", "keep the one that was trained with; the mend keeps that of the scaling", _one_theta)
+def _theta_differs(view: View) -> Iterator[str]:
+    places = [rope.get("rope_theta") for _, rope in view.ropes]
+    places += [] if _by_type(view) else [view.text.get("rope_theta")]
+    values = {float(value) for value in places if isinstance(value, int | float)}
+    if len(values) > 1:
+        yield f"rope_theta is {' and '.join(f'{value:g}' for value in sorted(values))} in different places"
+
+
+def _explicit_head(view: View) -> None:
+    heads, hidden = view.text.get("num_attention_heads"), view.text.get("hidden_size")
+    if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        view.text["head_dim"] = hidden // heads
+
+
+@check(
+    "head-dim-none",
+    lambda view: "note" if view.kind == "default" else "error",
+    "write hidden_size / num_attention_heads",
+    _explicit_head,
+)
+def _head_dim(view: View) -> Iterator[str]:
+    if "head_dim" in view.text and view.text["head_dim"] is None:
+        yield "head_dim is null: transformers fails on it when it checks a scaling"
+
+
+@check("local-layers", lambda view: "note" if view.family == "gemma2" else "error", "extend the global layers alone")
+def _local(view: View) -> Iterator[str]:
+    if view.kind != "default" and view.family in ("gemma3", "gemma3_text", "olmo3") and not _by_type(view):
+        yield f"{view.family} has a RoPE for each type of layer, and the scaling is flat, for none of them by name"
+    elif view.kind != "default" and view.family == "gemma2":
+        yield "gemma2 has one RoPE for all layers: local ones are rescaled with the global ones"
