@@ -19,7 +19,7 @@ from longrope.convert import to_transformers_config
 from longrope.doctor.examine import SEVERITIES, examine, mended, read_config
 from longrope.doctor.loaded import examine_model
 from longrope.doctor.view import CHECKS, Folder
-from longrope.export.transformers import table_for_window
+from longrope.export.engines import table_for_window
 from models import ORIGINAL, build, config
 
 Config = dict[str, Any]

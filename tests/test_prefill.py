@@ -172,3 +172,60 @@ def test_a_window_that_does_not_fit_whole_is_measured_by_chunks(
     chunked = perplexity.losses_by_token(loaded, [window, window])
     assert loaded.by_chunks
     assert torch.allclose(chunked, whole, atol=1e-5)
+
+
+def test_a_window_that_was_widened_is_room_for_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral, every layer of which has a sliding window: neither its cache nor its masks are those of a window."""
+    import longrope.runtime.attention as attention
+
+    model: Any = build("mistral").requires_grad_(False)
+    longrope.apply(model, table_of(model), chunk=11)
+    seen: list[int] = []
+
+    def noted(query: Any, key: Any, value: Any, scale: Any = None) -> Any:
+        seen.append(key.shape[2])
+        return attend(query, key, value, scale)
+
+    monkeypatch.setattr(attention, "attend", noted)
+    made = model.generate(torch.tensor([text(40)]), max_new_tokens=2, return_dict_in_generate=True, **GREEDY)
+    assert seen == [22, 22, 33, 33, 39, 39]
+    assert not any(made.past_key_values.is_sliding)
+    monkeypatch.setattr(room, "free_memory", lambda device: 0)
+    with pytest.raises(UserError, match=r"^memory: got a cache of 50 tokens"):
+        generate(model, text(40), 10)
+
+
+def test_a_long_turn_on_top_of_a_cache_is_run_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build("llama").requires_grad_(False)
+    applied = longrope.apply(model, table_of(model), chunk=7)
+    cache = RoomyCache(model.config, ENDS[2])
+    first = text(ORIGINAL - 10)
+    model.generate(torch.tensor([first]), max_new_tokens=1, past_key_values=cache, **GREEDY)
+    lengths: list[int] = []
+    own = model.model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        lengths.append(int(kwargs["input_ids"].shape[1]))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    longer = [*first, *text(30, 3)]
+    assert generate(model, longer, 3, past_key_values=cache) == Reference("llama").greedy(longer, 3)
+    assert max(lengths) <= 7
+    assert applied.recomputed == len(first), "made again once, under the row of the whole"
+
+
+def test_logits_may_be_asked_for_between_two_chunks(tmp_path: Path) -> None:
+    loaded = load_model(
+        str(write_checkpoint(tmp_path / "model")), LoadOptions(device="cpu", dtype="float32", threads=1)
+    )
+    applied = longrope.apply(loaded.model, table_of(loaded.model), chunk=11)
+    ids = tokens(70)
+    whole: Any = loaded.model
+    expected = whole(ids).logits
+    cache, parts = RoomyCache(loaded.model.config, 70), []
+    with torch.no_grad():
+        for start, outputs in applied.switch.fill(cache, ids, 70):
+            piece = ids[:, start : start + outputs.last_hidden_state.shape[1]]
+            parts += [logits for _, _, logits in loaded.tail(outputs, piece)]
+    assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-5)

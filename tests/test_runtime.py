@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
 import longrope
 from byte_tokenizer import PAD, byte_tokenizer
@@ -388,7 +392,7 @@ def test_bad_input_is_refused_in_one_line(llama: tuple[Any, Reference]) -> None:
         model(one, past_key_values=cache, position_ids=torch.tensor([[20, 21]]))
     holes = torch.ones_like(ids)
     holes[0, 5:8] = 0
-    with refused(r"^attention mask: got a mask with holes; padding is at one side of a text; pad on the left"):
+    with refused(r"^attention mask: got a mask with holes; padding is at one side of a text, and stays; pad on"):
         model(ids, attention_mask=holes)
     with refused(r"^attention mask: got 1 columns; it has one for each of the 21 tokens"):
         model(one, past_key_values=cache, attention_mask=torch.ones(1, 1))
@@ -428,3 +432,158 @@ def test_training_passes_have_gradients_under_a_table(policy: str) -> None:
     ids = torch.tensor([text(ORIGINAL + 3)])
     model(ids, labels=ids).loss.backward()
     assert all(weight.grad is not None and bool(torch.isfinite(weight.grad).all()) for weight in model.parameters())
+
+
+def test_a_loop_that_writes_every_token_into_one_tensor_is_exact(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    ids = text(ENDS[1] + 2)
+    whole, buffer = torch.tensor([ids[:20]]), torch.zeros(1, 1, dtype=torch.long)
+    cache = model(whole).past_key_values
+    whole.zero_()
+    for end in range(20, len(ids)):
+        buffer.fill_(ids[end])
+        output = model(buffer, past_key_values=cache)
+    assert torch.allclose(output.logits[0, -1], reference.logits(ids), atol=2e-5)
+
+
+def test_left_padding_alone_tells_each_text_its_length(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    texts = [text(16), text(ENDS[1] - 1, 1)]
+    width = len(texts[1])
+    ids = torch.tensor([[PAD] * (width - len(each)) + each for each in texts])
+    output = model(ids, attention_mask=(ids != PAD).long())
+    for step in range(4):
+        for row, each in zip(output.logits[:, -1], texts, strict=True):
+            assert torch.allclose(row, reference.logits(each), atol=2e-5), step
+        texts = [[*each, 7 + step] for each in texts]
+        # without a mask from here on: what was padding stays so
+        output = model(torch.tensor([[7 + step]] * 2), past_key_values=output.past_key_values)
+
+
+def test_settings_in_a_configuration_are_those_of_transformers(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    texts = [text(ORIGINAL - 12), text(ORIGINAL - 2, 1)]
+    width = len(texts[1])
+    own = model.generation_config
+    config: Any = GenerationConfig
+    model.generation_config = config(pad_token_id=PAD)  # what a call leaves out comes from here
+    try:
+        for left in (True, False):
+            pad = [PAD] * (width - len(texts[0]))
+            ids = torch.tensor([pad + texts[0] if left else texts[0] + pad, texts[1]])
+            made = model.generate(ids, generation_config=config(max_new_tokens=5, do_sample=False))
+            for row, each in zip(made, texts, strict=True):
+                assert [*each, *row[width:].tolist()] == reference.greedy(each, 5)
+        model.generation_config = config(pad_token_id=PAD, do_sample=False)
+        made = model.generate(torch.tensor([text(60)]))
+        assert made.shape[1] == ENDS[2], "without a limit a text ends with the table"
+    finally:
+        model.generation_config = own
+
+
+def test_a_model_that_is_asked_for_something_else_while_it_generates_is_exact(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    other = text(12, 5)
+
+    class Asks:
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            cache = model(torch.tensor([other[:8]])).past_key_values
+            logits = model(torch.tensor([other[8:]]), past_key_values=cache).logits[0, -1]
+            assert torch.allclose(logits, reference.logits(other), atol=2e-5)
+            return scores
+
+    ids = text(ORIGINAL + 3)
+    assert generate(model, ids, 6, logits_processor=[Asks()]) == reference.greedy(ids, 6)
+
+
+def test_two_threads_that_generate_wait_for_each_other(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    prompts = [text(ORIGINAL - 5, seed) for seed in range(4)]
+    made: dict[int, list[int]] = {}
+    workers = [threading.Thread(target=lambda n=n: made.update({n: generate(model, prompts[n], 12)})) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert made == {number: reference.greedy(ids, 12) for number, ids in enumerate(prompts)}
+
+
+@pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"prefill_chunk_size": 9}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi3", "mistral"])
+def test_ahead_has_one_row_in_every_way_to_generate(family: str, how: dict[str, Any]) -> None:
+    model: Any = build(family).requires_grad_(False)
+    reference = Reference(family)
+    reference.table = replace(table_of(model), rows=(table_of(model).rows[2].with_values(up_to=ENDS[2]),))
+    with longrope.apply(model, table_of(model), policy="ahead") as applied:
+        ids = text(ORIGINAL - 4)
+        assert generate(model, ids, 30, **how) == reference.greedy(ids, 30)
+        assert applied.recomputed == 0
+
+
+def test_phi3_keeps_its_cache_at_its_original_length() -> None:
+    """Its class drops the cache there for a switch of its own; ours makes it again, in place and by chunks."""
+    model: Any = build("phi3").requires_grad_(False)
+    with longrope.apply(model, table_of(model), chunk=7) as applied:
+        cache = StaticCache(config=model.config, max_cache_len=ENDS[2])
+        ids = text(ORIGINAL - 3)
+        assert generate(model, ids, 8, past_key_values=cache) == Reference("phi3").greedy(ids, 8)
+        assert applied.recomputed == ORIGINAL
+        assert cache.get_seq_length() == ORIGINAL + 4
+
+
+def test_a_cache_is_pickled_with_what_it_was_made_of(llama: tuple[Any, Reference]) -> None:
+    model, reference = llama
+    ids = text(ORIGINAL)
+    cache = pickle.loads(pickle.dumps(model(torch.tensor([ids])).past_key_values))
+    output = model(torch.tensor([[3]]), past_key_values=cache)
+    assert torch.allclose(output.logits[0, -1], reference.logits([*ids, 3]), atol=2e-5)
+
+
+def test_handles_undo_once_and_leave_what_was_there() -> None:
+    model: Any = build("llama").requires_grad_(False)
+    model.config.longrope_factors = table_of(model).to_dict()
+    first = longrope.apply(model, table_of(model))
+    first.undo()
+    assert model.config.longrope_factors == table_of(model).to_dict()
+    second = longrope.apply(model, table_of(model))
+    first.undo()
+    assert "generate" in vars(model)
+    second.undo()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_what_is_no_causal_language_model_is_refused_and_left_alone() -> None:
+    model: Any = build("llama").requires_grad_(False)
+    with refused(r"^model: got a LlamaModel; factors at run time are for causal language models of transformers; "):
+        longrope.apply(model.model, table_of(model))
+    wrapped: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with refused(r"^model: got a PeftModelForCausalLM; .* with PEFT, apply before get_peft_model, or to the merged"):
+        longrope.apply(wrapped, table_of(model))
+    with refused(r"^model: got a PeftModelForCausalLM; "):
+        longrope.load(wrapped, table_of(model))
+    with pytest.raises(TypeError, match="a model already loaded takes no 'banana'"):
+        longrope.load(build("llama"), table_of(model), banana=3)
+
+
+def test_a_single_row_ends_where_it_says(llama: tuple[Any, Reference]) -> None:
+    model: Any = build("llama").requires_grad_(False)
+    row = table_of(model).rows[1]
+    with longrope.apply(model, row):
+        with refused(r"^sequence: got 57 tokens; the factor table ends at 56; "):
+            model(torch.tensor([text(57)]))
+        cache = model(torch.tensor([text(20)])).past_key_values
+    with longrope.apply(model, table_of(model).rows[2]), refused(r"^cache: got 20 tokens that were cached without"):
+        model(torch.tensor([[1]]), past_key_values=cache)
+
+
+def test_masks_that_change_what_is_cached_are_refused(llama: tuple[Any, Reference]) -> None:
+    model, _ = llama
+    cache = model(torch.tensor([text(20)])).past_key_values
+    mask = torch.ones(1, 22, dtype=torch.long)
+    mask[0, 4] = 0
+    with refused(r"^attention mask: got cached tokens masked otherwise than before; "):
+        model(torch.tensor([[1, 2]]), past_key_values=cache, attention_mask=mask)
+    with refused(r"^attention mask: got a mask with holes; "):
+        model.generate(torch.tensor([text(22)]), attention_mask=mask, max_new_tokens=2, **GREEDY)
+    with refused(r"^output_attentions: got tokens across a boundary; "):
+        model(torch.tensor([text(40)]), past_key_values=cache, output_attentions=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from longrope.compare import compare as compare
     from longrope.errors import UserError as UserError
     from longrope.evaluate.run import evaluate as evaluate
-    from longrope.export.transformers import export as export
+    from longrope.export.run import export as export
     from longrope.extension.run import extend as extend
     from longrope.factors import FactorTable as FactorTable
     from longrope.factors import RopeFactors as RopeFactors
@@ -32,7 +32,7 @@ _PUBLIC = {
     "apply": "longrope.api:apply",
     "compare": "longrope.compare:compare",
     "evaluate": "longrope.evaluate.run:evaluate",
-    "export": "longrope.export.transformers:export",
+    "export": "longrope.export.run:export",
     "extend": "longrope.extension.run:extend",
     "finetune": "longrope.training.run:finetune",
     "load": "longrope.api:load",

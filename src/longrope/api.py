@@ -18,6 +18,7 @@ from longrope.model import LoadedModel, load_model
 from longrope.patch import Patch
 from longrope.runtime.applied import Applied
 from longrope.runtime.chunks import CHUNK
+from longrope.runtime.switch import check_class
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +44,21 @@ def apply(
 ) -> Applied:
     """Put factors on a model that is already loaded; the returned handle's `undo()` takes them off.
 
-    A table is used by the length of each sequence, a single row at every length. Under a table, forward passes and
+    A table is used by the length of each sequence, a single row at every length up to its own. Forward passes and
     `generate` are exact also where keys are cached: what comes out is what a pass over the whole text so far gives.
     policy, chunk: as in `runtime.switch.Switch`. A sliding window that every layer has is widened to the longest
     length, until `undo`. The table becomes part of the model's configuration, so that `save_pretrained` keeps it and
     `load` finds it. Raises UserError for factors of another model, and for a model that carries some.
     """
     wanted = as_factors(factors)
+    check_class(model)
     rope = rope_config(model.config.get_text_config().to_dict(), original_length=original_length)
     if isinstance(wanted, FactorTable):
         wanted.check_model(rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length)
     patch = Patch(model, rope.shape)
     try:
-        applied = Applied(model, patch, wanted, policy=policy, chunk=chunk)
-    except UserError:
+        applied = Applied(model, patch, rope.shape, wanted, policy=policy, chunk=chunk)
+    except BaseException:
         patch.undo()
         raise
     note = patch.widen_window(wanted.rows[-1].up_to if isinstance(wanted, FactorTable) else wanted.up_to)
@@ -83,8 +85,13 @@ def load(
         wanted = factors if factors is not None else in_config(model.config)
         if wanted is None:
             raise UserError("factors", got="none", rule="a model already loaded needs them", do="give a factors.json")
-        apply(model, wanted, policy=policy, chunk=chunk)
+        original = options.pop("original_length", None)
+        if options:
+            raise TypeError(f"a model already loaded takes no {sorted(options)[0]!r}")
+        apply(model, wanted, policy=policy, chunk=chunk, original_length=original)
         return model
+    if not isinstance(model, str):
+        check_class(model)
     loaded = load_model(model, LoadOptions(**options))
     switched(loaded, factors, policy=policy, chunk=chunk)
     return loaded.model
@@ -98,4 +105,9 @@ def switched(loaded: LoadedModel, factors: Factors | None, *, policy: str = "exa
         raise UserError("factors", got=got, rule=rule, do="give a factors.json")
     loaded.check(wanted)
     loaded.widen_window(wanted.rows[-1].up_to if isinstance(wanted, FactorTable) else wanted.up_to)
-    return Applied(loaded.model, loaded.patch(), wanted, policy=policy, chunk=chunk)
+    patch = loaded.patch()
+    try:
+        return Applied(loaded.model, patch, loaded.rope.shape, wanted, policy=policy, chunk=chunk)
+    except BaseException:
+        patch.undo()
+        raise

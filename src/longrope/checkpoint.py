@@ -209,8 +209,11 @@ def _unloadable(name: str, error: Exception, is_folder: bool) -> UserError:
     return UserError("model", got=f"{name} ({type(error).__name__}: {reason})", rule=rule, do=do)
 
 
-def _check_files(name: str, folder: Path) -> None:
-    """Raise UserError for a folder without safetensors, or with one that is not whole."""
+def check_files(name: str, source: str) -> None:
+    """Raise UserError for a folder without safetensors, or with one that is not whole. Of the Hub nothing is read."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return
     if not any(folder.glob("*.safetensors")):
         found = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
         raise UserError(
@@ -231,8 +234,7 @@ def _check_files(name: str, folder: Path) -> None:
 def load_weights(name: str, source: str, config: Any, options: LoadOptions) -> tuple[PreTrainedModel, list[str]]:
     """The model in eval mode, and what is to be said of its weights."""
     folder = Path(source)
-    if folder.is_dir():
-        _check_files(name, folder)
+    check_files(name, source)
     placement = options.placement
     on_cuda = placement != "cpu" and torch.cuda.is_available()
     dtype = DTYPES.get(options.dtype, torch.bfloat16 if on_cuda else torch.float32)

@@ -231,7 +231,7 @@ def export(
     """A checkpoint for an engine, verified as written."""
     begin(verbose, quiet)
     from longrope.console import err, print_json
-    from longrope.export.transformers import export as run_export
+    from longrope.export.run import export as run_export
 
     options = options_of("cpu", "auto", "auto", original_length, trust, "float32")
     written = run_export(model, one_table(factors), out, engine=engine, window=window, options=options)

@@ -203,11 +203,11 @@ def _prompt(text: str | None, file: str | None) -> str:
 def _read(name: str) -> str:
     try:
         return Path(name).read_text("utf-8")
-    except OSError as error:
-        rule = error.strerror or type(error).__name__
-        raise UserError("prompt", got=name or "no file", rule=rule, do="give a file that can be read") from None
     except UnicodeDecodeError:
-        raise UserError("prompt", got=name, rule="a prompt is UTF-8 text", do="convert the file") from None
+        rule, do = "a prompt is UTF-8 text", "convert the file"
+    except (OSError, ValueError) as error:
+        rule, do = getattr(error, "strerror", None) or str(error), "give a file that can be read"
+    raise UserError("prompt", got=name or "no file", rule=rule, do=do)
 
 
 def _line(quiet: bool) -> str | None:
@@ -216,7 +216,7 @@ def _line(quiet: bool) -> str | None:
         sys.stderr.write("> ")
         sys.stderr.flush()
     line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
+    return line.rstrip("\r\n") if line else None
 
 
 def _write(text: str) -> None:
@@ -227,7 +227,8 @@ def _write(text: str) -> None:
 
 def _summary(made: Made) -> str:
     first = made.prompt / max(made.first, 1e-9)
-    rest = (len(made.tokens) - 1) / max(made.seconds - made.first, 1e-9) if len(made.tokens) > 1 else 0
+    timed = len(made.tokens) > 1 and made.seconds > made.first
+    rest = (len(made.tokens) - 1) / (made.seconds - made.first) if timed else 0
     again = f"; {made.recomputed:,} run again at a boundary" if made.recomputed else ""
     return (
         f"{made.prompt:,} tokens in {made.first:.1f} s ({first:,.0f} a second), then {len(made.tokens):,}"

@@ -16,7 +16,7 @@ from longrope.checkpoint import TINY, LoadOptions
 from longrope.describe import metrics
 from longrope.documents import Document, hold_out, read_sources
 from longrope.evaluate.recorded import measure_methods
-from longrope.export.transformers import export
+from longrope.export.run import export
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel, load_model
 from longrope.report import write_report

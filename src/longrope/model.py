@@ -251,7 +251,7 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
     )
     if table:
         loaded.check(table)
-    _check_answers(loaded)  # refuses now, not after minutes, a class that cannot be extended
+    check_answers(loaded)  # refuses now, not after minutes, a class that cannot be extended
     return loaded
 
 
@@ -270,7 +270,7 @@ def _fingerprint(model: PreTrainedModel, options: LoadOptions, table: FactorTabl
 
 
 @torch.no_grad()
-def _check_answers(loaded: LoadedModel) -> None:
+def check_answers(loaded: LoadedModel) -> None:
     """Raise UserError unless logits by chunk are the model's own, and factors change them, on a few tokens."""
     ids = torch.arange(1, 8, device=loaded.device)[None] % loaded.model.config.get_text_config().vocab_size
     whole = loaded.model(input_ids=ids, use_cache=False).logits

@@ -18,8 +18,33 @@ _USE = {
 }
 
 
-def model_card(name: str, table: FactorTable, window: str) -> str:
-    """Markdown that says what the checkpoint is, how it was made and what it costs. table: the one that is served."""
+# How an engine chooses, where it is not by each text
+_CHOOSES = {
+    (
+        "vllm",
+        "dynamic",
+    ): "vLLM chooses once, for all requests: long where --max-model-len is beyond the original length.",
+    (
+        "gguf",
+        "dynamic",
+    ): "llama.cpp chooses once: long where the context that it allocates (-c) is beyond the original length.",
+}
+
+
+def model_card(
+    name: str,
+    table: FactorTable,
+    window: str,
+    *,
+    engine: str = "transformers",
+    left_out: Sequence[str] = (),
+    costs: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Markdown that says what the checkpoint is, how it was made, how it is loaded and what it costs.
+
+    table: the one that is served. left_out: what the engine cannot express, a sentence each; costs: what that costs,
+    as `export.costs` measures it.
+    """
     last = table.rows[-1]
     made = table.provenance
     extended = last.up_to > table.original_length
@@ -32,16 +57,13 @@ def model_card(name: str, table: FactorTable, window: str) -> str:
         + ", LongRoPE factors (arXiv 2402.13753), made with longrope.",
         "The weights are those of the original checkpoint, unchanged.",
         "",
-        f"Window: `{window}`. {_USE[window]}",
+        f"Engine: `{engine}`. Window: `{window}`. {_USE[window]} {_CHOOSES.get((engine, window), '')}".strip(),
         "The rows below and in factors.json are those in use here; rows that this window leaves out are in neither.",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")',
-        "```",
+        *_how_to_load(engine, window, last.up_to),
         "",
         *_rows(table),
+        *_left_out(left_out, costs),
     ]
     if made:
         lines += ["", "Made by: " + ", ".join(f"{key} {value}" for key, value in made.items()) + "."]
@@ -67,6 +89,42 @@ def extension_card(name: str, table: FactorTable, stages: Sequence[Mapping[str, 
         *_rows(table),
     ]
     return "\n".join([*lines, ""])
+
+
+def _how_to_load(engine: str, window: str, longest: int) -> list[str]:
+    """A block that loads the folder in its engine."""
+    folder = "path/of/this/folder"
+    if engine == "transformers":
+        lines = [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{folder}")',
+        ]
+        return ["```python", *lines, "```"]
+    commands = {
+        "vllm": f"vllm serve {folder} --max-model-len {longest}",
+        "sglang": f"python -m sglang.launch_server --model-path {folder} --context-length {longest}",
+        "mlx": f"mlx_lm.generate --model {folder} --prompt ...",
+        "gguf": f"llama-server -m {folder}/*.gguf -c {longest}",
+    }
+    return ["```sh", commands[engine], "```"]
+
+
+def _left_out(left_out: Sequence[str], costs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the engine cannot express, and the perplexity that it costs."""
+    if not left_out:
+        return []
+    lines = ["", "Left out, because the engine cannot express it:", "", *(f"* {each}" for each in left_out), ""]
+    lines += ["| tokens | perplexity by the whole table | as served |", "| ---: | ---: | ---: |"]
+    for cost in costs:
+        length = format_length(int(cost["length"]))
+        shown = [_number(cost.get(name)) if "why" not in cost else "not measured" for name in ("table", "engine")]
+        lines.append(f"| {length} | {shown[0]} | {shown[1]} |")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 def _rows(table: FactorTable) -> list[str]:

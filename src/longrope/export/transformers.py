@@ -1,145 +1,26 @@
-"""A checkpoint that stock transformers loads: the weights as they are, the factors in config.json.
-
-The weights are copied as they are. A model given by name is loaded once before, at two bytes a weight where the
-checkpoint has that, to refuse a class that cannot be extended. What transformers cannot express is refused.
-"""
+"""A checkpoint that stock transformers loads: the weights as they are, the factors in config.json."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_config, load_options, model_source
-from longrope.convert import factors_file, read_factors, to_transformers_config
+from longrope.checkpoint import FACTORS_FILE, model_source
 from longrope.errors import UserError
-from longrope.export.card import model_card
 from longrope.factors import FactorTable, RopeFactors
-from longrope.files import disk_errors, read_json, write_atomically
-from longrope.model import LoadedModel, load_model
+from longrope.files import read_json, write_atomically
+from longrope.model import LoadedModel
 from longrope.patch import EXTENDED_LAYERS, Layout, ScaledRotary, has_local_layers, rotary_modules, stock_frequencies
 from longrope.rope import RopeTensors, cos_sin, inverse_frequencies
 
-WINDOWS = ("dynamic", "long", "short")
 _LEFT_BEHIND = ("config.json", "README.md", FACTORS_FILE)
 _WEIGHTS_OF_OTHERS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
-
-
-def export(
-    model: str | LoadedModel,
-    factors: FactorTable | str | Path | None,
-    out: str | Path,
-    *,
-    engine: str = "transformers",
-    window: str = "long",
-    options: LoadOptions | None = None,
-    **load: Any,
-) -> Path:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads with the factors, and read it back to check.
-
-    window: `long` uses the last row at every length, safe everywhere; `short` the first; `dynamic` both, by length,
-    for which transformers needs no start tokens and one attention factor. A sliding window that every layer has is
-    widened to the target. The folder's factors.json is the table that is served: what our commands measure on the
-    folder is what stock transformers does. Raises UserError for factors of another model, for what transformers cannot
-    express, and for an `out` that is not empty or cannot be written. factors: a table or its file, by default the
-    factors.json beside the weights.
-    `load` are the fields of LoadOptions.
-    """
-    if engine != "transformers":
-        raise UserError("--engine", got=repr(engine), rule="it is transformers", do="leave it out")
-    options = load_options(options, load)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, _small(model, options))
-    table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table
-    if table is None:
-        rule = "an export needs factors"
-        raise UserError("--factors", got=f"none, and no {FACTORS_FILE} in {loaded.name}", rule=rule, do="give a run")
-    out = Path(out).resolve()
-    loaded.check(table)
-    served = table_for_window(table, window)
-    keys = to_transformers_config(served)
-    # In a folder that is there, which may be a mount point: it can be neither removed nor renamed over.
-    unfinished = (out if out.is_dir() else out.parent) / f".{out.name}.unfinished"
-    _check_place(out, unfinished)
-    folder = checkpoint_folder(loaded)
-    try:
-        with disk_errors(out):
-            shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-            unfinished.mkdir(parents=True)
-            copy_checkpoint(folder, unfinished)
-            config = extended_config(_config(folder), keys, loaded)
-            write_atomically(unfinished / "config.json", json.dumps(config, indent=2) + "\n")
-            _lengthen_tokenizer(unfinished / "tokenizer_config.json", keys["max_position_embeddings"])
-            served.save(unfinished / FACTORS_FILE)
-            write_atomically(unfinished / "README.md", model_card(loaded.name, served, window))
-            verify(unfinished, loaded, served)
-            _put_in_place(unfinished, out)
-    except OSError as error:  # of no kind that disk_errors has a rule for
-        rule, do = "the folder must take the files of a checkpoint", "choose another folder"
-        raise UserError("output", got=f"{out} ({error})", rule=rule, do=do) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return out
-
-
-def _small(name: str, options: LoadOptions) -> LoadOptions:
-    """Options that load a checkpoint of two bytes a weight as such: only its class is looked at, not its values."""
-    if options.dtype != "auto":
-        return options
-    config = load_config(name, model_source(name), options)
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    halves = (torch.bfloat16, torch.float16)  # float16 overflows in some models where bfloat16 does not
-    return replace(options, dtype="bfloat16") if dtype in halves else options
-
-
-def _check_place(out: Path, unfinished: Path) -> None:
-    """Raise UserError unless `out` is not there, or an empty folder but for what a killed export left."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError("--out", got=f"{out}, which is a file", rule="an export is a new folder", do="choose another")
-    with disk_errors(out):
-        empty = all(path == unfinished for path in out.iterdir())
-    if not empty:
-        got = f"{out}, which is not empty"
-        raise UserError("--out", got=got, rule="an export is a new folder", do="choose another")
-
-
-def _put_in_place(unfinished: Path, out: Path) -> None:
-    """Make a whole checkpoint appear at `out`; file by file in a folder, config.json last, or nothing at all."""
-    if not out.exists():
-        unfinished.rename(out)
-        return
-    moved: list[Path] = []
-    try:
-        for path in sorted(unfinished.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
-            moved.append(path.rename(out / path.name))
-    except BaseException:
-        for path in moved:
-            path.unlink(missing_ok=True)
-        raise
-
-
-def table_for_window(table: FactorTable, window: str) -> FactorTable:
-    """The table of two rows that a configuration can hold. Raises UserError for an unknown window."""
-    if window not in WINDOWS:
-        rule = f"it is one of {', '.join(WINDOWS)}"
-        raise UserError("--window", got=repr(window), rule=rule, do="choose one of them")
-    if window == "dynamic":
-        return table
-    short = table.rows[0].with_values(up_to=table.original_length)
-    if window == "short":
-        return replace(table, rows=(short,))
-    # transformers uses its long list beyond the original length only, so a configuration holds the long row twice.
-    long = table.rows[-1]
-    if long.up_to <= table.original_length:
-        return replace(table, rows=(long.with_values(up_to=table.original_length),))
-    return replace(table, rows=(long.with_values(up_to=table.original_length), long))
 
 
 def checkpoint_folder(loaded: LoadedModel) -> Path:
@@ -160,7 +41,8 @@ def copy_checkpoint(folder: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)  # contents, not permissions: a read-only source is no trap
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a model's folder."""
     config = read_json(folder / "config.json", "model")
     assert isinstance(config, dict), "the model was loaded from it"
     return config
@@ -193,7 +75,7 @@ def extended_config(config: Mapping[str, Any], keys: Mapping[str, Any], loaded: 
     return text
 
 
-def _lengthen_tokenizer(path: Path, target: int) -> None:
+def lengthen_tokenizer(path: Path, target: int) -> None:
     """Let the tokenizer of a checkpoint pass `target` tokens: with its old maximum a pipeline would cut them off."""
     settings = read_json(path, "tokenizer") if path.is_file() else None
     longest = settings.get("model_max_length") if isinstance(settings, dict) else None
@@ -201,7 +83,7 @@ def _lengthen_tokenizer(path: Path, target: int) -> None:
         write_atomically(path, json.dumps(settings | {"model_max_length": target}, indent=2, ensure_ascii=False) + "\n")
 
 
-def verify(folder: Path, loaded: LoadedModel, served: FactorTable) -> None:
+def verify_config(folder: Path, loaded: LoadedModel, served: FactorTable) -> None:
     """Raise UserError unless stock transformers, reading the folder, rotates by the factors at every length.
 
     The class's own rotary embedding is built from the written config.json. Its frequencies, its attention factor and

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from longrope.baselines import RopeShape
 from longrope.checkpoint import CONFIG_ENTRY
 from longrope.factors import FactorTable, RopeFactors
 from longrope.patch import Patch
@@ -15,31 +16,37 @@ from longrope.runtime.switch import Switch
 class Applied:
     """Factors on a model: `undo`, or leaving it as a context, restores the model.
 
-    switch: what makes a table exact at run time; None for a single row.
+    A single row of factors is a table of one row. reach: the longest text in tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, patch: Patch, factors: FactorTable | RopeFactors, **how: Any) -> None:
-        self._model, self._patch = model, patch
-        self.switch = Switch(model, patch, factors, **how) if isinstance(factors, FactorTable) else None
-        if isinstance(factors, FactorTable):
-            # A checkpoint that is saved says by itself what it was served with
-            setattr(model.config, CONFIG_ENTRY, factors.to_dict())
-        else:
-            patch.install(factors)
-        self.reach = factors.rows[-1].up_to if isinstance(factors, FactorTable) else factors.up_to
-        """The longest text in tokens."""
+    def __init__(
+        self, model: PreTrainedModel, patch: Patch, shape: RopeShape, factors: FactorTable | RopeFactors, **how: Any
+    ) -> None:
+        if isinstance(factors, RopeFactors):
+            patch.install(factors)  # says of itself what is wrong with it
+            factors = FactorTable(shape.rope_theta, shape.rotary_dim, shape.original_length, (factors,))
+        self._config, self._patch = model.config, patch
+        self.switch = Switch(model, patch, factors, **how)
+        self.reach = factors.rows[-1].up_to
+        # A checkpoint that is saved says by itself what it was served with
+        self._before = vars(model.config).get(CONFIG_ENTRY)
+        setattr(model.config, CONFIG_ENTRY, factors.to_dict())
+        self._undone = False
 
     @property
     def recomputed(self) -> int:
         """Tokens that were run again at switches so far."""
-        return 0 if self.switch is None else self.switch.recomputed
+        return self.switch.recomputed
 
     def undo(self) -> None:
-        """Restore the model."""
-        if self.switch is not None:
-            vars(self._model.config).pop(CONFIG_ENTRY, None)
-            self.switch.undo()
-        self._patch.undo()
+        """Restore the model; a second time does nothing."""
+        if self._undone:
+            return
+        self._undone = True
+        vars(self._config).pop(CONFIG_ENTRY, None)
+        if self._before is not None:
+            setattr(self._config, CONFIG_ENTRY, self._before)
+        self.switch.undo()
 
     def __enter__(self) -> Applied:
         return self

@@ -28,7 +28,7 @@ def _parts(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scale
         )
-    elif query.dtype in (torch.float16, torch.bfloat16):
+    elif query.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(query.device)[0] >= 8:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -68,8 +68,9 @@ def _forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    tokens = query.shape[2]
-    if attention_mask is not None or tokens == 1 or key.shape[2] == tokens or key.shape[-1] != value.shape[-1]:
+    tokens, width = query.shape[2], query.shape[-1]
+    plain = key.shape[-1] == value.shape[-1] and (query.device.type == "cpu" or width % 8 == 0)
+    if attention_mask is not None or tokens == 1 or key.shape[2] == tokens or not plain:
         if attention_mask is None and 1 < tokens < key.shape[2]:
             attention_mask = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=query.device)
             attention_mask = attention_mask.tril(key.shape[2] - tokens)
@@ -83,7 +84,8 @@ def _forward(
 
 def _mask(*, local_size: int | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """No mask where all before is seen; that of a local layer, which is as wide as its window."""
-    if local_size is None and attention_mask is None and kwargs.get("allow_is_causal_skip", True):
+    everything = local_size is None or local_size >= kwargs["q_offset"] + kwargs["q_length"]
+    if everything and attention_mask is None and kwargs.get("allow_is_causal_skip", True):
         return None
     return sdpa_mask(local_size=local_size, attention_mask=attention_mask, **kwargs)
 
@@ -100,7 +102,7 @@ def without_masks(model: PreTrainedModel) -> Iterator[None]:
     """
     config: Any = model.config.get_text_config()
     own = config._attn_implementation
-    if own != "sdpa":
+    if own != "sdpa" or model.device.type not in ("cpu", "cuda"):
         yield
         return
     config._attn_implementation = NAME

@@ -76,7 +76,14 @@ class RoomyCache(DynamicCache):
 
     def __init__(self, config: PretrainedConfig, capacity: int) -> None:
         super().__init__(config=config)
-        self.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [RoomyLayer(capacity) if _sees_all(layer, capacity) else layer for layer in self.layers]
+
+
+def _sees_all(layer: Any, tokens: int) -> bool:
+    """Whether a layer of a dynamic cache keeps all of a text of so many tokens; a window that was widened does."""
+    return type(layer) is DynamicLayer or (
+        type(layer) is DynamicSlidingWindowLayer and bool(layer.sliding_window >= tokens)
+    )
 
 
 def make_cache(kind: str | None, config: PretrainedConfig, capacity: int, described: Mapping[str, Any]) -> Cache:
@@ -101,7 +108,7 @@ def make_cache(kind: str | None, config: PretrainedConfig, capacity: int, descri
 def by_place(cache: Any) -> bool:
     """Whether keys stand where their tokens do, so that those of one sequence can take the place of the old ones."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer, StaticLayer)
-    return all(type(layer) in kinds for layer in cache.layers)
+    return not getattr(cache, "offloading", False) and all(type(layer) in kinds for layer in cache.layers)
 
 
 def put_rows(cache: Any, alone: Any, rows: Tensor) -> bool:

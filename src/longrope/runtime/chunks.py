@@ -27,11 +27,12 @@ def whole_text(inputs: Tensor) -> tuple[Whole, Flags]:
 def by_chunks(
     model: Any, cache: Any, inputs: Tensor, positions: Whole, attended: Flags, chunk: int
 ) -> Iterator[tuple[int, Any]]:
-    """Put ids (B, T) or embeddings (B, T, D) into an empty cache, by passes of so many tokens through the decoder.
+    """Put ids (B, T) or embeddings (B, T, D) into a cache, by passes of so many tokens through the decoder.
 
-    positions, attended: (B, T); what is not attended is padding. Yields (first column, the decoder's outputs) of each.
+    positions, attended: (B, T); what is not attended is padding, which a cache with tokens must not have. Yields (first
+    column, the decoder's outputs) of each.
     """
-    decoder, device = decoder_of(model), inputs.device
+    decoder, device, cached = decoder_of(model), inputs.device, int(cache.get_seq_length())
     whole = bool(attended.all())
     for start in range(0, inputs.shape[1], chunk):
         end = min(start + chunk, inputs.shape[1])
@@ -40,5 +41,5 @@ def by_chunks(
         at = torch.tensor(positions[:, start:end], device=device)
         given = {name: inputs[:, start:end], "position_ids": at, "attention_mask": mask}
         # A static cache is as wide as its room from the first chunk on: only a mask says what is in it
-        with without_masks(model) if whole and start and not cache.is_compileable else nullcontext():
+        with without_masks(model) if whole and cached + start and not cache.is_compileable else nullcontext():
             yield start, decoder(**given, past_key_values=cache, use_cache=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from longrope.errors import UserError
-from longrope.runtime.history import Flags, Whole
+from longrope.runtime.history import Flags, History, Whole
 
 # Inputs of a forward pass with a column for each new token
 _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
@@ -23,35 +23,58 @@ def is_flat(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
-def new_columns(
-    inputs: Tensor, position_ids: Tensor | None, flat: Tensor | None, mask: Any, cached: int
-) -> tuple[Whole, Flags]:
-    """Positions and what is attended (B, t) of the new tokens of a forward pass.
+def attended_columns(inputs: Tensor, flat: Tensor | None, mask: Any, cached: int) -> Flags:
+    """What is attended (B, t) of the new tokens of a forward pass; the rest is padding.
 
-    flat: the two-dimensional mask, where it is known; mask: whatever the pass was given.
+    flat: the two-dimensional mask, where it is known; mask: whatever the pass was given. Raises UserError for a mask
+    with too few columns.
     """
     batch, new = inputs.shape[:2]
-    if position_ids is None:
-        positions = np.arange(cached, cached + new)[None]
-    else:
-        positions = position_ids.detach().cpu().numpy().astype(np.int64)
-        if positions.ndim != 2 or positions.shape[1] != new:
-            got, rule = f"shape {tuple(position_ids.shape)}", f"they are ({batch}, {new}) here, one for each token"
-            raise UserError("position_ids", got=got, rule=rule, do="leave them out, or give those of the new tokens")
-    positions = np.broadcast_to(positions, (batch, new))
     if flat is not None:
         attended = flat[:, cached : cached + new].detach().cpu().numpy() != 0
         if attended.shape[1] < new:
             got, rule = f"{flat.shape[1]} columns", f"it has one for each of the {cached + new} tokens, cached ones too"
             raise UserError("attention mask", got=got, rule=rule, do="append a column for each new token")
-        return positions, np.broadcast_to(attended, (batch, new))
+        return np.array(np.broadcast_to(attended, (batch, new)))
     if isinstance(mask, Mapping):
         mask = next((each for each in mask.values() if isinstance(each, Tensor)), None)
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] >= cached + new:
         own = torch.diagonal(mask[:, 0, :, cached : cached + new], dim1=1, dim2=2)  # whether a token sees itself
         seen = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
-        return positions, np.broadcast_to(seen.cpu().numpy(), (batch, new))
-    return positions, np.ones((batch, new), dtype=bool)
+        return np.array(np.broadcast_to(seen.cpu().numpy(), (batch, new)))
+    return np.ones((batch, new), dtype=bool)
+
+
+def check_holes(attended: Flags, history: History | None, flat: Tensor | None) -> None:
+    """Raise UserError when padding stands between tokens of a text, or cached ones are masked otherwise than before."""
+    hole = "a mask with holes"
+    begun = np.zeros(len(attended), dtype=bool) if history is None else history.last >= 0
+    ended = begun & (~history.attended[-1][:, -1] if history is not None else False)
+    started = np.maximum.accumulate(np.concatenate([begun[:, None], attended], 1), 1)[:, :-1]
+    gaps = np.concatenate([ended[:, None], started & ~attended], 1)
+    wrong = bool((attended & np.maximum.accumulate(gaps, 1)[:, :-1]).any())
+    if history is not None and flat is not None and not wrong:
+        before = np.concatenate(history.attended, 1)
+        if bool(((flat[:, : history.columns] != 0).cpu().numpy() != before).any()):
+            wrong, hole = True, "cached tokens masked otherwise than before"
+    if wrong:
+        rule, do = "padding is at one side of a text, and stays", "pad on the left, and append a 1 for each new token"
+        raise UserError("attention mask", got=hole, rule=rule, do=do)
+
+
+def positions_of(position_ids: Tensor | None, attended: Flags, last: Whole) -> Whole:
+    """Positions (B, t) of new tokens: those that are given, else they go on after the last of each text.
+
+    last: (B,) positions of the tokens before, -1 where there are none. Raises UserError for another shape.
+    """
+    batch, new = attended.shape
+    if position_ids is None:
+        return np.asarray(np.maximum(last[:, None] + attended.cumsum(1), 0), dtype=np.int64)
+    positions = position_ids.detach().cpu().numpy().astype(np.int64)
+    if positions.ndim != 2 or positions.shape[1] != new or positions.shape[0] not in (1, batch):
+        got, rule = f"shape {tuple(position_ids.shape)}", f"they are ({batch}, {new}) here, one for each token"
+        raise UserError("position_ids", got=got, rule=rule, do="leave them out, or give those of the new tokens")
+    return np.array(np.broadcast_to(positions, (batch, new)))
 
 
 def columns_of(given: Mapping[str, Any], new: int, cached: int, start: int, end: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -32,20 +33,23 @@ class History:
     columns: int = 0
     last: Whole = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """(B,) the highest position that is attended so far, -1 where there is none."""
+    padded: bool = False
+    """Whether any column is padding in any sequence."""
 
     def add(self, inputs: Tensor, positions: Whole, attended: Flags, rows: Whole) -> None:
         """Take in what a forward pass put into the cache."""
-        self.inputs.append(inputs.detach())
+        self.inputs.append(inputs.detach().clone())  # a caller may write the next token into the same tensor
         self.positions.append(positions)
         self.attended.append(attended)
         highest = np.where(attended, positions, -1).max(1)
         self.last = highest if not self.columns else np.maximum(self.last, highest)
         self.columns += positions.shape[1]
         self.rows = rows
+        self.padded = self.padded or not bool(attended.all())
 
     def add_tokens(self, inputs: Tensor, positions: list[int]) -> None:
         """Take in one token of each sequence, all attended, in the rows of the cache: what `add` does, cheaply."""
-        self.inputs.append(inputs)
+        self.inputs.append(inputs.clone())
         self.last = np.array(positions)
         self.positions.append(self.last[:, None])
         self.attended.append(np.ones((len(positions), 1), dtype=bool))
@@ -57,22 +61,29 @@ class History:
             parts = self.inputs
             if any(part.is_floating_point() for part in parts):
                 parts = [part if part.is_floating_point() else embed(part) for part in parts]
-            self.inputs = [torch.cat(parts, 1)]
-            self.positions = [np.concatenate(self.positions, 1)]
-            self.attended = [np.concatenate(self.attended, 1)]
+            self._join(parts)
         return self.inputs[0], self.positions[0], self.attended[0]
+
+    def _join(self, parts: list[Tensor]) -> None:
+        self.inputs = [torch.cat(parts, 1)]
+        self.positions = [np.concatenate(self.positions, 1)]
+        self.attended = [np.concatenate(self.attended, 1)]
 
     def crop(self, columns: int, embed: nn.Module) -> None:
         """Forget what stands beyond so many columns, as an assisted generation does with tokens that it rejects."""
         inputs, positions, attended = self.joined(embed)
         self.inputs, self.positions, self.attended = [], [], []
-        self.columns, rows = 0, self.rows
+        self.columns, rows, self.padded = 0, self.rows, False
         if columns:
             self.add(inputs[:, :columns], positions[:, :columns], attended[:, :columns], rows)
 
     def select(self, indices: Tensor) -> None:
         """Sequences in another order, some perhaps more than once, as a beam search asks for."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
         chosen = indices.cpu().numpy()
+        if len(self.inputs) > 1 and not any(part.is_floating_point() for part in self.inputs):
+            self._join(self.inputs)  # else every step of a beam search would go through all before it
         self.inputs = [part.index_select(0, indices.to(part.device)) for part in self.inputs]
         self.positions = [part[chosen] for part in self.positions]
         self.attended = [part[chosen] for part in self.attended]
@@ -104,6 +115,15 @@ class _Followed:
         super().reset()  # type: ignore[misc]
         self.longrope_history = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored, (type(self).__mro__[2], vars(self))  # the class of this very cache has no name to be found by
+
     def _select(self, indices: Tensor) -> None:
         if self.longrope_history is not None:
             self.longrope_history.select(indices)
@@ -112,6 +132,12 @@ class _Followed:
 @lru_cache
 def _followed(kind: Any) -> Any:
     return type(kind.__name__, (_Followed, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _restored(kind: Any, state: dict[str, Any]) -> Any:
+    made = object.__new__(_followed(kind))
+    vars(made).update(state)
+    return made
 
 
 def history_of(cache: Cache) -> History | None:

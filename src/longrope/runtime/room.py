@@ -20,9 +20,13 @@ _PROBE = 8
 _SHARE = 0.9
 
 
-def bytes_a_token(cache: Any) -> float:
-    """Bytes of keys and values that each further token adds: of layers that see the whole text."""
-    full = [layer for layer in cache.layers if layer.is_initialized and not layer.is_sliding]
+def bytes_a_token(cache: Any, reach: int = 0) -> float:
+    """Bytes of keys and values that each further token adds, in layers that keep a text of `reach` tokens whole."""
+    full = [
+        layer
+        for layer in cache.layers
+        if layer.is_initialized and (not layer.is_sliding or layer.sliding_window >= max(1, reach))
+    ]
     tokens = cache.get_seq_length()
     return float(sum(part.nbytes for layer in full for part in (layer.keys, layer.values)) / max(1, tokens))
 
@@ -45,7 +49,7 @@ def check_room(switch: Switch, cache: Cache, tokens: int) -> None:
     probe = DynamicCache(config=config)
     for _ in switch.fill(probe, torch.zeros(1, min(_PROBE, tokens), dtype=torch.long, device=device), 1):
         pass
-    each, chunk = bytes_a_token(probe), chunk_bytes(config, min(switch.chunk, tokens))
+    each, chunk = bytes_a_token(probe, tokens), chunk_bytes(config, min(switch.chunk, tokens))
     room = _SHARE * free_memory(device) - chunk
     if isinstance(cache, QuantizedCache):
         first: Any = probe.layers[0]

@@ -9,31 +9,41 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.patch import Patch
 from longrope.runtime.caches import by_place, put_rows
 from longrope.runtime.chunks import CHUNK, by_chunks, whole_text
-from longrope.runtime.columns import cache_of, columns_of, is_flat, new_columns
+from longrope.runtime.columns import (
+    attended_columns,
+    cache_of,
+    check_holes,
+    columns_of,
+    is_flat,
+    positions_of,
+)
 from longrope.runtime.generate import generate
 from longrope.runtime.history import Flags, History, Whole, history_of, keep_history
 
 logger = logging.getLogger(__name__)
 
 POLICIES = ("exact", "ahead", "fixed")
+# Classes that drop their cache in `generate` at the original length, for their own switch
+_DROP_THEIR_CACHE = ("Phi3ForCausalLM", "PhimoeForCausalLM")
 
 
 @dataclass
@@ -48,6 +58,14 @@ class _Pass:
     before: list[Any]
     keep: int | Tensor
     as_tuple: bool
+
+
+@dataclass
+class _Prepared:
+    """What `generate` is about to run."""
+
+    inputs: Tensor
+    mask: Tensor | None
 
 
 @dataclass
@@ -77,7 +95,8 @@ class Switch:
             raise UserError("chunk", got=chunk, rule="it is at least 1 token", do=f"leave it out, or give {CHUNK}")
         self.model: Any = model
         self.patch, self.table, self.policy, self.chunk = patch, table, policy, chunk
-        patch.install(table)
+        check_class(model)
+        patch.install(table.rows[-1] if policy == "fixed" else table)
         self.recomputed = 0
         """Tokens that were run again at switches so far."""
         self._ends = [row.up_to for row in table.rows]
@@ -86,7 +105,9 @@ class Switch:
         self._key = hashlib.sha256(told.encode()).hexdigest()[:16]
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._least: Whole | None = None  # lengths that the rows of this generation are for at least
-        self._mask: Tensor | None = None  # the two-dimensional mask of what is prepared for a forward pass
+        self._prepared: _Prepared | None = None
+        self.lock = threading.RLock()
+        """Held while `generate` runs: two at a time would take each other's rows."""
         self._pass: _Pass | _Next | None = None
         self._tensors: dict[tuple[int, ...], Tensor] = {}
         self._hooks = [
@@ -94,10 +115,13 @@ class Switch:
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
         self._own = {name: vars(model).get(name) for name in ("generate", "prepare_inputs_for_generation")}
-        own: Any = model
+        own: Any = cast(Any, model)
         # transformers reads the signatures of these
+        prepare = own.prepare_inputs_for_generation
+        if type(model).__name__ in _DROP_THEIR_CACHE:
+            prepare = partial(GenerationMixin.prepare_inputs_for_generation, own)
         vars(model)["prepare_inputs_for_generation"] = wraps(own.prepare_inputs_for_generation)(
-            partial(self._prepared, own.prepare_inputs_for_generation)
+            partial(self._prepare, prepare)
         )
         vars(model)["generate"] = wraps(own.generate)(partial(generate, self, own.generate))
 
@@ -122,37 +146,52 @@ class Switch:
         So a pass of several tokens across a boundary is run in pieces, of which the last is left to the caller.
         """
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        self._pass = None
+        self._pass, (prepared, self._prepared) = None, (self._prepared, None)
+        self.patch.use_rows(None)  # of a pass that was broken off
         inputs = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if inputs is None:
             return (), given  # transformers says what is missing
         cache: Any = given.get("past_key_values")
         cached = 0 if cache is None else int(cache.get_seq_length())
         history = self._history(cache, cached)
-        mask, (prepared, self._mask) = given.get("attention_mask"), (self._mask, None)
-        flat = mask if is_flat(mask) else prepared
-        if history is not None and inputs.shape[1] == 1 and (flat is not None or mask is None):
-            at = self._next(history, given.get("position_ids"), flat, len(inputs))
+        mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+        ours = prepared is not None and prepared.inputs.data_ptr() == inputs.data_ptr()
+        flat = mask if is_flat(mask) else prepared.mask if ours and prepared is not None else None
+        least = self._least if ours else None
+        if history is not None and inputs.shape[1] == 1 and (flat is not None or (mask is None and not history.padded)):
+            at = self._next(history, position_ids, flat, len(inputs), least)
             if at is not None:
                 self._use(history.rows)
                 self._pass = _Next(history, inputs, at)
                 return (), given
-        positions, attended = new_columns(inputs, given.get("position_ids"), flat, mask, cached)
-        lengths = self._lengths(history, positions, attended, implicit=given.get("position_ids") is None)
-        rows = self._rows(lengths, cache is not None, cached)
+        attended = attended_columns(inputs, flat, mask, cached)
+        last = np.full(len(attended), -1) if history is None else history.last
+        if len(last) != len(attended):
+            got, rule = f"{len(attended)}, {len(last)} in the cache", "a cache goes on with as many sequences as it has"
+            raise UserError("batch", got=got, rule=rule, do="use a cache of its own")
+        check_holes(attended, history, flat)
+        positions = positions_of(position_ids, attended, last)
+        if position_ids is None and (positions != np.arange(cached, cached + inputs.shape[1]))[attended].any():
+            given["position_ids"] = torch.tensor(positions, device=inputs.device)
+        if mask is None and history is not None and history.padded:
+            whole = np.concatenate([*history.attended, attended], 1)
+            given["attention_mask"] = torch.tensor(whole.astype(np.int64), device=inputs.device)
+        lengths = self._lengths(last, positions, attended)
+        rows = self._rows(lengths, cache is not None, cached, least)
         cuts = [0, *(np.flatnonzero((rows[:, 1:] != rows[:, :-1]).any(0)) + 1).tolist(), inputs.shape[1]]
         keep, before = given.get("logits_to_keep") or 0, list[Any]()
         as_tuple = given.get("return_dict") is False
-        whole = len(cuts) == 2
-        if not whole and given.get("labels") is not None:
-            rule = "the loss of tokens under several rows is not defined"
-            raise UserError("labels", got="tokens across a boundary", rule=rule, do="run them without a cache")
+        at_once = len(cuts) == 2
+        for name in ("labels", "output_attentions"):
+            if not at_once and given.get(name) is not None and given[name] is not False:
+                rule = "of tokens under several rows there are none"
+                raise UserError(name, got="tokens across a boundary", rule=rule, do="run them without a cache")
         for start, end in pairwise(cuts):
             now = rows[:, start]
             if history is not None and (history.rows != now).any():
                 self._remake(cache, history, now)
             self._use(now)
-            piece = given if whole else columns_of(given, inputs.shape[1], cached, start, end)
+            piece = given if at_once else columns_of(given, inputs.shape[1], cached, start, end)
             part = slice(start, end)
             done = inputs[:, part], positions[:, part], attended[:, part], now
             if end == inputs.shape[1]:
@@ -207,13 +246,8 @@ class Switch:
             )
         return history
 
-    def _lengths(self, history: History | None, positions: Whole, attended: Flags, *, implicit: bool) -> Whole:
+    def _lengths(self, last: Whole, positions: Whole, attended: Flags) -> Whole:
         """Lengths (B, t) of each sequence up to each new token. Raises UserError for positions that are none."""
-        batch = len(positions)
-        last = np.full(batch, -1) if history is None else history.last
-        if len(last) != batch:
-            rule = "a cache goes on with as many sequences as it has"
-            raise UserError("batch", got=f"{batch}, {len(last)} in the cache", rule=rule, do="use a cache of its own")
         reached = np.where(attended, positions, -1)
         highest = np.maximum.accumulate(np.concatenate([last[:, None], reached], 1), 1)
         earlier = highest[:, :-1]
@@ -225,38 +259,34 @@ class Switch:
                 rule="positions of a sequence ascend",
                 do="give one text a row, padded on the left, and no position_ids or those of its tokens",
             )
-        if implicit and (attended & (earlier >= 0) & (positions > earlier + 1)).any():
-            raise UserError(
-                "attention mask",
-                got="a mask with holes",
-                rule="padding is at one side of a text",
-                do="pad on the left, or give the position_ids of what is between",
-            )
         lengths = highest[:, 1:] + 1
         if (longest := int(lengths.max())) > self._up_to[-1]:
             self.table.row_for(longest)  # raises
         return np.asarray(lengths)
 
-    def _rows(self, lengths: Whole, goes_on: bool, cached: int) -> Whole:
+    def _rows(self, lengths: Whole, goes_on: bool, cached: int, least: Whole | None) -> Whole:
         """Regimes (B, t) of new tokens: each of its length so far, those of a prompt of the prompt's."""
         if self.policy == "fixed":
             return np.full(lengths.shape, len(self._up_to) - 1)
-        if not goes_on or (not cached and self._least is None):
+        if not goes_on or (not cached and least is None):
             lengths = np.broadcast_to(lengths[:, -1:], lengths.shape)
-        elif self._least is not None:
-            least = np.repeat(self._least, len(lengths) // len(self._least))
-            lengths = np.maximum(lengths, least[:, None])
+        if least is not None:
+            lengths = np.maximum(lengths, np.repeat(least, len(lengths) // len(least))[:, None])
         return np.searchsorted(self._up_to, np.maximum(lengths, 1))
 
-    def _next(self, history: History, position_ids: Tensor | None, flat: Tensor | None, batch: int) -> list[int] | None:
+    def _next(
+        self, history: History, position_ids: Tensor | None, flat: Tensor | None, batch: int, least: Whole | None
+    ) -> list[int] | None:
         """Positions (B,) of the next token of each sequence where nothing changes; None where more is to be looked at.
 
         What holds for nearly every token of a text, so that it is cheap: without arrays.
         """
-        column, last, least = history.columns, history.last.tolist(), self._least
+        column, last = history.columns, history.last.tolist()
         if len(last) != batch or (flat is not None and flat.shape[1] <= column):
             return None
         if position_ids is None:
+            if history.padded:
+                return None
             positions = [column] * batch
         elif position_ids.ndim == 2 and position_ids.shape[1] == 1:
             positions = [int(position) for position in position_ids[:, 0].tolist()]
@@ -275,10 +305,13 @@ class Switch:
         return positions
 
     def _use(self, rows: Whole) -> None:
+        if self.policy == "fixed":
+            return  # there is no other
         key = tuple(rows.tolist())
         if key not in self._tensors:
             alike = key[:1] if len(set(key)) == 1 else key
-            self._tensors = {key: torch.tensor(alike, device=self.model.get_input_embeddings().weight.device)}
+            device = self.model.get_input_embeddings().weight.device  # meta where it is offloaded
+            self._tensors = {key: torch.tensor(alike, device="cpu" if device.type == "meta" else device)}
         self.patch.use_rows(self._tensors[key])
 
     # Making caches
@@ -307,34 +340,45 @@ class Switch:
     def _chunks(
         self, cache: Cache, inputs: Tensor, positions: Whole, attended: Flags, rows: Whole
     ) -> Iterator[tuple[int, Any]]:
-        self._use(rows)
-        try:
-            yield from by_chunks(self.model, cache, inputs, positions, attended, self.chunk)
-        finally:
-            self.patch.use_rows(None)
+        chunks = by_chunks(self.model, cache, inputs, positions, attended, self.chunk)
+        while True:
+            self._use(rows)  # between two chunks others may use the model, such as for their logits
+            try:
+                chunk = next(chunks, None)
+            finally:
+                self.patch.use_rows(None)
+            if chunk is None:
+                return
+            yield chunk
 
     def fill(self, cache: Cache, inputs: Tensor, length: int) -> Iterator[tuple[int, Any]]:
-        """Put a text (1, T) without padding into an empty cache, under the row of `length` tokens, chunk by chunk.
+        """Put a text (1, T) without padding into a cache, under the row of `length` tokens, chunk by chunk.
 
-        Yields (first column, outputs of the decoder) of each chunk. Raises UserError for a length beyond the table.
+        A cache that has tokens goes on; it is made again first where it has another row. Yields (first column, outputs
+        of the decoder) of each chunk. Raises UserError for a length beyond the table, and for a cache of others.
         """
         self.table.row_for(length)
+        cached = int(cache.get_seq_length())
+        history = self._history(cache, cached) or History(self._key)
         positions, attended = whole_text(inputs)
+        positions = positions + cached
         last = len(self._up_to) - 1
         row = last if self.policy == "fixed" else int(np.searchsorted(self._up_to, length))
-        rows = np.array([row])
+        rows = np.full(len(inputs), row)
+        if cached and (history.rows != rows).any():
+            self._remake(cache, history, rows)
         yield from self._chunks(cache, inputs, positions, attended, rows)
-        history = History(self._key)
         history.add(inputs, positions, attended, rows)
         keep_history(cache, history)
 
     # Around generate
 
-    def _prepared(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Remember the mask of a step before transformers makes a four-dimensional one of it."""
-        mask = kwargs.get("attention_mask")
-        self._mask = mask if is_flat(mask) else None
-        return own(*args, **kwargs)
+    def _prepare(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Remember a step of `generate`, with its mask before transformers makes a four-dimensional one of it."""
+        mask, made = kwargs.get("attention_mask"), own(*args, **kwargs)
+        inputs = made["input_ids"] if made.get("input_ids") is not None else made.get("inputs_embeds")
+        self._prepared = None if inputs is None else _Prepared(inputs, mask if is_flat(mask) else None)
+        return made
 
     @contextmanager
     def at_least(self, lengths: Sequence[int] | None) -> Iterator[None]:
@@ -349,3 +393,13 @@ class Switch:
 def _exhaust(chunks: Iterator[object]) -> None:
     for _ in chunks:
         pass
+
+
+def check_class(model: Any) -> None:
+    """Raise UserError unless a model generates by itself."""
+    if not isinstance(model, GenerationMixin) or not isinstance(model, PreTrainedModel):
+        rule, do = "factors at run time are for causal language models of transformers", "give the model itself"
+        wrapped = (
+            "; with PEFT, apply before get_peft_model, or to the merged model" if hasattr(model, "peft_config") else ""
+        )
+        raise UserError("model", got=f"a {type(model).__name__}", rule=rule, do=do + wrapped)

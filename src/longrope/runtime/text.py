@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 from longrope.errors import UserError
 from longrope.model import LoadedModel
 from longrope.runtime.applied import Applied
-from longrope.runtime.caches import by_place
+from longrope.runtime.caches import RoomyCache, by_place
 
 CACHES = ("device", "offloaded", "quantized")
 # New tokens where nothing is asked for
@@ -115,8 +115,17 @@ def ends_of_text(loaded: LoadedModel) -> list[int]:
     return sorted({int(token) for token in (*named, loaded.tokenizer.eos_token_id) if token is not None})
 
 
+def check_text(text: str) -> None:
+    """Raise UserError for what was read from bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("prompt", got="bytes that are no text", rule="a prompt is UTF-8", do="convert it") from None
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt, with BOS where the tokenizer has one, as windows have it. Raises UserError for none."""
+    check_text(text)
     head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = head + list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if not ids:
@@ -164,7 +173,11 @@ def write_text(
         max_new_tokens=new, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **sampling.settings()
     )
     given = torch.tensor([list(ids)], device=loaded.device)
-    more: dict[str, Any] = {"past_key_values": earlier} if earlier is not None else _cache(cache, loaded)
+    more = _cache(cache, loaded)
+    if earlier is not None:
+        more = {"past_key_values": earlier}
+    elif cache == "device" and sampling.beams == 1:
+        more = {"past_key_values": RoomyCache(model.config.get_text_config(), len(ids) + new)}
     clock = _Clock(Writer(loaded.tokenizer, write) if write is not None else None) if sampling.beams == 1 else None
     before, begun = applied.recomputed, time.perf_counter()
     own_settings, own.generation_config = own.generation_config, settings  # what is not given here has defaults
@@ -214,6 +227,7 @@ class Conversation:
 
     def say(self, text: str, write: Callable[[str], None] | None = None) -> Made:
         """The answer to a turn. A turn that is refused is not part of the conversation."""
+        check_text(text)
         turns = [*self.messages, {"role": "user", "content": text}]
         ids = chat_ids(self.loaded.tokenizer, turns)
         made = write_text(self.loaded, self.applied, ids, earlier=self._reusable(ids), write=write, **self.how)
