@@ -38,14 +38,24 @@ LAYERS = [
     ["api", "compare", "demo"],
     ["console", "watch"],
     ["cli_options"],
-    ["cli_search", "cli_evaluate", "cli_compare", "cli_finetune", "cli_extend", "cli_generate", "cli_doctor"],
+    [
+        "cli_search",
+        "cli_evaluate",
+        "cli_compare",
+        "cli_finetune",
+        "cli_extend",
+        "cli_generate",
+        "cli_doctor",
+        "cli_export",
+    ],
     ["cli"],
     ["__main__"],
 ]
 WITHOUT_TORCH = (
     "watch errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
-    "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend cli_generate cli_doctor doctor.examine"
+    "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend "
+    "cli_generate cli_doctor cli_export doctor.examine"
 ).split()
 
 

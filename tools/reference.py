@@ -23,6 +23,8 @@ COMMANDS = [
     "extend",
     "factors",
     "export",
+    "verify",
+    "doctor",
     "generate",
     "chat",
     "report",

@@ -19,6 +19,7 @@ from longrope import __version__
 from longrope.cli_compare import compare
 from longrope.cli_doctor import doctor
 from longrope.cli_evaluate import evaluate_app
+from longrope.cli_export import export, verify
 from longrope.cli_extend import extend
 from longrope.cli_finetune import finetune
 from longrope.cli_generate import chat, generate
@@ -28,9 +29,7 @@ from longrope.cli_options import (
     Device,
     Documents,
     Dtype,
-    Factors,
     Json,
-    Model,
     OriginalLength,
     Out,
     Quiet,
@@ -39,7 +38,6 @@ from longrope.cli_options import (
     Verbose,
     begin,
     length_of,
-    one_table,
     options_of,
 )
 from longrope.cli_search import search
@@ -160,6 +158,8 @@ app.command()(search)
 app.command()(compare)
 app.command()(finetune)
 app.command()(extend)
+app.command()(export)
+app.command()(verify)
 app.command()(generate)
 app.command()(chat)
 app.command()(doctor)
@@ -211,35 +211,6 @@ def factors(
         print_out(text)
     elif out is None:
         err.print(factors_table(table))
-
-
-@app.command()
-def export(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The new folder.")],
-    factors: Factors = None,
-    engine: Annotated[str, typer.Option(help="transformers.")] = "transformers",
-    window: Annotated[
-        str, typer.Option(help="long (safe everywhere), dynamic (both rows, by length) or short.")
-    ] = "long",
-    original_length: OriginalLength = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> None:
-    """A checkpoint for an engine, verified as written."""
-    begin(verbose, quiet)
-    from longrope.console import err, print_json
-    from longrope.export.run import export as run_export
-
-    options = options_of("cpu", "auto", "auto", original_length, trust, "float32")
-    written = run_export(model, one_table(factors), out, engine=engine, window=window, options=options)
-    if as_json:
-        settings = {"engine": engine, "window": window, "out": str(out)}
-        print_json({"command": "export", "model": model, "settings": settings, "results": []})
-    else:
-        err.print(f"checkpoint: {written}", soft_wrap=True)
 
 
 @app.command()

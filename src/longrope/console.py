@@ -30,6 +30,7 @@ from longrope.runs import lower_is_better
 if TYPE_CHECKING:
     from longrope.doctor.examine import Finding
     from longrope.evaluate.execute import OnStep, Step
+    from longrope.export.verify import Said
     from longrope.factors import FactorTable
     from longrope.search.loop import OnProgress, Progress
     from longrope.training.callbacks import Progress as Trained
@@ -321,6 +322,17 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         mend = finding.do + (" (--fix does)" if finding.fixed else "")
         shown.add_row(finding.severity, finding.name, escape(finding.what), escape(mend))
+    return shown
+
+
+def said_table(said: Sequence[Said]) -> Table:
+    """What an export says when it is read back."""
+    shown = Table(title_justify="left")
+    for name in ("", "", "what"):
+        shown.add_column(name, overflow="fold")
+    verdicts = {True: "ok", False: "[bold]wrong[/bold]", None: ""}
+    for each in said:
+        shown.add_row(verdicts[each.ok], each.name, escape(each.what))
     return shown
 
 
