@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-browser lint format bench docs clean
+.PHONY: demo test test-browser test-engines lint format bench docs clean
 
 # torch first and by itself: its range admits the CPU build where one is offered, and no newer CUDA build.
 $(VENV)/installed: pyproject.toml
@@ -27,6 +27,14 @@ test-browser: $(VENV)/installed
 		|| $(BIN)/python -m playwright install chromium \
 		|| { echo "no Chromium here, and none can be installed: install one, or run as root on Debian" >&2; exit 1; }
 	$(BIN)/python -m pytest tests/browser
+
+# The engines themselves. llama.cpp is built from its source package, which takes minutes once: pip keeps the wheel.
+$(VENV)/engines: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,engines]"
+	touch $@
+
+test-engines: $(VENV)/engines
+	$(BIN)/python -m pytest tests/engines
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Exports for engines: what each is given, what is refused, what is read back; the engines themselves: tests/engines."""
+"""Exports for engines: what each is given, what is refused, what is read back. For the engines see tests/engines."""
 
 from __future__ import annotations
 
