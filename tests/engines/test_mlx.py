@@ -31,7 +31,8 @@ def test_logits_are_those_of_the_long_row(length: int, tmp_path: Path) -> None:
         tuple(row.with_values(attention_factor=factor) for row in rows),
     )  # fmt: skip
     folder = longrope.export(TINY, table, tmp_path / "out", engine="mlx", window="long")
-    model, _ = load(str(folder))
+    loaded: Any = load(str(folder))
+    model = loaded[0]
     text = ("The quick brown fox jumps over the lazy dog. " * 60).encode()
     ids = [BOS, *text[: length - 1]]
     theirs = np.array(model(mx.array([ids])).astype(mx.float32))[0]
