@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llama_cpp import Llama
 
 import longrope
 from byte_tokenizer import BOS
 from commands import write_checkpoint
 from longrope.baselines import baseline, su_attention_factor
 from longrope.checkpoint import TINY, LoadOptions
-from longrope.export.verify import verify
+from longrope.export.verify import open_llama, verify
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.model import LoadedModel, load_model
 
@@ -56,7 +55,7 @@ def ids_of(length: int) -> list[int]:
 
 
 def open_engine(path: Path, context: int) -> Any:
-    return Llama(str(path), n_ctx=context, n_batch=context, n_threads=2, logits_all=True, verbose=False, seed=0)
+    return open_llama(path, context, threads=2)
 
 
 def gguf_of(ours: LoadedModel, table: FactorTable, out: Path, window: str, dtype: str) -> Path:

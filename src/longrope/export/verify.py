@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -229,11 +230,33 @@ def _gguf(path: Path, served: FactorTable | None, against: str | None, options: 
         yield from _llama_cpp(path, against, served, window, options)
 
 
+def open_llama(path: Path, context: int, threads: int | None = None) -> Any:
+    """llama.cpp on a GGUF file with a context of so many tokens, all of whose logits it keeps.
+
+    Without its kernels for weights that are laid out anew: those for AMX end the process on q8_0 (llama-cpp-python
+    0.3.36), and what is compared here are the file's numbers.
+    """
+    from llama_cpp import Llama, llama_cpp
+
+    own = llama_cpp.llama_model_default_params
+
+    def plain() -> Any:
+        given = own()
+        given.use_extra_bufts = False
+        return given
+
+    llama_cpp.llama_model_default_params = plain
+    try:
+        return Llama(
+            str(path), n_ctx=context, n_batch=context, n_threads=threads, logits_all=True, verbose=False, seed=0
+        )
+    finally:
+        llama_cpp.llama_model_default_params = own
+
+
 def _llama_cpp(path: Path, against: str, served: FactorTable, window: str, options: LoadOptions) -> Iterator[Said]:
     """Logits of llama.cpp beside ours, where llama-cpp-python is installed."""
-    try:
-        from llama_cpp import Llama
-    except ImportError:
+    if importlib.util.find_spec("llama_cpp") is None:
         yield Said("engine", None, "llama-cpp-python is not installed: llama.cpp itself was not run")
         return
     ours = load_model(against, options)
@@ -243,7 +266,7 @@ def _llama_cpp(path: Path, against: str, served: FactorTable, window: str, optio
     for context in sorted({min(served.original_length, 512), min(served.original_length + 64, longest, 4096)}):
         length = max(8, context - 8)
         ids = [int(token) for token in torch.arange(length) % ours.model.config.get_text_config().vocab_size]
-        engine = Llama(str(path), n_ctx=context, n_batch=context, logits_all=True, verbose=False, seed=0)
+        engine = open_llama(path, context)
         engine.eval(ids)
         theirs = np.array(engine.scores[:length])
         with ours.patch() as patch, torch.inference_mode():
