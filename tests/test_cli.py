@@ -340,7 +340,7 @@ def test_a_list_with_something_else_than_lengths_is_refused(lengths: str, first:
         ),
         (
             ["export", "model", "--out", "x", "--engine", "banana"],
-            "--engine: got 'banana'; it is transformers; leave it out",
+            "--engine: got 'banana'; it is one of transformers, vllm, sglang, mlx, gguf; choose one of them",
         ),
         (
             ["export", "model", "--out", "x", "-f", "good.json", "--window", "banana"],

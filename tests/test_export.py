@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_a_half_precision_checkpoint_is_exported_by_name_as_it_is(
     def never(*given: object) -> None:
         raise AssertionError("its weights are copied, not loaded")
 
-    monkeypatch.setattr("longrope.export.skeleton.load_model", never)
+    monkeypatch.setattr(sys.modules["longrope.export.skeleton"], "load_model", never)
     out = export(str(folder), table, tmp_path / "out", device="cpu")
     assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert json.loads((out / "config.json").read_text())["dtype"] == "float16"

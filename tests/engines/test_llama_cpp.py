@@ -20,8 +20,9 @@ from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.model import LoadedModel, load_model
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=2)
-# Largest logit gap: of the same weights in two programs, and of weights that were rounded
-TOLERANCE = {"f32": 0.02, "bf16": 0.15, "f16": 0.05, "q8_0": 0.6}
+# Largest logit gap: of the same weights in two programs, and of weights that were rounded; bf16 has three bits less
+# than f16, so that eight times as much is rounded off.
+TOLERANCE = {"f32": 0.02, "f16": 0.05, "bf16": 8 * 0.05, "q8_0": 0.6}
 
 
 def table_of(loaded: LoadedModel, ratio: int) -> FactorTable:
@@ -41,10 +42,11 @@ def table_of(loaded: LoadedModel, ratio: int) -> FactorTable:
 def ours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     if request.param == "tiny":
         return load_model(TINY, FLOAT32)
-    # No partial rotation: llama.cpp's Phi3 rotates whole heads of the sizes that its kernels know
+    # No partial rotation, and an original length that llama.cpp, which rounds its context up to 256, can serve
     changes: dict[str, Any] = {
         "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "max_position_embeddings": 256, "original_max_position_embeddings": 256,
     }  # fmt: skip
     return load_model(str(write_checkpoint(tmp_path_factory.mktemp("ground") / "phi3", "phi3", **changes)), FLOAT32)
 

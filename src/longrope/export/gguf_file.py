@@ -102,7 +102,7 @@ def write_gguf(
     weights = [*_weights(gguf, source, config, architecture, dtype), *_factors(gguf, served, architecture, window)]
     writer = gguf.GGUFWriter(str(out), architecture)
     try:
-        _settings(gguf, writer, config, served, architecture, window, dtype, name)
+        _settings(gguf, writer, config, served, architecture, window, dtype, _name_of(name, vocabulary))
         vocabulary.write(writer)
         for weight in weights:
             shape = weight.shape
@@ -119,6 +119,12 @@ def write_gguf(
             writer.write_tensor_data(_as(gguf, weight.read(), weight.kind))
     finally:
         writer.close()
+
+
+def _name_of(name: str, vocabulary: Vocabulary) -> str:
+    """general.name. By a name with Phi-3 in it, llama.cpp looks for that model's special tokens, and fails without."""
+    phi3 = any(part in name.lower() for part in ("phi-3", "phi3"))
+    return "model" if phi3 and not {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= set(vocabulary.tokens) else name
 
 
 def _as(gguf: Any, values: Array, kind: Any) -> Array:
