@@ -13,6 +13,7 @@ import argparse
 import json
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -105,6 +106,10 @@ def highest(device: torch.device) -> int:
     """The most bytes that were in use so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage's begins with that of the process that started this one
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
