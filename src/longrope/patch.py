@@ -8,7 +8,8 @@ a few positions, and ours must give the same numbers; a module for which no layo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,33 +36,51 @@ CHOOSE_ROPE = "choose a RoPE model (Llama, Mistral, Qwen, Phi, Gemma, OLMo, GPT-
 EXTENDED_LAYERS = "full_attention"
 
 
+@dataclass
+class Chosen:
+    """Rows (B,), or (1,) for all, of a table that the next passes use; None: each sequence by its length."""
+
+    rows: Tensor | None = None
+
+
 class ScaledRotary(nn.Module):
     """Stands in a model for its rotary embedding `stock` and rotates by whatever rows it was last given."""
 
-    def __init__(self, stock: nn.Module, shape: RopeShape) -> None:
+    def __init__(self, stock: nn.Module, shape: RopeShape, chosen: Chosen | None = None) -> None:
         super().__init__()
         self.stock = stock
         self.shape = shape
         self.layout = _measured_layout(stock, shape)
         self.rope: RopeTensors | None = None
         self.by_length = False
-        self.rows: Tensor | None = None
+        self.chosen = chosen or Chosen()  # of all rotary embeddings of a model: what is set for every token is set once
+        self._one: tuple[Tensor, RopeTensors] | None = None
 
     def set(self, rope: RopeTensors | None, *, by_length: bool = False) -> None:
         """Rotate by these rows: by the first one whatever the length, or each sequence by its own; None is stock."""
-        self.rope, self.by_length = rope, by_length
+        self.rope, self.by_length, self._one = rope, by_length, None
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """Cos and sin as the wrapped class returns them, in the dtype of x; layers not extended get its own."""
         if self.rope is None or layer_type not in (None, EXTENDED_LAYERS):
             return self.stock(x, position_ids) if layer_type is None else self.stock(x, position_ids, layer_type)
         if self.rope.base.device != x.device:
-            self.rope = self.rope.to(x.device)
-        rows = None
+            self.rope, self._one = self.rope.to(x.device), None
+        rope, rows = self.rope, None
         if self.by_length:
-            rows = _rows_by_length(position_ids, self.rope.up_to) if self.rows is None else self.rows.to(x.device)
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            cos, sin = cos_sin(position_ids, self.rope, rows)
+            rows = self.chosen.rows
+            if rows is None:
+                rows = _rows_by_length(position_ids, rope.up_to)
+            elif rows.numel() == 1:
+                if self._one is None or self._one[0] is not rows:
+                    self._one = rows, rope.row(int(rows))
+                rope, rows = self._one[1], None
+            else:
+                rows = rows.to(x.device)
+        # Entering a context costs as much as the arithmetic of one token
+        on = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(device_type=x.device.type, enabled=False) if on else nullcontext():
+            cos, sin = cos_sin(position_ids, rope, rows)
             laid_out = self.layout(cos, sin)
         return tuple(part.to(x.dtype) for part in laid_out) if isinstance(laid_out, tuple) else laid_out
 
@@ -114,7 +133,10 @@ class Patch:
                 rule="factors replace the model's own RoPE, once",
                 do="undo the first patch, or install on it",
             )
-        self._places = [(parent, name, stock, ScaledRotary(stock, shape)) for parent, name, stock in places]
+        self._chosen = Chosen()
+        self._places = [
+            (parent, name, stock, ScaledRotary(stock, shape, self._chosen)) for parent, name, stock in places
+        ]
         for parent, name, _, scaled in self._places:
             setattr(parent, name, scaled)
 
@@ -144,8 +166,7 @@ class Patch:
 
     def use_rows(self, rows: Tensor | None) -> None:
         """Let the sequences of the next passes use these rows (B,) or (1,) of a table; None: by their lengths again."""
-        for *_, scaled in self._places:
-            scaled.rows = rows
+        self._chosen.rows = rows
 
     def install_tensors(self, factors: RopeFactors, rescale: Tensor, attention_factor: Tensor) -> None:
         """Rotate by rescale factors (P,) and an attention factor () that may ask for gradients.

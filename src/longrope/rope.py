@@ -62,6 +62,18 @@ class RopeTensors:
             any_start_tokens=any(starts),
         ).to(device)
 
+    def row(self, index: int) -> RopeTensors:
+        """One row alone."""
+        part = slice(index, index + 1)
+        return RopeTensors(
+            up_to=self.up_to[part],
+            rotations=self.rotations[part],
+            base=self.base,
+            start_tokens=self.start_tokens[part],
+            attention_factor=self.attention_factor[part],
+            any_start_tokens=bool(self.start_tokens[index] > 0),
+        )
+
     def to(self, device: torch.device | str) -> RopeTensors:
         """The same on another device."""
         return RopeTensors(

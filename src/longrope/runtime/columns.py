@@ -49,12 +49,12 @@ def check_holes(attended: Flags, history: History | None, flat: Tensor | None) -
     """Raise UserError when padding stands between tokens of a text, or cached ones are masked otherwise than before."""
     hole = "a mask with holes"
     begun = np.zeros(len(attended), dtype=bool) if history is None else history.last >= 0
-    ended = begun & (~history.attended[-1][:, -1] if history is not None else False)
+    ended = begun & (~history.seen_last() if history is not None else False)
     started = np.maximum.accumulate(np.concatenate([begun[:, None], attended], 1), 1)[:, :-1]
     gaps = np.concatenate([ended[:, None], started & ~attended], 1)
     wrong = bool((attended & np.maximum.accumulate(gaps, 1)[:, :-1]).any())
     if history is not None and flat is not None and not wrong:
-        before = np.concatenate(history.attended, 1)
+        before = history.seen()
         if bool(((flat[:, : history.columns] != 0).cpu().numpy() != before).any()):
             wrong, hole = True, "cached tokens masked otherwise than before"
     if wrong:

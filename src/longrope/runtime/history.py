@@ -29,34 +29,72 @@ class History:
     inputs: list[Tensor] = field(default_factory=list)
     positions: list[Whole] = field(default_factory=list)
     attended: list[Flags] = field(default_factory=list)
-    rows: Whole = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     columns: int = 0
-    last: Whole = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """(B,) the highest position that is attended so far, -1 where there is none."""
     padded: bool = False
     """Whether any column is padding in any sequence."""
+    at: list[int] = field(default_factory=list)
+    """(B,) the highest position that is attended so far, -1 where there is none."""
+    regimes: list[int] = field(default_factory=list)
+    """`rows` as plain numbers."""
+    waiting: list[list[int]] = field(default_factory=list)
+    """Positions of single tokens that are not among `positions` yet: what comes at every token is kept cheap."""
+
+    @property
+    def rows(self) -> Whole:
+        """Regimes (B,) of the keys."""
+        return np.array(self.regimes, dtype=np.int64)
+
+    @rows.setter
+    def rows(self, rows: Whole) -> None:
+        self.regimes = rows.tolist()
+
+    @property
+    def last(self) -> Whole:
+        """`at` as an array (B,)."""
+        return np.array(self.at, dtype=np.int64)
 
     def add(self, inputs: Tensor, positions: Whole, attended: Flags, rows: Whole) -> None:
         """Take in what a forward pass put into the cache."""
+        self._settle()
         self.inputs.append(inputs.detach().clone())  # a caller may write the next token into the same tensor
         self.positions.append(positions)
         self.attended.append(attended)
         highest = np.where(attended, positions, -1).max(1)
-        self.last = highest if not self.columns else np.maximum(self.last, highest)
+        self.at = (highest if not self.columns else np.maximum(self.last, highest)).tolist()
         self.columns += positions.shape[1]
         self.rows = rows
         self.padded = self.padded or not bool(attended.all())
 
     def add_tokens(self, inputs: Tensor, positions: list[int]) -> None:
-        """Take in one token of each sequence, all attended, in the rows of the cache: what `add` does, cheaply."""
-        self.inputs.append(inputs.clone())
-        self.last = np.array(positions)
-        self.positions.append(self.last[:, None])
-        self.attended.append(np.ones((len(positions), 1), dtype=bool))
+        """Take in one token of each sequence, all attended, in the rows of the cache: what `add` does, cheaply.
+
+        inputs: (B, 1), which nobody writes to from then on.
+        """
+        self.inputs.append(inputs)
+        self.at = positions
+        self.waiting.append(positions)
         self.columns += 1
+
+    def seen(self) -> Flags:
+        """What is attended (B, T) of all columns."""
+        self._settle()
+        return np.concatenate(self.attended, 1)
+
+    def seen_last(self) -> Flags:
+        """Whether the last column (B,) is attended."""
+        self._settle()
+        return np.asarray(self.attended[-1][:, -1])
+
+    def _settle(self) -> None:
+        if self.waiting:
+            positions = np.array(self.waiting, dtype=np.int64).T
+            self.positions.append(positions)
+            self.attended.append(np.ones(positions.shape, dtype=bool))
+            self.waiting = []
 
     def joined(self, embed: nn.Module) -> tuple[Tensor, Whole, Flags]:
         """Ids (B, T), or embeddings (B, T, D) where any were given, with positions and what is attended (B, T)."""
+        self._settle()
         if len(self.inputs) > 1:
             parts = self.inputs
             if any(part.is_floating_point() for part in parts):
@@ -82,12 +120,13 @@ class History:
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
         chosen = indices.cpu().numpy()
+        self._settle()
         if len(self.inputs) > 1 and not any(part.is_floating_point() for part in self.inputs):
             self._join(self.inputs)  # else every step of a beam search would go through all before it
         self.inputs = [part.index_select(0, indices.to(part.device)) for part in self.inputs]
         self.positions = [part[chosen] for part in self.positions]
         self.attended = [part[chosen] for part in self.attended]
-        self.rows, self.last = self.rows[chosen], self.last[chosen]
+        self.rows, self.at = self.rows[chosen], self.last[chosen].tolist()
 
 
 class _Followed:

@@ -109,7 +109,7 @@ class Switch:
         self.lock = threading.RLock()
         """Held while `generate` runs: two at a time would take each other's rows."""
         self._pass: _Pass | _Next | None = None
-        self._tensors: dict[tuple[int, ...], Tensor] = {}
+        self._tensor: tuple[list[int], Tensor | None] = ([], None)
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -161,8 +161,9 @@ class Switch:
         if history is not None and inputs.shape[1] == 1 and (flat is not None or (mask is None and not history.padded)):
             at = self._next(history, position_ids, flat, len(inputs), least)
             if at is not None:
-                self._use(history.rows)
-                self._pass = _Next(history, inputs, at)
+                self._choose(history.regimes)
+                # transformers' own step has a tensor of its own; a caller may write the next token into the same
+                self._pass = _Next(history, inputs if ours else inputs.clone(), at)
                 return (), given
         attended = attended_columns(inputs, flat, mask, cached)
         last = np.full(len(attended), -1) if history is None else history.last
@@ -174,7 +175,7 @@ class Switch:
         if position_ids is None and (positions != np.arange(cached, cached + inputs.shape[1]))[attended].any():
             given["position_ids"] = torch.tensor(positions, device=inputs.device)
         if mask is None and history is not None and history.padded:
-            whole = np.concatenate([*history.attended, attended], 1)
+            whole = np.concatenate([history.seen(), attended], 1)
             given["attention_mask"] = torch.tensor(whole.astype(np.int64), device=inputs.device)
         lengths = self._lengths(last, positions, attended)
         rows = self._rows(lengths, cache is not None, cached, least)
@@ -281,7 +282,7 @@ class Switch:
 
         What holds for nearly every token of a text, so that it is cheap: without arrays.
         """
-        column, last = history.columns, history.last.tolist()
+        column, last = history.columns, history.at
         if len(last) != batch or (flat is not None and flat.shape[1] <= column):
             return None
         if position_ids is None:
@@ -300,19 +301,21 @@ class Switch:
             if least is not None:
                 floors = np.repeat(least, batch // len(least)).tolist()
                 lengths = [max(pair) for pair in zip(lengths, floors, strict=True)]
-            if [bisect_left(self._ends, length) for length in lengths] != history.rows.tolist():
+            if [bisect_left(self._ends, length) for length in lengths] != history.regimes:
                 return None
         return positions
 
     def _use(self, rows: Whole) -> None:
+        self._choose(rows.tolist())
+
+    def _choose(self, rows: list[int]) -> None:
         if self.policy == "fixed":
             return  # there is no other
-        key = tuple(rows.tolist())
-        if key not in self._tensors:
-            alike = key[:1] if len(set(key)) == 1 else key
+        if rows != self._tensor[0]:
+            alike = rows[:1] if len(set(rows)) == 1 else rows
             device = self.model.get_input_embeddings().weight.device  # meta where it is offloaded
-            self._tensors = {key: torch.tensor(alike, device="cpu" if device.type == "meta" else device)}
-        self.patch.use_rows(self._tensors[key])
+            self._tensor = list(rows), torch.tensor(alike, device="cpu" if device.type == "meta" else device)
+        self.patch.use_rows(self._tensor[1])
 
     # Making caches
 
