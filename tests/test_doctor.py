@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from commands import SHAPE, contents, longrope, refused, table, write_checkpoint
+from commands import contents, longrope, refused, table, write_checkpoint
 from longrope.baselines import su_attention_factor
 from longrope.convert import to_transformers_config
 from longrope.doctor.examine import SEVERITIES, examine, mended, read_config
@@ -269,4 +269,3 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "broken.json" in refused("doctor", "broken.json")
     Path("config.json").write_text(json.dumps(healthy()))
     assert refused("doctor", "config.json", "--fix", "empty/../config.json").startswith("--fix: got ")
-    assert SHAPE.pairs == 8

@@ -147,7 +147,6 @@ def test_a_prompt_beyond_memory_is_refused_before_it_is_run(monkeypatch: pytest.
     generate(model, text(40), 10)
     with pytest.raises(UserError, match=r"^memory: got a cache of 60 tokens, .* GiB are free for it; use at most 50 "):
         generate(model, text(40), 20)
-    assert ENDS[2] >= 60
 
 
 def test_a_window_that_does_not_fit_whole_is_measured_by_chunks(
