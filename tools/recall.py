@@ -12,6 +12,10 @@ WORDS = (
 GRASS = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
 
+# A task needs so many bytes, and of a window of pairs a third is the pairs.
+SHORTEST, BYTES_A_PAIR = 160, 400
+
+
 def recall_text(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     """A text of exactly `size` bytes: a statement somewhere in filler and its recall at the end, or several of them.
 
@@ -19,6 +23,53 @@ def recall_text(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     """
     task = (_passkey, _passkey, _dictionary, _repetition)[rng.integers(4)]
     return task(rng, size, prose)
+
+
+def recall_window(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
+    """A window of exactly `size` bytes for fine-tuning: recall at every distance that fits into it.
+
+    One task as long as the window, tasks of all lengths one after another, or many pairs of a statement and its
+    question, some near each other and some far apart, in the same text.
+    """
+    kind = rng.integers(4)
+    if kind == 0 or size < 2 * SHORTEST:
+        return recall_text(rng, size, prose)
+    return _in_a_row(rng, size, prose) if kind == 1 else _pairs(rng, size, prose)
+
+
+def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
+    return int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
+
+
+def _in_a_row(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
+    """Tasks of lengths spread evenly over the powers of two, one after another."""
+    made, left = [], size
+    while left >= 2 * SHORTEST:
+        task = min(_log_uniform(rng, SHORTEST, size), left - SHORTEST - 1)
+        start = size - left
+        made.append(recall_text(rng, task, prose[start : start + task]) + b"\n")
+        left -= task + 1
+    return b"".join(made) + recall_text(rng, left, prose[size - left :])
+
+
+def _pairs(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
+    """Keys of different names, each stated once and asked for once, at distances spread over the powers of two."""
+    said = []
+    for number in rng.permutation(len(WORDS) * len(NOUNS))[: max(1, size // BYTES_A_PAIR)]:
+        name = f"{WORDS[number % len(WORDS)]} {NOUNS[number // len(WORDS)]}".encode()
+        key = _code(rng)
+        statement = b"\nThe %s is %s. Remember it. %s is the %s.\n" % (name, key, key, name)
+        question = b"\nWhat is the %s? The %s is %s.\n" % (name, name, key)
+        distance = _log_uniform(rng, 1, size) / size
+        place = rng.uniform(0, 1 - distance)
+        said += [(place, statement), (place + distance, question)]
+    free = size - sum(len(each) for _, each in said)
+    filler, made, at = _filler(rng, free, prose), [], 0
+    for place, text in sorted(said):
+        upto = int(place * free)
+        made += [filler[at:upto], text]
+        at = upto
+    return b"".join(made) + filler[at:]
 
 
 def _code(rng: np.random.Generator) -> bytes:

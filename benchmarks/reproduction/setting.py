@@ -45,7 +45,7 @@ class Size:
     recall: float = 0.2
     learning_rate: float = 3e-3
     init: str = ""
-    recall_share: float = 0.3
+    recall_share: float = 0.4
     windows: int = 1
     tries: int = 20
 
@@ -188,11 +188,11 @@ def cut(windows: list[Window], length: int) -> list[Window]:
 
 
 def with_recall(setting: Setting) -> Plan:
-    """The plan with recall tasks in its fine-tunings: as long as their windows, in text of the training documents.
+    """The plan with recall tasks in its fine-tunings: at all distances, in text of the training documents.
 
-    Of the windows of a fine-tuning, `recall_share` are such tasks, as they were of the base model's training.
+    Of the windows of a fine-tuning, `recall_share` are such, as of the base model's training.
     """
-    from recall import recall_text
+    from recall import recall_window
 
     texts = [each.text.encode() for each in setting.texts("train")]
     stages = []
@@ -209,6 +209,6 @@ def with_recall(setting: Setting) -> Plan:
             rng = np.random.default_rng((setting.seed, 7, stage.to, number))
             text = texts[int(rng.integers(len(texts)))]
             start = int(rng.integers(0, len(text) - size + 1))
-            lines.append(json.dumps({"text": recall_text(rng, size, text[start : start + size]).decode("latin-1")}))
+            lines.append(json.dumps({"text": recall_window(rng, size, text[start : start + size]).decode("latin-1")}))
         write_atomically(path, "\n".join(lines) + "\n")
     return replace(setting.plan, stages=tuple(stages))
