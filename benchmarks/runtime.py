@@ -40,7 +40,8 @@ class Sizes:
 
     prompt: int = 1024
     new: int = 128
-    blocks: int = 9
+    blocks: int = 15
+    prompts: int = 31
     switches: int = 15
     windows: int = 32
     tries: int = 20
@@ -50,7 +51,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    prompt=64, new=8, blocks=1, switches=1, windows=2, tries=2,
+    prompt=64, new=8, blocks=1, prompts=1, switches=1, windows=2, tries=2,
     tiny=(8192, 12_288), narrow=(8192, 16_384), document=4096,
 )  # fmt: skip
 
@@ -96,8 +97,8 @@ def beside_stock(loaded: LoadedModel, sizes: Sizes) -> list[Figure]:
     try:
         with torch.inference_mode():
             gap = float((ours(ids).logits - stock(ids).logits).abs().max())
-        for name, new in (("a prompt", 1), ("a prompt and new tokens", sizes.new)):
-            measured = paired(generate(ours, new), generate(stock, new), sizes.blocks)
+        for name, new, blocks in (("a prompt", 1, sizes.prompts), ("a prompt and new tokens", sizes.new, sizes.blocks)):
+            measured = paired(generate(ours, new), generate(stock, new), blocks)
             figures.append(
                 Figure(
                     "seconds of generate, ours / stock transformers",
