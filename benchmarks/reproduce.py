@@ -21,11 +21,13 @@ from common import RESULTS, Figure, machine, print_table, today, versions, write
 from longrope.errors import UserError
 from longrope.extension.plan import read_plan
 from longrope.files import read_lines
-from reproduction.core import PARTS
+from reproduction.core import CORE
 from reproduction.setting import SETTINGS, Setting, quick_plan
 from reproduction.state import State
+from reproduction.tables import TABLES
 
 STATE = Path(__file__).parent / "state"
+PARTS = CORE | TABLES
 logger = logging.getLogger("reproduce")
 
 
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=Path, required=True, help="a plan; its name says which model: miniature.toml")
     parser.add_argument("--documents", type=Path, required=True, help="a folder with train, validation and test")
-    parser.add_argument("--parts", default="core", help=f"core, or some of {', '.join(PARTS)}")
+    parser.add_argument("--parts", default="core", help=f"core, all, or some of {', '.join(PARTS)}")
     parser.add_argument("--state", type=Path, default=STATE, help="where what is done is kept")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
     parser.add_argument("--device", default="auto")
@@ -45,9 +47,12 @@ def main(argv: list[str]) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(args.threads)
-    wanted = list(PARTS) if args.parts == "core" else args.parts.split(",")
+    wanted = list({"core": CORE, "all": PARTS}.get(args.parts, args.parts.split(",")))
     if unknown := [part for part in wanted if part not in PARTS]:
-        print(f"reproduce: --parts: got {unknown[0]!r}; it is one of {', '.join(['core', *PARTS])}", file=sys.stderr)
+        print(
+            f"reproduce: --parts: got {unknown[0]!r}; it is one of {', '.join(['core', 'all', *PARTS])}",
+            file=sys.stderr,
+        )
         return 2
     if args.stages.stem not in SETTINGS:
         print(f"reproduce: --stages: got {args.stages}; it is named {', '.join(SETTINGS)}.toml", file=sys.stderr)

@@ -17,7 +17,6 @@ from longrope.checkpoint import LoadOptions
 from longrope.factors import FactorTable
 from longrope.model import load_model
 from longrope.windows import Window
-from reproduction.core import PARTS
 from reproduction.setting import cut
 
 PLAN = """
@@ -55,13 +54,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "miniature.toml").write_text(PLAN)
     for number, name in enumerate(("train", "validation", "test")):
         write_documents(folder / "corpus" / name, count=2, characters=6000 + number)
-    command(folder, "--parts", "core")
+    command(folder, "--parts", "all")
     return folder
 
 
 def test_every_figure_has_its_limit_and_what_came_of_it(made: Path) -> None:
     results = json.loads((made / "results" / "miniature-quick.json").read_text())
-    assert set(results["minutes"]) == set(PARTS)
+    assert set(results["minutes"]) == set(reproduce.PARTS)
     for figure in results["figures"]:
         assert figure["ok"] == (figure["value"] <= figure["limit"])
     names = [figure["figure"] for figure in results["figures"]]
@@ -120,9 +119,9 @@ def test_what_is_done_is_not_done_again_and_another_plan_is_something_else(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = json.loads((made / "results" / "miniature-quick.json").read_text())
-    for part in PARTS:
-        monkeypatch.setitem(PARTS, part, lambda *_: pytest.fail("it is done"))
-    command(made, "--parts", "core")
+    for part in reproduce.PARTS:
+        monkeypatch.setitem(reproduce.PARTS, part, lambda *_: pytest.fail("it is done"))
+    command(made, "--parts", "all")
     after = json.loads((made / "results" / "miniature-quick.json").read_text())
     assert after["figures"] == before["figures"]
     assert reproduce.main(["--stages", "x.toml", "--documents", str(made / "corpus")]) == 2

@@ -128,4 +128,4 @@ def passkeys(setting: Setting, wanted: list[int], name: str) -> list[tuple[int, 
     return [(each["length"], each["value"], each["ci"]) for each in done["results"]]
 
 
-PARTS = {"base": base, "stages": stages, "lengths": lengths, "passkey": passkey}
+CORE = {"base": base, "stages": stages, "lengths": lengths, "passkey": passkey}

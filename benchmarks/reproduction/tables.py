@@ -1,0 +1,180 @@
+"""The paper's further tables on the reproduction's models, each a part that is made when asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from longrope.evaluate.nonuniformity import collect, studies
+from longrope.evaluate.nonuniformity import rows as distinct
+from longrope.factors import FactorTable, RopeFactors
+from longrope.model import LoadedModel, load_model
+from longrope.training.run import finetune
+from longrope.windows import Window
+from reproduction.core import perplexity
+from reproduction.setting import Setting, cut, with_recall
+from reproduction.state import State
+
+WITHOUT = ("none", "pi", "ntk", "dynamic-ntk", "yarn")
+MIXED = 0.3
+"""Windows of short documents, in LongRoPE2's part. Its own mixture is 3 of 10 billion tokens (section 4.1)."""
+
+
+def without(setting: Setting, state: State) -> None:
+    """Tables 1 and 3, figure 3: the base model at every power of two, by method, without fine-tuning."""
+    base = setting.load(setting.base)
+    original, longest = setting.size.length, setting.trained[-1]
+    searched = {stage.to: found(setting, stage.to) for stage in setting.plan.stages if stage.do == "search"}
+    value = _values(setting, state, setting.base, setting.judged(2 * longest))
+    by_method: dict[str, dict[str, float]] = {}
+    for length in [original << power for power in range(1, (longest // original).bit_length())]:
+        for name in WITHOUT:
+            row = base.baseline(name, length)
+            by_method.setdefault(name, {})[str(length)] = value(f"{name} untrained", length, row)
+        if length in searched:
+            row = searched[length].row_for(length)
+            ours = by_method.setdefault("searched", {})[str(length)] = value("searched untrained", length, row)
+            best = min((by_method[name][str(length)], name) for name in WITHOUT)
+            state.figure(
+                "perplexity without fine-tuning, searched / the best of the others",
+                f"{length // original}x; the best is {best[1]}", ours / best[0], 1.0, ours=ours, theirs=best[0],
+            )  # fmt: skip
+    state.table("perplexity without fine-tuning", by_method)
+
+
+def found(setting: Setting, length: int) -> FactorTable:
+    """What the search for a length found on the base model."""
+    return FactorTable.load(setting.stage("search", length) / "factors.json")
+
+
+def nonuniform(setting: Setting, state: State) -> None:
+    """Tables 2 and 11: groups of pairs, start tokens and attention factors at the first fine-tuning's length."""
+    target = setting.trained[0]
+    lines = studies(setting.load(setting.base), target, table=found(setting, target))
+    value = _values(setting, state, setting.base, setting.judged(2 * setting.trained[-1]))
+    values = {label: value(label, target, row) for label, row in distinct(lines).items()}
+    state.table("non-uniformity", collect(lines, values))
+
+
+def by_length(setting: Setting, state: State) -> None:
+    """Tables 5 to 7, 9 and 10: the final model at every length, unrecovered, and by other second interpolations."""
+    original, target, trained = setting.size.length, setting.plan.target, setting.trained[-1]
+    final = setting.run / "checkpoint"
+    table, second = setting.load(final).meaning, setting.load(final).fine_tuned(trained)
+    value = _values(setting, state, final, setting.judged(target))
+    base = _values(setting, state, setting.base, setting.judged(target))
+    found: dict[str, dict[str, float]] = {}
+    for length in [original << power for power in range((target // original).bit_length())]:
+        found.setdefault("ours", {})[str(length)] = value("ours", length, table.row_for(length))
+        if length <= 2 * original:
+            unrecovered = value("not recovered", length, table.row_for(trained))
+            found.setdefault("not recovered", {})[str(length)] = unrecovered
+        if length <= 4 * original:
+            found.setdefault("base", {})[str(length)] = base("base", length, None)
+        if length > trained:
+            for name in ("pi", "ntk", "yarn"):
+                row = second.baseline(name, length)
+                found.setdefault(f"second {name}", {})[str(length)] = value(f"second {name}", length, row)
+    state.table("perplexity by length", found)
+
+
+def angles(setting: Setting, state: State) -> None:
+    """Angles in float32, as engines have them, beside float64 at the target."""
+    final, target = setting.run / "checkpoint", setting.plan.target
+    windows = setting.judged(target)
+    row = setting.load(final).meaning.row_for(target)
+    single = _values(setting, state, final, windows)("ours", target, row)
+    double = _once(setting, state, final, windows, "float64 angles", target, row, _with_float64)
+    state.table("angles", {"float32": single, "float64": double, "length": target})
+
+
+def direct(setting: Setting, state: State) -> None:
+    """Table 12: the last fine-tuned length from the base model at once, with as many tokens as step by step."""
+    length = setting.trained[-1]
+    stages = [stage for stage in with_recall(setting).stages if stage.do == "finetune"]
+    tokens = sum(stage.settings["steps"] * stage.settings["batch"] * stage.to for stage in stages)
+    steps = math.ceil(tokens / (stages[-1].settings["batch"] * length))
+    given = dict(stages[-1].settings) | {"steps": steps, "learning_rate": stages[0].settings["learning_rate"]}
+    out = _trained(setting, setting.base, found(setting, length), length, given, "direct")
+    windows = setting.judged(setting.plan.target)
+    step_by_step = setting.stage("finetune", length) / "checkpoint"
+    values = {
+        name: _values(setting, state, model, windows)(name, length, setting.load(model).meaning.row_for(length))
+        for name, model in (("direct", out), ("fine-tuned", step_by_step))
+    }
+    told = {"direct": values["direct"], "step by step": values["fine-tuned"], "tokens": tokens, "steps": steps}
+    state.table("direct against progressive", told)
+
+
+def mixed(setting: Setting, state: State) -> None:
+    """LongRoPE2's mixed windows: the same fine-tunings, short documents under the original RoPE among their windows."""
+    model, original = setting.base, setting.size.length
+    for stage in with_recall(setting).stages:
+        if stage.do == "finetune":
+            given = dict(stage.settings) | {"mixed": MIXED}
+            model = _trained(setting, model, found(setting, stage.to), stage.to, given, f"mixed-{stage.to}")
+    windows = setting.judged(setting.plan.target)
+    value, base = _values(setting, state, model, windows), _values(setting, state, setting.base, windows)
+    table = setting.load(model).meaning
+    short = value("mixed", original, table.row_for(original)) / base("base", original, None)
+    state.figure("short window after mixed windows / base", "windows of the original length", short, 1.01)
+    longest = setting.trained[-1]
+    plain = setting.stage("finetune", longest) / "checkpoint"
+    row = setting.load(plain).meaning.row_for(longest)
+    told = {"mixed": value("mixed", longest, table.row_for(longest))}
+    told["without"] = _values(setting, state, plain, windows)("fine-tuned", longest, row)
+    state.table(f"perplexity at {longest}", told)
+
+
+def _trained(setting: Setting, model: Path, table: FactorTable, length: int, given: dict[str, Any], name: str) -> Path:
+    """A fine-tuning of a part's own, resumed where it was."""
+    documents = [str(setting.documents / "train"), *given.pop("documents", [])]
+    out = setting.state / name
+    finetune(
+        str(model), length=length, factors=table, documents=documents, out=out, seed=setting.seed, tracker="none",
+        options=setting.options, **given,
+    )  # fmt: skip
+    return out / "checkpoint"
+
+
+def _values(
+    setting: Setting, state: State, model: Path, windows: list[Window]
+) -> Callable[[str, int, RopeFactors | None], float]:
+    """Perplexities of a model on the tokens of some windows by name, length and row, each measured once."""
+
+    def value(name: str, length: int, row: RopeFactors | None) -> float:
+        return _once(setting, state, model, windows, name, length, row, Setting.load)
+
+    return value
+
+
+def _with_float64(setting: Setting, model: Path) -> LoadedModel:
+    return load_model(str(model), replace(setting.options, rope_precision="float64"))
+
+
+def _once(
+    setting: Setting,
+    state: State,
+    model: Path,
+    windows: list[Window],
+    name: str,
+    length: int,
+    row: RopeFactors | None,
+    load: Callable[[Setting, Path], LoadedModel],
+) -> float:
+    pieces, of = cut(windows, length), len(windows[0].ids)
+    key = f"ppl {setting.key(model)} {name} {length} {row.key if row else ''} {len(windows)} windows of {of}"
+    return float(state.once(key, lambda: perplexity(load(setting, model), row, pieces)))
+
+
+TABLES = {
+    "without": without,
+    "nonuniform": nonuniform,
+    "by-length": by_length,
+    "angles": angles,
+    "direct": direct,
+    "mixed": mixed,
+}
