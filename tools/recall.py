@@ -12,8 +12,8 @@ WORDS = (
 GRASS = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
 
-# A task needs so many bytes, and of a window of pairs a third is the pairs.
-SHORTEST, BYTES_A_PAIR = 160, 400
+# A task needs so many bytes, and of a window of pairs more than half is the pairs.
+SHORTEST, BYTES_A_PAIR = 160, 220
 
 
 def recall_text(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
@@ -28,10 +28,10 @@ def recall_text(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
 def recall_window(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     """A window of exactly `size` bytes for fine-tuning: recall at every distance that fits into it.
 
-    One task as long as the window, tasks of all lengths one after another, or many pairs of a statement and its
-    question, some near each other and some far apart, in the same text.
+    One task as long as the window, tasks of all lengths one after another, or (mostly) many pairs of a statement and
+    its question, some near each other and some far apart, in the same text.
     """
-    kind = rng.integers(4)
+    kind = rng.integers(5)
     if kind == 0 or size < 2 * SHORTEST:
         return recall_text(rng, size, prose)
     return _in_a_row(rng, size, prose) if kind == 1 else _pairs(rng, size, prose)
@@ -53,14 +53,17 @@ def _in_a_row(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
 
 
 def _pairs(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
-    """Keys of different names, each stated once and asked for once, at distances spread over the powers of two."""
+    """Keys of different names, each stated once and asked for once.
+
+    Half of the distances are spread over the powers of two, half over all: else few would be as far as windows are new.
+    """
     said = []
     for number in rng.permutation(len(WORDS) * len(NOUNS))[: max(1, size // BYTES_A_PAIR)]:
         name = f"{WORDS[number % len(WORDS)]} {NOUNS[number // len(WORDS)]}".encode()
         key = _code(rng)
         statement = b"\nThe %s is %s. Remember it. %s is the %s.\n" % (name, key, key, name)
         question = b"\nWhat is the %s? The %s is %s.\n" % (name, name, key)
-        distance = _log_uniform(rng, 1, size) / size
+        distance = (_log_uniform(rng, 1, size) if rng.random() < 0.5 else rng.uniform(0, size)) / size
         place = rng.uniform(0, 1 - distance)
         said += [(place, statement), (place + distance, question)]
     free = size - sum(len(each) for _, each in said)
