@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from longrope.evaluate.methods import method_factors
 from longrope.evaluate.nonuniformity import collect, studies
 from longrope.evaluate.nonuniformity import rows as distinct
 from longrope.factors import FactorTable, RopeFactors
@@ -32,7 +33,7 @@ def without(setting: Setting, state: State) -> None:
     by_method: dict[str, dict[str, float]] = {}
     for length in [original << power for power in range(1, (longest // original).bit_length())]:
         for name in WITHOUT:
-            row = base.baseline(name, length)
+            row = method_factors(base, name, length, length)
             by_method.setdefault(name, {})[str(length)] = value(f"{name} untrained", length, row)
         if length in searched:
             row = searched[length].row_for(length)
@@ -97,7 +98,8 @@ def direct(setting: Setting, state: State) -> None:
     stages = [stage for stage in with_recall(setting).stages if stage.do == "finetune"]
     tokens = sum(stage.settings["steps"] * stage.settings["batch"] * stage.to for stage in stages)
     steps = math.ceil(tokens / (stages[-1].settings["batch"] * length))
-    given = dict(stages[-1].settings) | {"steps": steps, "learning_rate": stages[0].settings["learning_rate"]}
+    given = dict(stages[0].settings) | {"steps": steps}
+    given |= {name: stages[-1].settings[name] for name in ("batch", "documents")}
     out = _trained(setting, setting.base, found(setting, length), length, given, "direct")
     windows = setting.judged(setting.plan.target)
     step_by_step = setting.stage("finetune", length) / "checkpoint"
