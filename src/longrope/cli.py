@@ -25,20 +25,17 @@ from longrope.cli_finetune import finetune
 from longrope.cli_generate import chat, generate
 from longrope.cli_options import (
     VERBOSITY,
-    Attention,
-    Device,
     Documents,
-    Dtype,
     Json,
     OriginalLength,
     Out,
     Quiet,
-    Seed,
+    Shared,
     Trust,
     Verbose,
     begin,
     length_of,
-    options_of,
+    runs_a_model,
 )
 from longrope.cli_search import search
 from longrope.errors import UserError
@@ -74,38 +71,32 @@ def _options(
 
 
 @app.command()
+@runs_a_model("original_length", "rope_precision", "threads", "quantize", "trust")
 def demo(
     documents: Documents = ["stdlib"],  # noqa: B006  (typer reads the default; nobody changes it)
     evaluations: Annotated[int | None, typer.Option(min=1, help="At most so many evaluations.")] = None,
     out: Out = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """The whole story on the embedded model: search, compare, export, report; a few minutes on two cores."""
-    begin(verbose, quiet)
     from longrope.console import err, print_json, results_table, resume_with, search_progress
     from longrope.demo import demo as run_demo
     from longrope.runs import fresh_run_path
 
-    options = options_of(device, dtype, attention, None, False, "float32")
     if out is None:
         out = fresh_run_path("demo")
         resume_with("--out", str(out))
-    with search_progress(quiet) as on_progress:
+    with search_progress(shared.quiet) as on_progress:
         made = run_demo(
             documents=documents,
             evaluations=evaluations,
-            seed=seed,
+            seed=shared.seed,
             out=out,
-            options=options,
+            options=shared.options(),
             on_progress=on_progress,
         )
-    if as_json:
+    if shared.as_json:
         print_json(made.metrics)
     err.print(results_table(made.metrics["results"], title="perplexity on documents that the search has not seen"))
     err.print(f"stock transformers loads {made.checkpoint} (largest logit gap to ours: {made.logit_gap:.2g})")

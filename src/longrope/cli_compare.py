@@ -7,35 +7,25 @@ from typing import Annotated, Any
 import typer
 
 from longrope.cli_options import (
-    Attention,
     BatchSize,
     Chat,
-    Device,
-    Dtype,
     Factors,
     FewShot,
     IncludePath,
-    Json,
     Lengths,
     Limit,
     Model,
-    OriginalLength,
     Out,
-    Precision,
     Questions,
-    Quiet,
+    Shared,
     Stride,
     Tasks,
     Template,
-    Threads,
-    Trust,
     UnsafeCode,
-    Verbose,
     Windows,
     Workers,
-    begin,
     names_of,
-    options_of,
+    runs_a_model,
     tables_of,
 )
 from longrope.errors import UserError
@@ -52,6 +42,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+@runs_a_model("seed", "quantize")
 def compare(
     model: Model,
     lengths: Lengths,
@@ -88,19 +79,10 @@ def compare(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Equal seeds give equal results. 0 by default; harness has its own.")
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    threads: Threads = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """The table of methods by length, in any measure, on the same items."""
-    begin(verbose, quiet)
     from longrope.compare import compare as run_compare
     from longrope.console import (
         err,
@@ -115,7 +97,6 @@ def compare(
     wanted = parse_lengths(lengths)
     chosen = DEFAULT_METHODS if methods is None else [part.strip() for part in methods.split(",")]
     tables = tables_of(factors, taken=[*chosen, "checkpoint"])
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
     settings = _of_measure(
         measure,
         documents=documents,
@@ -136,7 +117,7 @@ def compare(
         chat=chat,
     )
     resume_with()
-    with measuring_progress(quiet) as on_step:
+    with measuring_progress(shared.quiet) as on_step:
         measured = run_compare(
             model,
             lengths=wanted,
@@ -146,13 +127,13 @@ def compare(
             stage=stage,
             workers=workers,
             out=out,
-            options=options,
+            options=shared.options(),
             on_step=on_step,
             **({} if seed is None else {"seed": seed}),
             **settings,
         )
     title = f"{measure}, methods set up for {format_length(max(wanted))}"
-    if as_json:
+    if shared.as_json:
         print_json(measured)
     elif measure == "harness":
         err.print(tasks_by_method_table(measured["results"], title=title))

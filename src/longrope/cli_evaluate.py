@@ -8,41 +8,30 @@ from typing import Annotated, Any
 import typer
 
 from longrope.cli_options import (
-    Attention,
     BatchSize,
     Chat,
     Depths,
-    Device,
     Digits,
     Documents,
-    Dtype,
     Factors,
     FewShot,
     IncludePath,
-    Json,
     Lengths,
     Limit,
     Model,
     OptionalDocuments,
-    OriginalLength,
-    Precision,
     Questions,
-    Quiet,
     RulerTasks,
     Samples,
-    Seed,
+    Shared,
     Stride,
     Template,
-    Threads,
-    Trust,
     UnsafeCode,
-    Verbose,
     Windows,
     Workers,
-    begin,
     names_of,
     one_or_none,
-    options_of,
+    runs_a_model,
 )
 from longrope.lengths import parse_lengths
 
@@ -54,6 +43,7 @@ EvaluateOut = Annotated[
 
 
 @evaluate_app.command("perplexity")
+@runs_a_model("quantize")
 def evaluate_perplexity(
     model: Model,
     lengths: Lengths,
@@ -63,26 +53,16 @@ def evaluate_perplexity(
     windows: Windows = None,
     workers: Workers = None,
     out: EvaluateOut = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    threads: Threads = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Token-weighted perplexity by length and by position, on whole windows or with a sliding window."""
-    begin(verbose, quiet)
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
-    settings = {"documents": documents, "windows": windows, "stride": stride, "seed": seed}
-    _evaluate("perplexity", model, lengths, factors, workers, out, as_json, quiet, options=options, **settings)
+    settings = {"documents": documents, "windows": windows, "stride": stride, "seed": shared.seed}
+    _evaluate("perplexity", model, lengths, factors, workers, out, shared, **settings)
 
 
 @evaluate_app.command("passkey")
+@runs_a_model("quantize")
 def evaluate_passkey(
     model: Model,
     lengths: Lengths,
@@ -92,26 +72,16 @@ def evaluate_passkey(
     chat: Chat = False,
     workers: Workers = None,
     out: EvaluateOut = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    threads: Threads = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Share of five-digit keys that the model finds in filler, by length and depth."""
-    begin(verbose, quiet)
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
-    settings = {"tries": tries, "template": template, "chat": chat, "seed": seed}
-    _evaluate("passkey", model, lengths, factors, workers, out, as_json, quiet, options=options, **settings)
+    settings = {"tries": tries, "template": template, "chat": chat, "seed": shared.seed}
+    _evaluate("passkey", model, lengths, factors, workers, out, shared, **settings)
 
 
 @evaluate_app.command("needle")
+@runs_a_model("quantize")
 def evaluate_needle(
     model: Model,
     lengths: Lengths,
@@ -124,27 +94,17 @@ def evaluate_needle(
     chat: Chat = False,
     workers: Workers = None,
     out: EvaluateOut = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    threads: Threads = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Share of numbers that the model finds in your own documents, by length and depth."""
-    begin(verbose, quiet)
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
     settings = {"documents": documents, "depths": depths, "tries": tries, "digits": digits}
-    settings |= {"template": template, "chat": chat, "seed": seed}
-    _evaluate("needle", model, lengths, factors, workers, out, as_json, quiet, options=options, **settings)
+    settings |= {"template": template, "chat": chat, "seed": shared.seed}
+    _evaluate("needle", model, lengths, factors, workers, out, shared, **settings)
 
 
 @evaluate_app.command("ruler")
+@runs_a_model("quantize")
 def evaluate_ruler(
     model: Model,
     lengths: Lengths,
@@ -157,27 +117,17 @@ def evaluate_ruler(
     chat: Chat = False,
     workers: Workers = None,
     out: EvaluateOut = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    threads: Threads = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """RULER: its thirteen tasks at any length."""
-    begin(verbose, quiet)
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
     settings = {"tasks": names_of(tasks), "samples": samples, "questions": questions, "documents": documents or []}
-    settings |= {"template": template, "chat": chat, "seed": seed}
-    _evaluate("ruler", model, lengths, factors, workers, out, as_json, quiet, options=options, **settings)
+    settings |= {"template": template, "chat": chat, "seed": shared.seed}
+    _evaluate("ruler", model, lengths, factors, workers, out, shared, **settings)
 
 
 @evaluate_app.command("nonuniformity")
+@runs_a_model("quantize")
 def evaluate_nonuniformity(
     model: Model,
     lengths: Annotated[str, typer.Option("--lengths", metavar="N", help="One length, above the original one.")],
@@ -187,26 +137,16 @@ def evaluate_nonuniformity(
     windows: Windows = None,
     workers: Workers = None,
     out: EvaluateOut = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    threads: Threads = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """What non-uniformity gives: perplexity by group of pairs stretched, start tokens kept and attention factor."""
-    begin(verbose, quiet)
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
-    settings = {"documents": documents, "groups": groups, "windows": windows, "seed": seed}
-    _evaluate("nonuniformity", model, lengths, factors, workers, out, as_json, quiet, options=options, **settings)
+    settings = {"documents": documents, "groups": groups, "windows": windows, "seed": shared.seed}
+    _evaluate("nonuniformity", model, lengths, factors, workers, out, shared, **settings)
 
 
 @evaluate_app.command("harness")
+@runs_a_model("seed", "quantize")
 def evaluate_harness(
     model: Model,
     tasks: Annotated[
@@ -221,19 +161,10 @@ def evaluate_harness(
     unsafe_code: UnsafeCode = False,
     out: EvaluateOut = None,
     seed: Annotated[int | None, typer.Option(min=0, help="By default lm-eval's own, as in published figures.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    threads: Threads = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """lm-evaluation-harness's tasks, each request under the factors of its own length."""
-    begin(verbose, quiet)
     from longrope.console import err, print_json, resume_with, tasks_table
     from longrope.evaluate.harness_run import evaluate_harness as run_harness
 
@@ -251,9 +182,9 @@ def evaluate_harness(
         unsafe_code=unsafe_code,
         seed=seed,
         out=out,
-        options=options_of(device, dtype, attention, original_length, trust, rope_precision, threads),
+        options=shared.options(),
     )
-    if as_json:
+    if shared.as_json:
         print_json(measured)
     else:
         err.print(tasks_table(measured["results"][0]["details"]["tasks"]))
@@ -266,8 +197,7 @@ def _evaluate(
     factors: list[str] | None,
     workers: str | None,
     out: Path | None,
-    as_json: bool,
-    quiet: bool,
+    shared: Shared,
     **given: Any,
 ) -> None:
     from longrope.console import err, measuring_progress, print_json, results_table, resume_with
@@ -275,7 +205,7 @@ def _evaluate(
 
     if out is not None:
         resume_with()
-    with measuring_progress(quiet) as on_step:
+    with measuring_progress(shared.quiet) as on_step:
         measured = evaluate(
             measure,
             model,
@@ -284,9 +214,10 @@ def _evaluate(
             workers=workers,
             out=out,
             on_step=on_step,
+            options=shared.options(),
             **given,
         )
-    if as_json:
+    if shared.as_json:
         print_json(measured)
     else:
         err.print(results_table(measured["results"], title=measure, measure=measure))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,20 +10,18 @@ import typer
 
 from longrope.cli_options import (
     Factors,
-    Json,
     Model,
-    OriginalLength,
-    Quiet,
-    Trust,
-    Verbose,
-    begin,
+    Shared,
     one_table,
-    options_of,
+    runs_a_model,
 )
 
+# Weights are read as they are, and small parts of them are run on the CPU.
+_NOT_RUN = ("seed", "device", "dtype", "attention", "rope_precision", "threads", "quantize")
 Engine = Annotated[str, typer.Option(help="transformers, vllm, sglang, mlx, or gguf for llama.cpp.")]
 
 
+@runs_a_model(*_NOT_RUN)
 def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The new folder.")],
@@ -41,18 +40,14 @@ def export(
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload the folder to a repository of the Hub.")
     ] = None,
-    original_length: OriginalLength = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """A checkpoint for an engine, verified as written."""
-    begin(verbose, quiet)
     from longrope.console import err, print_json
     from longrope.export.run import export as run_export
 
-    options = options_of("cpu", "auto", "auto", original_length, trust, "float32")
+    options = replace(shared.options(), device="cpu")
     written = run_export(
         model,
         one_table(factors),
@@ -65,36 +60,34 @@ def export(
         push=push,
         options=options,
     )
-    if as_json:
+    if shared.as_json:
         settings = {"engine": engine, "window": window, "out": str(out)}
         print_json({"command": "export", "model": model, "settings": settings, "results": []})
     else:
         err.print(f"checkpoint: {written}", soft_wrap=True)
 
 
+@runs_a_model(*_NOT_RUN, "original_length")
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An exported folder, or a .gguf file in one.")],
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The model it was made of: compare weights and logits, too.")
     ] = None,
     engine: Annotated[str | None, typer.Option(help="Whose rules hold; by default the one it was made for.")] = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Whether an export says what it should, and what its engine will do with it; exit code 1 when it does not."""
-    begin(verbose, quiet)
     from longrope.console import err, print_json, said_table
     from longrope.export.verify import verify as run_verify
 
-    options = options_of("cpu", "float32", "auto", None, trust, "float32")
+    options = replace(shared.options(), device="cpu", dtype="float32")
     said = run_verify(path, against=against, engine=engine, options=options)
-    if as_json:
+    if shared.as_json:
         settings: dict[str, Any] = {"path": str(path), "engine": engine}
         told: dict[str, Any] = {"command": "verify", "model": against, "settings": settings, "results": []}
         print_json(told | {"said": [each.told() for each in said]})
-    elif not quiet:
+    elif not shared.quiet:
         err.print(said_table(said))
     if any(each.ok is False for each in said):
         raise typer.Exit(1)

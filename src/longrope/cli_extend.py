@@ -8,27 +8,17 @@ from typing import Annotated
 import typer
 
 from longrope.cli_options import (
-    Attention,
-    Device,
     Documents,
-    Dtype,
-    Json,
     Model,
-    OriginalLength,
     Out,
-    Precision,
-    Quiet,
-    Seed,
-    Threads,
-    Trust,
-    Verbose,
+    Shared,
     Workers,
-    begin,
-    options_of,
+    runs_a_model,
 )
 from longrope.lengths import parse_length
 
 
+@runs_a_model("quantize")
 def extend(
     model: Model,
     to: Annotated[str, typer.Option("--to", metavar="N", help="Target length, such as 128k.")],
@@ -54,20 +44,10 @@ def extend(
     tracker: Annotated[str, typer.Option(help="Whatever Trainer reports to, or none.")] = "tensorboard",
     workers: Workers = None,
     out: Out = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    threads: Threads = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """All stages: search, fine-tune, interpolate again, recover the short window. The same command goes on."""
-    begin(verbose, quiet)
     from longrope.console import (
         costs_table,
         err,
@@ -85,11 +65,11 @@ def extend(
     from longrope.factors import FactorTable
     from longrope.runs import FACTORS, default_run_path
 
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads)
+    options = shared.options()
     target = parse_length(to)
     if dry_run:
         results = [cost.to_dict() for cost in dry(model, target, stages, train=not no_finetune, options=options)]
-        if as_json:
+        if shared.as_json:
             print_json({"command": "extend", "model": model, "settings": {"to": target}, "results": results})
         else:
             err.print(costs_table(results))
@@ -108,16 +88,16 @@ def extend(
         workers=workers,
         launcher=launcher,
         tracker=tracker,
-        seed=seed,
+        seed=shared.seed,
         options=options,
         watching=Watching(
-            stage=(lambda text: None) if quiet else lambda text: err.print(text, soft_wrap=True),
-            search=partial(search_progress, quiet),
-            training=partial(training_progress, quiet),
-            measuring=partial(measuring_progress, quiet),
+            stage=(lambda text: None) if shared.quiet else lambda text: err.print(text, soft_wrap=True),
+            search=partial(search_progress, shared.quiet),
+            training=partial(training_progress, shared.quiet),
+            measuring=partial(measuring_progress, shared.quiet),
         ),
     )
-    if as_json:
+    if shared.as_json:
         print_json(made)
         return
     err.print(factors_table(FactorTable.load(path / FACTORS)))

@@ -8,28 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from longrope.cli_options import (
-    Attention,
-    Device,
-    Dtype,
     Factors,
-    Json,
     Model,
-    OriginalLength,
     Out,
-    Precision,
-    Quantize,
-    Quiet,
-    Seed,
-    Threads,
-    Trust,
-    Verbose,
-    begin,
+    Shared,
     one_table,
-    options_of,
+    runs_a_model,
 )
 from longrope.lengths import parse_length
 
 
+@runs_a_model()
 def finetune(
     model: Model,
     length: Annotated[str, typer.Option("--length", metavar="N", help="Tokens of a window, BOS and EOS included.")],
@@ -71,23 +60,10 @@ def finetune(
     keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.")] = 2,
     tracker: Annotated[str, typer.Option(help="Whatever Trainer reports to, or none.")] = "tensorboard",
     out: Out = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    threads: Threads = None,
-    quantize: Quantize = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Train a model on long windows under its factors; a checkpoint with its factors.json comes of it."""
-    first = os.environ.get("RANK", "0") == "0"  # of several processes that a launcher started, one talks
-    quiet = quiet or not first
-    begin(verbose, quiet)
     from longrope.console import err, print_json, resume_with, training_progress
     from longrope.runs import default_run_path
     from longrope.training.run import ADAPTER, CHECKPOINT
@@ -102,13 +78,13 @@ def finetune(
         "norms": norms,
         "merge": merge,
         "documents": documents,
-        "seed": seed,
+        "seed": shared.seed,
     }
     given |= {"gradient_checkpointing": gradient_checkpointing, "save_every": save_every, "keep": keep}
-    options = options_of(device, dtype, attention, original_length, trust, rope_precision, threads, quantize=quantize)
+    options = shared.options()
     path = out or default_run_path("finetune", model, parse_length(length))
     resume_with()
-    with training_progress(quiet) as on_progress:
+    with training_progress(shared.quiet) as on_progress:
         made = run_finetune(
             model,
             length=length,
@@ -121,9 +97,9 @@ def finetune(
             tracker=tracker,
             **given,
         )
-    if not first:
+    if os.environ.get("RANK", "0") != "0":
         return
-    if as_json:
+    if shared.as_json:
         print_json(made)
     else:
         first, last = made["losses"][0], made["losses"][-1]

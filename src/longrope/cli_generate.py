@@ -9,23 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longrope.cli_options import (
-    Attention,
-    Device,
-    Dtype,
     Factors,
-    Json,
     Model,
-    OriginalLength,
-    Precision,
-    Quantize,
-    Quiet,
-    Seed,
-    Threads,
-    Trust,
-    Verbose,
-    begin,
+    Shared,
     one_or_none,
-    options_of,
+    runs_a_model,
 )
 from longrope.errors import UserError
 
@@ -56,6 +44,7 @@ CacheKind = Annotated[
 Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a pass over a long prompt; by default 2048.")]
 
 
+@runs_a_model()
 def generate(
     model: Model,
     prompt: Annotated[
@@ -74,47 +63,34 @@ def generate(
     as_chat: Annotated[bool, typer.Option("--chat", help="The prompt is a turn in the chat template.")] = False,
     cache: CacheKind = "device",
     chunk: Chunk = None,
-    original_length: OriginalLength = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    precision: Precision = "float32",
-    threads: Threads = None,
-    quantize: Quantize = None,
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Text that goes on from a prompt, with the exact switch between the rows of a factor table."""
-    begin(verbose, quiet)
     from longrope.console import err, print_json
     from longrope.runtime.text import Sampling, chat_ids, prompt_ids, write_text
 
     text = _prompt(prompt, prompt_file)
     table = one_or_none(factors)
-    sampling = Sampling(temperature, top_p, top_k, beams, seed)
-    options = options_of(
-        device, dtype, attention, original_length, trust, precision, threads, own_factors=table != "none",
-        quantize=quantize,
-    )  # fmt: skip
+    sampling = Sampling(temperature, top_p, top_k, beams, shared.seed)
+    options = shared.options(own_factors=table != "none")
     loaded, applied = _ready(model, table, options, policy, chunk)
     if as_chat:
         ids = chat_ids(loaded.tokenizer, [{"role": "user", "content": text}])
     else:
         ids = prompt_ids(loaded.tokenizer, text)
-    write = None if as_json else _write
+    write = None if shared.as_json else _write
     made = write_text(loaded, applied, ids, new=new, sampling=sampling, cache=cache, write=write)
-    if as_json:
-        settings = {"policy": policy, "cache": cache, "seed": seed, **vars(sampling)}
+    if shared.as_json:
+        settings = {"policy": policy, "cache": cache, "seed": shared.seed, **vars(sampling)}
         print_json({"command": "generate", "model": model, "settings": settings, "results": [made.told()]})
     else:
         _write("\n")
-    if not quiet:
+    if not shared.quiet:
         err.print(_summary(made), soft_wrap=True)
 
 
+@runs_a_model("as_json")
 def chat(
     model: Model,
     factors: Factors = None,
@@ -126,36 +102,23 @@ def chat(
     top_k: TopK = 0,
     cache: CacheKind = "device",
     chunk: Chunk = None,
-    original_length: OriginalLength = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    precision: Precision = "float32",
-    threads: Threads = None,
-    quantize: Quantize = None,
-    trust: Trust = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """A conversation, a line a turn; /file PATH adds a document to the next turn, /reset begins anew, /exit ends."""
-    begin(verbose, quiet)
     from longrope.console import err
     from longrope.runtime.text import Conversation, Sampling, chat_ids
 
     table = one_or_none(factors)
-    sampling = Sampling(temperature, top_p, top_k, seed=seed)
-    options = options_of(
-        device, dtype, attention, original_length, trust, precision, threads, own_factors=table != "none",
-        quantize=quantize,
-    )  # fmt: skip
+    sampling = Sampling(temperature, top_p, top_k, seed=shared.seed)
+    options = shared.options(own_factors=table != "none")
     loaded, applied = _ready(model, table, options, policy, chunk)
     chat_ids(loaded.tokenizer, [{"role": "user", "content": "."}])  # says at once that there is no template
     talk = Conversation(loaded, applied, system, new=new, sampling=sampling, cache=cache)
-    if not quiet:
+    if not shared.quiet:
         err.print(f"{model}, up to {applied.reach} tokens; /file PATH, /reset, /exit")
     document = ""
-    while (line := _line(quiet)) is not None:
+    while (line := _line(shared.quiet)) is not None:
         command, _, argument = line.partition(" ")
         if command == "/exit":
             return
@@ -170,7 +133,7 @@ def chat(
                 made = talk.say(document + line, _write)
                 document = ""
                 _write("\n")
-                if not quiet:
+                if not shared.quiet:
                     err.print(_summary(made), soft_wrap=True)
         except UserError as error:
             err.print(str(error), style="red", soft_wrap=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -125,36 +128,91 @@ def begin(verbose: bool, quiet: bool) -> None:
     set_up_logging(1 if verbose else -1 if quiet else 0)
 
 
-def options_of(
-    device: str,
-    dtype: str,
-    attention: str,
-    original_length: str | None,
-    trust: bool,
-    precision: str,
-    threads: int | None = None,
-    own_factors: bool = True,
-    quantize: str | None = None,
-) -> LoadOptions:
-    """The options of a model as given on the command line; transformers is told to keep quiet."""
-    from transformers.utils import logging as transformers_logging
+@dataclass(frozen=True)
+class Shared:
+    """What the options say that commands have which run a model; what one of them has not is as by default."""
 
-    from longrope.checkpoint import LoadOptions
+    seed: int
+    device: str
+    dtype: str
+    attention: str
+    original_length: str | None
+    rope_precision: str
+    threads: int | None
+    quantize: str | None
+    trust: bool
+    as_json: bool
+    verbose: bool
+    quiet: bool
 
-    if not VERBOSITY["verbose"]:
-        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return LoadOptions(
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        original_length=length_of(original_length),
-        trust_remote_code=trust,
-        rope_precision=precision,
-        threads=threads,
-        own_factors=own_factors,
-        quantize=quantize,
-    )
+    def options(self, *, own_factors: bool = True) -> LoadOptions:
+        """Those of the model; transformers is told to keep quiet."""
+        from transformers.utils import logging as transformers_logging
+
+        from longrope.checkpoint import LoadOptions
+
+        if not self.verbose:
+            transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        return LoadOptions(
+            device=self.device,
+            dtype=self.dtype,
+            attention=self.attention,
+            original_length=length_of(self.original_length),
+            trust_remote_code=self.trust,
+            rope_precision=self.rope_precision,
+            threads=self.threads,
+            own_factors=own_factors,
+            quantize=self.quantize,
+        )
+
+
+_SHARED: dict[str, tuple[Any, Any]] = {
+    "seed": (Seed, 0),
+    "device": (Device, "auto"),
+    "dtype": (Dtype, "auto"),
+    "attention": (Attention, "auto"),
+    "original_length": (OriginalLength, None),
+    "rope_precision": (Precision, "float32"),
+    "threads": (Threads, None),
+    "quantize": (Quantize, None),
+    "trust": (Trust, False),
+    "as_json": (Json, False),
+    "verbose": (Verbose, False),
+    "quiet": (Quiet, False),
+}
+
+
+def runs_a_model(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `Shared`, but some; it gets them as its last keyword, `shared`.
+
+    typer reads them off the signature, as if the command had written them itself.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        own = signature(command, eval_str=True)
+        parameters = [each for each in own.parameters.values() if each.name != "shared"]
+        for name, (kind, default) in _SHARED.items():
+            if name not in without:
+                parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+        parameters = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters]
+
+        @wraps(command)
+        def started(**given: Any) -> None:
+            shared = Shared(
+                **{name: given.pop(name) if name not in without else default for name, (_, default) in _SHARED.items()}
+            )
+            if os.environ.get("RANK", "0") != "0":  # of several processes that a launcher started, one talks
+                shared = replace(shared, quiet=True)
+            begin(shared.verbose, shared.quiet)
+            command(**given, shared=shared)
+
+        vars(started)["__signature__"] = own.replace(parameters=parameters)
+        started.__annotations__ = {each.name: each.annotation for each in parameters}
+        del started.__wrapped__  # its signature is no longer this one's
+        return started
+
+    return decorated
 
 
 def names_of(text: str | None) -> list[str] | None:

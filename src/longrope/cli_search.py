@@ -8,31 +8,20 @@ from typing import Annotated
 import typer
 
 from longrope.cli_options import (
-    Attention,
-    Device,
     Documents,
-    Dtype,
-    Json,
     Model,
-    OriginalLength,
     Out,
-    Precision,
-    Quantize,
-    Quiet,
-    Seed,
-    Threads,
-    Trust,
-    Verbose,
+    Shared,
     Windows,
     Workers,
-    begin,
-    options_of,
     read_table,
+    runs_a_model,
 )
 from longrope.errors import UserError
 from longrope.lengths import parse_length
 
 
+@runs_a_model()
 def search(
     model: Model,
     to: Annotated[str, typer.Option("--to", metavar="N", help="Target length, such as 32k.")],
@@ -100,21 +89,10 @@ def search(
             help="Gradients on N further windows; by default 0, 64 with fewer than 4 --windows.",
         ),
     ] = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    threads: Threads = None,
-    quantize: Quantize = None,
-    original_length: OriginalLength = None,
-    rope_precision: Precision = "float32",
-    trust: Trust = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Search rescale factors for one target length. The same command resumes; a larger budget continues."""
-    begin(verbose, quiet)
     target = parse_length(to)
     if factors not in (None, "none"):
         raise UserError("--factors", got=repr(factors), rule="a search takes only none here", do="give it as --init")
@@ -124,20 +102,9 @@ def search(
     from longrope.runs import METRICS, default_run_path
     from longrope.search.driver import search as run_search
 
-    options = options_of(
-        device,
-        dtype,
-        attention,
-        original_length,
-        trust,
-        rope_precision,
-        threads,
-        own_factors=factors is None,
-        quantize=quantize,
-    )
     path = out or default_run_path("search", model, target)
     resume_with()
-    with search_progress(quiet) as on_progress:
+    with search_progress(shared.quiet) as on_progress:
         table = run_search(
             model,
             to=target,
@@ -146,7 +113,7 @@ def search(
             out=path,
             init=seeds,
             workers=workers,
-            options=options,
+            options=shared.options(own_factors=factors is None),
             on_progress=on_progress,
             method=method,
             objective=objective,
@@ -163,10 +130,10 @@ def search(
             hours=hours,
             windows=windows,
             gradient_windows=gradient_windows,
-            seed=seed,
+            seed=shared.seed,
         )
     measured = read_object(path / METRICS, "measurements of the run")
-    if as_json:
+    if shared.as_json:
         print_json(measured)
         return
     err.print(factors_table(table))
