@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-browser test-engines lint format bench docs clean
+.PHONY: demo test test-browser test-engines test-wheel lint format bench docs clean
 
 # torch first and by itself: its range admits the CPU build where one is offered, and no newer CUDA build.
 $(VENV)/installed: pyproject.toml
@@ -35,6 +35,15 @@ $(VENV)/engines: $(VENV)/installed
 
 test-engines: $(VENV)/engines
 	$(BIN)/python -m pytest tests/engines
+
+# What a user gets: the wheel alone, in a clean environment and a folder that is not this one.
+test-wheel: $(VENV)/installed
+	set -eu; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$$folder" .; \
+	$(PYTHON) -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch>=2.9,<2.14" "$$folder"/*.whl; \
+	cd "$$folder"; env -u PYTHONPATH venv/bin/longrope demo --evaluations 60 --out demo; \
+	test -s demo/report.html; test -s demo/factors.json
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -76,7 +76,11 @@ def main(argv: list[str]) -> int:
             continue
         logger.info("%s begins", part)
         start = time.monotonic()
-        PARTS[part](setting, state)
+        try:
+            PARTS[part](setting, state)
+        except UserError as error:
+            print(f"reproduce: {error}", file=sys.stderr)
+            return 2
         state.finish(part, time.monotonic() - start)
     return write(name, setting, state, args.out)
 
