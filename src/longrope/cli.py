@@ -40,6 +40,7 @@ from longrope.cli_options import (
     length_of,
     options_of,
 )
+from longrope.cli_plan import plan
 from longrope.cli_search import search
 from longrope.errors import UserError
 from longrope.lengths import parse_lengths
@@ -163,6 +164,7 @@ app.command()(verify)
 app.command()(generate)
 app.command()(chat)
 app.command()(doctor)
+app.command()(plan)
 
 
 @app.command()
