@@ -34,7 +34,11 @@ ALONE = Spread()
 
 def fullest(*phases: Parts) -> dict[str, float]:
     """The phase that takes most."""
-    return dict(max(phases, key=lambda parts: sum(parts.values())))
+
+    def total(parts: Parts) -> float:
+        return sum(parts.values())
+
+    return dict(max(phases, key=total))
 
 
 def weight_bytes(shape: ModelShape, p: Precision, quantize: str | None = None) -> float:

@@ -176,16 +176,20 @@ def _advice_to_search(
             return f"{devices} such GPUs with --device balanced"
     length = max(each.length for each in work)
     devices = min(machine.count, GPUS_A_NODE)
+    plain = [each for each in work if each.kind == "forward"]
+    ways = [_search_layout(shape, plain, machine, settings, each) for each in _devices(machine)]
+    without = len(plain) < len(work) and any(way.peak <= machine.bytes_each for way in ways)
+    found = "--method evolution, which takes no gradient, or " if without else ""
     while length > CHUNK:
         length //= 2
         short = [type(each)(each.kind, min(length, each.length), each.windows, each.at_once) for each in work]
         if _search_layout(shape, short, machine, settings, devices).peak <= machine.bytes_each:
-            return f"--search-length {format_length(length)}, or GPUs with more memory"
-    return "GPUs with more memory, or --quantize 4bit"
+            return f"{found}--search-length {format_length(length)}"
+    return f"{found}GPUs with more memory"
 
 
 def _train_layouts(shape: ModelShape, cost: Cost, machine: Machine, settings: Settings, rank: int) -> Iterator[_Layout]:
-    """Ways to train, the simplest first: copies, shards (FSDP), shards with a window over several (context parallel)."""
+    """Ways to train, simplest first: copies, shards (FSDP), shards with a window over several (context parallelism)."""
     cuda, count = machine.kind == "cuda", machine.count
     p = precision_of(settings.dtype, cuda=cuda, trained=rank == 0)
     whole = memory.weight_bytes(shape, p, settings.quantize)
