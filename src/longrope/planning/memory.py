@@ -115,14 +115,18 @@ def train(
     ends = 2.0 * p.stream * shape.hidden * own + tables(shape, p, int(own))
     norm = (4.0 + (0 if rank else p.stream)) * shape.hidden * own  # of the last one
     layer = _layer(shape, p, kind, own, rank) if again else differentiating(shape, p) * own
+    # When gradients are at the MLP, the last states and the input of the layer's last product are done with. Adapters
+    # are at their fullest before, where they take that input in float32.
+    done = 0.0 if rank else p.compute * shape.inner * own
+    behind = layer - done + (ends if rank else tables(shape, p, int(own)))
     logits = {"logits": head_bytes(shape, p, kind, device, own)}
     last = {"activations": ends + norm, "gradients": head_gradient, "casts": through + _cast(p, shape.head)}
     # At the first layer: all gradients but its own.
     own_gradient = 0.0 if rank else _GRADIENT * shape.layer_parameters / shape.layers / spread.weights
-    one_left = kept(shape, p, kind, rank) * own + differentiating(shape, p) * own
+    one_left = kept(shape, p, kind, rank) * own + differentiating(shape, p) * own - done
     return fullest(
         base | between | logits | last,
-        base | between | {"activations": ends + layer, "gradients": 2 * head_gradient, "casts": one},
+        base | between | {"activations": behind, "gradients": 2 * head_gradient, "casts": one},
         base | {"activations": one_left, "gradients": gradients - own_gradient, "casts": one},
         base | {"gradients": gradients + (0.0 if rank else 2 * 4.0 * shape.head / spread.weights)},
     )  # fmt: skip
