@@ -659,7 +659,7 @@ codes = [run([*name, "--help"]) for name in names]
 print(len(names), set(codes), sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "20 {0} []"
+    assert done.stdout.splitlines()[-1] == "21 {0} []"
     assert done.stderr == ""
 
 

@@ -35,6 +35,7 @@ LAYERS = [
     ["training"],
     ["report"],
     ["extension"],
+    ["planning"],
     ["api", "compare", "demo"],
     ["console", "watch"],
     ["cli_options"],
@@ -47,6 +48,7 @@ LAYERS = [
         "cli_generate",
         "cli_doctor",
         "cli_export",
+        "cli_plan",
     ],
     ["cli"],
     ["__main__"],
@@ -55,7 +57,9 @@ WITHOUT_TORCH = (
     "watch errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
     "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend "
-    "cli_generate cli_doctor cli_export doctor.examine"
+    "cli_generate cli_doctor cli_export cli_plan doctor.examine "
+    "planning.shape planning.flops planning.activations planning.memory planning.precision planning.machines "
+    "planning.speed planning.stages"
 ).split()
 
 

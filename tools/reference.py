@@ -25,6 +25,7 @@ COMMANDS = [
     "export",
     "verify",
     "doctor",
+    "plan",
     "generate",
     "chat",
     "report",

@@ -37,6 +37,7 @@ from longrope.cli_options import (
     length_of,
     runs_a_model,
 )
+from longrope.cli_plan import plan
 from longrope.cli_search import search
 from longrope.errors import UserError
 from longrope.lengths import parse_lengths
@@ -154,6 +155,7 @@ app.command()(verify)
 app.command()(generate)
 app.command()(chat)
 app.command()(doctor)
+app.command()(plan)
 
 
 @app.command()

@@ -348,6 +348,42 @@ def costs_table(costs: Sequence[Mapping[str, Any]]) -> Table:
     return shown
 
 
+def plan_table(document: Mapping[str, Any]) -> Table:
+    """The stages of a plan: what each takes of a device, how long, and whether it fits."""
+    settings = document["settings"]
+    title = f"{document['model']}, {document['parameters']:,} parameters, to {format_length(settings['to'])}"
+    shown = Table(title=title, title_justify="left", caption=_assumed(settings), caption_justify="left")
+    for name in ("stage", "tokens", "PFLOP", "GB", "hours"):
+        shown.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    shown.add_column("fits, and how", overflow="fold")
+    for each in document["results"]:
+        hours = (
+            "-" if each["hours"] is None else f"{each['hours']:.2g}" if each["hours"] < 10 else f"{each['hours']:,.0f}"
+        )
+        parts = sorted(each["memory"].items(), key=lambda part: -part[1])
+        made_of = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts if value >= 5e7)
+        how = f"{'yes' if each['fits'] else 'NO'}: {each['layout']}" + (f" ({made_of})" if made_of else "")
+        how += f"; it would with {each['advice']}" if each["advice"] else ""
+        amount = f"{each['value'] / 1e9:.1f}" if each["memory"] else "-"
+        shown.add_row(
+            each["method"], f"{each['tokens'] / 1e6:,.1f}M", f"{each['flops'] / 1e15:,.3g}", amount, hours, escape(how)
+        )
+    return shown
+
+
+def _assumed(settings: Mapping[str, Any]) -> str:
+    """What hours were computed from."""
+    room = f"{settings['gpus']}, of each {settings['bytes_each'] / 1e9:.1f} GB for tensors (GB: of one device)"
+    if rates := settings.get("measured_rates"):
+        told = ", ".join(f"{name} {rates[name] / 1e9:.3g}" for name in ("matrices", "attention", "written"))
+        return f"{room}; rates measured here, in G a second: {told}"
+    if settings.get("mfu") is None:
+        return f"{room}; no hours: --flops says how fast a device is"
+    told = ", ".join(f"{kind} {share:.0%}" for kind, share in settings["mfu"].items())
+    peak = f"{settings['peak_flops'] / 1e12:.0f} TFLOP/s"
+    return f"{room}; computed, not measured: assumed of a peak of {peak} (--mfu) {told}"
+
+
 def documents_table(described: Mapping[str, Any]) -> Table:
     """What `longrope documents` found: windows by length, and a histogram of lengths."""
     title = f"{described['documents']} documents, {described['tokens']:,} tokens, the longest {described['longest']:,}"

@@ -11,7 +11,10 @@ from longrope.extension.plan import Plan, Stage, measured_lengths, search_settin
 from longrope.factors import unscaled
 from longrope.lengths import format_length
 from longrope.model import LoadedModel
+from longrope.search.descent import DescentSettings, batch_size
 from longrope.search.driver import SearchWindows, make_budget, make_problem
+from longrope.search.evolution import EvolutionSettings
+from longrope.search.methods import gradient_windows
 from longrope.training.recipes import Recipe, recipe_of
 from longrope.windows import Window, default_window_count
 
@@ -19,13 +22,41 @@ _DECIDED = 5  # candidates at the target, after a search at a shorter length
 
 
 @dataclass(frozen=True)
+class Work:
+    """So many windows of one length: their loss (`forward`), its `gradient` in the factors, or a step to `train` on.
+
+    at_once: how many of them several workers can do side by side, the others waiting for what comes of these.
+    """
+
+    kind: str
+    length: int
+    windows: int
+    at_once: int = 1
+
+    @property
+    def token_passes(self) -> int:
+        """Tokens through the model; a backward pass counts as two more."""
+        return (1 if self.kind == "forward" else 3) * self.windows * self.length
+
+
+@dataclass(frozen=True)
 class Cost:
-    """What a stage takes: token-passes (a backward pass counts as two more), and of what that is made, in words."""
+    """What a stage takes: its work, its token-passes, and of what they are made, in words.
+
+    batch: windows of a training step, 0 where nothing is trained.
+    """
 
     stage: str
     length: int
-    token_passes: int
     made_of: str
+    work: tuple[Work, ...]
+    batch: int = 0
+    adapters: int = 0
+
+    @property
+    def token_passes(self) -> int:
+        """Of all its work."""
+        return sum(each.token_passes for each in self.work)
 
     def to_dict(self) -> dict[str, Any]:
         """As a result of --json."""
@@ -34,31 +65,31 @@ class Cost:
 
 
 def costs(loaded: LoadedModel, plan: Plan) -> list[Cost]:
-    """The stages with what each costs at most, nothing computed: what --dry-run prints."""
+    """The stages with what each costs at most, nothing computed: what --dry-run prints, and `plan`.
+
+    loaded: its weights are not looked at, and may be nowhere.
+    """
     found, reached = [], loaded.rope.original_length
     for stage in plan.stages:
         if stage.do == "finetune":
             steps, batch = _steps(stage)
-            tokens, reached = 3 * steps * batch * stage.to, stage.to
+            reached = stage.to
             made_of = f"{steps} steps of {batch} windows of {stage.to:,} tokens, three passes each"
+            work = (Work("train", stage.to, steps * batch),)
+            found.append(Cost(stage.name, stage.to, made_of, work, batch, stage.settings.get("lora") or 0))
         else:
-            evaluations, evaluation = _evaluations(loaded, stage, reached)
-            tokens, made_of = evaluations * evaluation, f"up to {evaluations:,} evaluations of {evaluation:,} tokens"
+            work, made_of = _searched(loaded, stage, reached)
             if stage.settings.get("search_length"):
-                decided = _DECIDED * stage.settings.get("windows", 1) * stage.to
-                tokens, made_of = tokens + decided, f"{made_of}, {_DECIDED} at the target"
-        found.append(Cost(stage.name, stage.to, tokens, made_of))
+                work += (Work("forward", stage.to, _DECIDED * stage.settings.get("windows", 1)),)
+                made_of = f"{made_of}, {_DECIDED} at the target"
+            found.append(Cost(stage.name, stage.to, made_of, work))
     lengths = measured_lengths(plan)
-    found.append(
-        Cost(
-            "perplexity",
-            max(lengths),
-            sum(lengths) * (plan.measures.windows or 8),
-            f"at {', '.join(map(format_length, lengths))}",
-        )
-    )
-    if tries := plan.measures.passkey:
-        found.append(Cost("passkey", max(lengths), tries * sum(lengths), f"{tries} tries of each length"))
+    for name, count, made_of in (
+        ("perplexity", plan.measures.windows or 8, f"at {', '.join(map(format_length, lengths))}"),
+        ("passkey", plan.measures.passkey, f"{plan.measures.passkey} tries of each length"),
+    ):
+        if count:
+            found.append(Cost(name, max(lengths), made_of, tuple(Work("forward", each, count) for each in lengths)))
     return found
 
 
@@ -70,8 +101,8 @@ def _steps(stage: Stage) -> tuple[int, int]:
     return recipe.steps, recipe.batch
 
 
-def _evaluations(loaded: LoadedModel, stage: Stage, reached: int) -> tuple[int, int]:
-    """(evaluations at most, tokens of one), of a model that reaches so far by then."""
+def _searched(loaded: LoadedModel, stage: Stage, reached: int) -> tuple[tuple[Work, ...], str]:
+    """What a search takes at most, of a model that reaches so far by then, and of what it is made."""
     row = unscaled(loaded.rope.shape.pairs, reached)
     as_trained = replace(
         loaded, table=replace(loaded.meaning, rows=(row,)), under=row if stage.do == "second" else None
@@ -82,7 +113,18 @@ def _evaluations(loaded: LoadedModel, stage: Stage, reached: int) -> tuple[int, 
     empty = SearchWindows([_window(settings.to)] * count)
     problem = make_problem(as_trained, settings, empty)
     budget = make_budget(settings, empty, len(problem.seeds))
-    return budget.total, budget.evaluation
+    made_of = f"up to {budget.total:,} evaluations of {budget.evaluation:,} tokens"
+    # The seeds come first, then the descents, each gradient in place of three evaluations.
+    passes = budget.total * count
+    gradients = gradient_windows(settings.method, count, DescentSettings())
+    gradients = max(0, min(gradients, (passes - count * len(problem.seeds)) // 3))
+    sizes = EvolutionSettings.for_length(settings.to)
+    children = sizes.mutations + sizes.crossovers if settings.method == "evolution" else count
+    work = (
+        Work("forward", settings.to, passes - 3 * gradients, children),
+        Work("gradient", settings.to, gradients, batch_size(count)),
+    )
+    return tuple(each for each in work if each.windows), made_of
 
 
 def _window(length: int) -> Window:

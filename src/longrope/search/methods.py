@@ -10,7 +10,7 @@ import numpy as np
 from longrope.baselines import RopeShape
 from longrope.factors import RopeFactors
 from longrope.search.archive import Archive
-from longrope.search.descent import DescentSettings, descend, step_sizes
+from longrope.search.descent import DescentSettings, batch_size, descend, step_sizes
 from longrope.search.evolution import Candidate, Evolution, EvolutionSettings
 from longrope.search.racing import RaceSettings, evolve, race_to_be_best, race_to_beat
 from longrope.search.seeds import Seeds
@@ -82,6 +82,12 @@ def expected_evaluations(method: str, seeds: int, starts: int, windows: int, set
     polish = PolishSettings()
     short = polish.iterations * polish.children if method == "hybrid" else 0
     return math.ceil(seeds + descents * settings.passes(windows) + starts - 1 + short)
+
+
+def gradient_windows(method: str, windows: int, settings: DescentSettings) -> int:
+    """Windows that the descents of a search differentiate at most, where there are so many search windows."""
+    descents = {"evolution": 0, "gradient": _DESCENTS, "hybrid": 1}[method]
+    return descents * settings.steps * batch_size(windows)
 
 
 def _from_best_seeds(

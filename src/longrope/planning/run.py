@@ -1,0 +1,78 @@
+"""`longrope plan`: MODEL, a target and machines in, every stage's cost out; nothing is computed but that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from longrope.checkpoint import LoadOptions
+from longrope.errors import UserError
+from longrope.extension.costs import costs
+from longrope.extension.run import plan_for
+from longrope.memory import free_memory
+from longrope.planning.machines import Machine, machine_of
+from longrope.planning.precision import QUANTIZED, precision_of
+from longrope.planning.rates import measured_rates
+from longrope.planning.stages import UTILISATION, Settings, StageCost, stage_costs
+from longrope.planning.subject import shape_of, subject
+from longrope.training.lora import LoraSettings
+
+CPU = "cpu"
+
+
+def plan(
+    model: str,
+    *,
+    to: int,
+    gpus: str = CPU,
+    stages: str | None = None,
+    train: bool = True,
+    settings: Settings | None = None,
+    peak: float | None = None,
+    original_length: int | None = None,
+) -> dict[str, Any]:
+    """The document of the command: every stage of an extension to `to` tokens on machines such as `8xH100-80GB`.
+
+    gpus: `cpu` is this machine, whose rates are measured, a few seconds. peak: FLOP/s of a device that `gpus` names by
+    its memory alone. Raises UserError for bad input.
+    """
+    settings = settings or Settings()
+    check(settings, peak)
+    machine = None if gpus == CPU else machine_of(gpus, peak)
+    precision_of(settings.dtype, cuda=machine is not None)
+    loaded = subject(model, LoadOptions(device="cpu", original_length=original_length))
+    chosen = plan_for(loaded.rope.original_length, to, stages, train=train)
+    shape = shape_of(loaded.model, model)
+    if machine is None:
+        machine = Machine(CPU, 1, float(free_memory(torch.device("cpu"))), None, kind="cpu")
+        rates = measured_rates(shape, precision_of(settings.dtype, cuda=False), min(to, 4096))
+        settings = replace(settings, rates=rates)
+    found = stage_costs(shape, costs(loaded, chosen), machine, settings)
+    return _document(model, to, machine, settings, found) | {"parameters": shape.parameters}
+
+
+def check(settings: Settings, peak: float | None = None) -> None:
+    """Raise UserError for settings that cannot be."""
+    if settings.utilisation is not None and not 0 < settings.utilisation <= 1:
+        rule = "it is a share of a GPU's peak, above 0 and at most 1"
+        raise UserError("--mfu", got=settings.utilisation, rule=rule, do="give one such as 0.4, or leave it out")
+    if peak is not None and not 0 < peak < 1e18:
+        raise UserError("--flops", got=peak / 1e12, rule="it is TFLOP/s of one device, above 0", do="give 312 or so")
+    if settings.lora is not None:
+        LoraSettings(rank=settings.lora)
+    if settings.quantize is not None and settings.quantize not in QUANTIZED:
+        rule = f"it is one of {', '.join(QUANTIZED)}"
+        raise UserError("--quantize", got=repr(settings.quantize), rule=rule, do="choose one of them")
+
+
+def _document(model: str, to: int, machine: Machine, settings: Settings, found: list[StageCost]) -> dict[str, Any]:
+    told: dict[str, Any] = {"to": to, "gpus": machine.name, "dtype": settings.dtype, "lora": settings.lora}
+    told |= {"quantize": settings.quantize, "bytes_each": round(machine.bytes_each), "peak_flops": machine.peak}
+    if settings.rates is not None:
+        told |= {"measured_rates": {name: round(value) for name, value in vars(settings.rates).items()}}
+    elif machine.peak is not None:
+        kinds = UTILISATION if settings.utilisation is None else dict.fromkeys(UTILISATION, settings.utilisation)
+        told |= {"mfu": dict(kinds)}
+    return {"command": "plan", "model": model, "settings": told, "results": [each.to_dict() for each in found]}

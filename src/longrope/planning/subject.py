@@ -1,0 +1,126 @@
+"""MODEL without its weights: its shape from the class itself, on the meta device, and its RoPE."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from longrope.checkpoint import LoadOptions, beside_weights, check_has_rope, in_config
+from longrope.configs import rope_config, table_from_config
+from longrope.doctor.examine import files_of, read_config
+from longrope.errors import UserError
+from longrope.model import LoadedModel, decoder_of
+from longrope.patch import has_local_layers
+from longrope.planning.shape import ModelShape
+from longrope.search.backward import decoder_layers
+
+logger = logging.getLogger(__name__)
+
+
+def subject(model: str, options: LoadOptions) -> LoadedModel:
+    """A MODEL (a folder, its config.json alone, a Hub id or `tiny`) as it would be loaded, its weights on no device.
+
+    No weights are read and there is no tokenizer. Raises UserError for what could not be extended.
+    """
+    path, described, _ = read_config(files_of(model))
+    family = described.get("model_type")
+    if not isinstance(family, str) or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        rule = "a configuration names the model_type of a causal language model of transformers"
+        do = "give a ...ForCausalLM checkpoint or its config.json"
+        raise UserError("model", got=f"{model} with model_type {family!r}", rule=rule, do=do)
+    given = {key: value for key, value in described.items() if key not in ("model_type", "quantization_config")}
+    try:
+        config: Any = AutoConfig.for_model(family, **given)
+        # What transformers makes of it is the certain form: defaults of a class are in it.
+        text = config.get_text_config().to_dict()
+        check_has_rope(model, text)
+        table = beside_weights(str(path.parent)) or in_config(config)
+        original = options.original_length or (table.original_length if table else None)
+        rope, own = rope_config(text, original_length=original), table_from_config(text, original_length=original)
+        with torch.device("meta"):
+            built: Any = cast(Any, AutoModelForCausalLM).from_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # a class may check anything against anything
+        said = " ".join(str(error).split())[:200]
+        got, rule = f"{model} ({type(error).__name__}: {said})", f"it describes a {family}"
+        raise UserError("config", got=got, rule=rule, do="correct config.json; longrope doctor finds more") from None
+    return LoadedModel(
+        name=model,
+        model=built,
+        tokenizer=cast(Any, None),  # nothing is read
+        rope=rope,
+        own=own,
+        table=table,
+        fingerprint="no weights",
+        options=options,
+    )
+
+
+def shape_of(model: Any, name: str = "") -> ModelShape:
+    """What the costs of a transformers model follow from; its weights may be on the meta device."""
+    config = model.config.get_text_config()
+    layers = decoder_layers(decoder_of(model))
+    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts") or 0
+    chosen = _first(config, "num_experts_per_tok", "moe_topk", "moe_k") or experts
+    active = linear = adapters = 0.0
+    for layer in layers:
+        for parameter in layer.parameters():
+            if parameter.dim() < 2:
+                continue
+            of_experts = parameter.dim() == 3 and parameter.shape[0] == experts
+            linear += parameter.numel()
+            active += parameter.numel() * (chosen / experts if of_experts else 1.0)
+        adapters += sum(each.in_features + each.out_features for each in layer.modules() if isinstance(each, nn.Linear))
+    heads = config.num_attention_heads
+    kv_heads = _first(config, "num_key_value_heads") or heads
+    head_dim = _first(config, "head_dim") or config.hidden_size // heads
+    inner = _inner(config, chosen if any(each.dim() == 3 for each in layers[0].parameters()) else 0)
+    projections = config.hidden_size * head_dim * 2 * (heads + kv_heads)
+    matrices = round((active / len(layers) - projections) / (config.hidden_size * inner))
+    names = {name.rpartition(".")[2] for name, _ in layers[-1].named_modules()}
+    return ModelShape(
+        name=name or type(model).__name__,
+        hidden=config.hidden_size,
+        layers=len(layers),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        inner=inner,
+        inner_matrices=min(3, max(2, matrices)),
+        vocabulary=config.vocab_size,
+        windows=_windows(config, len(layers)),
+        parameters=sum(each.numel() for each in model.parameters()),
+        layer_parameters=sum(each.numel() for layer in layers for each in layer.parameters()),
+        active=round(active),
+        linear=round(linear),
+        adapters=round(adapters),
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        attention_norms=(heads + kv_heads) * head_dim if {"q_norm", "k_norm"} & names else 0,
+    )
+
+
+def _inner(config: Any, chosen: int) -> int:
+    """Width of what one token passes between the halves of an MLP."""
+    wide = _first(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size
+    if not chosen:
+        return int(wide)
+    each = _first(config, "moe_intermediate_size") or wide
+    return int(chosen * each + (_first(config, "shared_expert_intermediate_size") or 0))
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    """What each layer sees once the model is extended: a window that all of them have is widened, local layers stay."""
+    window = getattr(config, "sliding_window", None)
+    if not window or not has_local_layers(config):
+        return (None,) * layers
+    return tuple(int(window) if "sliding" in kind else None for kind in config.layer_types)
+
+
+def _first(config: Any, *names: str) -> int | None:
+    return next((int(value) for name in names if (value := getattr(config, name, None))), None)

@@ -1,0 +1,367 @@
+"""`longrope plan`: its formulas against models that are there, and what it says of those that are not."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from transformers import DynamicCache
+
+from commands import longrope
+from common import random_llama, random_windows
+from cost_table import PAGE, models, row, stages_of
+from longrope.baselines import baseline
+from longrope.checkpoint import TINY, LoadOptions
+from longrope.errors import UserError
+from longrope.model import LoadedModel, load_model
+from longrope.planning import memory
+from longrope.planning.flops import window_flops
+from longrope.planning.machines import machine_of
+from longrope.planning.precision import HALF, MIXED
+from longrope.planning.shape import ModelShape, all_pairs, pairs
+from longrope.planning.speed import Rates, seconds
+from longrope.planning.subject import shape_of, subject
+from longrope.search.objective import Evaluator
+from longrope.search.tasks import Task
+from longrope.training.lora import LoraSettings, with_lora
+from longrope.training.loss import chunked_loss
+
+TOKENS, VOCABULARY, RANK = 512, 250, 8
+
+
+@pytest.fixture
+def loaded() -> LoadedModel:
+    return random_llama(vocabulary=VOCABULARY, hidden=128, layers=3, seed=0, device="cpu")
+
+
+def shape_at(config: dict[str, Any], folder: Path) -> ModelShape:
+    (folder / "config.json").write_text(json.dumps(config))
+    return shape_of(subject(str(folder / "config.json"), LoadOptions(device="cpu")).model)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Mistral-7B-v0.1", 7_241_732_096),
+        ("Qwen3-32B", 32_762_123_264),
+        ("Llama-3.3-70B", 70_553_706_496),
+    ],
+)
+def test_published_models_have_the_parameters_that_were_published(name: str, parameters: int, tmp_path: Path) -> None:
+    assert shape_at(models()[name], tmp_path).parameters == parameters
+
+
+def test_of_a_mixture_a_token_passes_its_experts_only(tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 999,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50,
+        "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 128, "rope_theta": 1e4,
+    }  # fmt: skip
+    shape = shape_at(config, tmp_path)
+    attention, router, experts = 64 * 16 * 2 * (4 + 2), 64 * 8, 3 * 64 * 32
+    assert shape.active == 2 * (attention + router + 2 * experts)
+    assert shape.linear == 2 * (attention + router + 8 * experts)
+    assert (shape.inner, shape.inner_matrices) == (64, 3)
+
+
+def test_pairs_of_attention_are_those_of_a_mask() -> None:
+    at = torch.arange(40)
+    for window in (None, 1, 7, 40, 100):
+        seen = at[:, None] >= at
+        if window is not None:
+            seen &= at[:, None] - at < window
+        assert pairs(40, window) == int(seen.sum())
+        assert pairs(30, window, past=10) == int(seen[10:].sum())
+    assert all_pairs(40, (7, None, 7)) == 2 * pairs(40, 7) + pairs(40)
+
+
+def test_local_layers_count_their_window_and_a_window_of_all_layers_is_widened(tmp_path: Path) -> None:
+    small = {
+        "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "vocab_size": 50, "max_position_embeddings": 128, "num_hidden_layers": 6,
+    }  # fmt: skip
+    gemma = shape_at({"model_type": "gemma3_text", "sliding_window": 32, **small}, tmp_path)
+    assert gemma.windows == (32, 32, 32, 32, 32, None)
+    assert gemma.cache_bytes(1000) == 2 * 2 * 16 * 2 * (5 * 32 + 1000)
+    flops = window_flops(gemma, 1000)
+    assert flops.attention == 4 * 64 * (5 * (32 * 33 / 2 + 968 * 32) + 1000 * 1001 / 2)
+    mistral = shape_at({"model_type": "mistral", "sliding_window": 32, "rope_theta": 1e4, **small}, tmp_path)
+    assert mistral.windows == (None,) * 6
+    assert memory.masks(gemma, 1000) == 1e6
+    assert memory.masks(mistral, 1000) == 0
+
+
+class Counted(TorchDispatchMode):
+    """FLOPs of products, and of those of attention, which has them in batches, as torch's own formulas count them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            name = func._overloadpacket.__name__
+            self.of[name] = self.of.get(name, 0.0) + formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensors that were made inside and alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor) and (key := each.untyped_storage()._cdata) not in self.sizes:
+                self.sizes[key] = each.untyped_storage().nbytes()
+                weakref.finalize(each.untyped_storage(), self.sizes.pop, key, 0)
+        self.most = max(self.most, sum(self.sizes.values()))
+        return out
+
+
+def run(loaded: LoadedModel, kind: str, *, again: bool, tokens: int = TOKENS) -> Callable[[], object]:
+    """One window as the search or the fine-tuning computes it; made ready here, run when called."""
+    [window] = random_windows(VOCABULARY, length=tokens, count=1, seed=0)
+    if kind in ("forward", "gradient"):
+        loaded.checkpoint_from = 1 if again else 1 + tokens
+
+        def evaluate() -> None:
+            with Evaluator(loaded, [window]) as evaluator:
+                evaluator(Task(baseline("yarn", loaded.rope.shape, tokens), (0,), gradient=kind == "gradient"))
+
+        return evaluate
+    model: Any = loaded.model
+    model.train()
+    trained: Any = with_lora(model, LoraSettings(RANK), 0) if kind == "lora" else model.requires_grad_(True)
+    if again:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    ids = torch.from_numpy(window.ids)[None]
+
+    def step() -> None:
+        with chunked_loss(model):
+            with loaded.autocast():
+                loss = trained(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+
+    return step
+
+
+def test_flops_of_a_forward_pass_are_torchs_count(loaded: LoadedModel) -> None:
+    shape = shape_of(loaded.model)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run(loaded, "forward", again=False)()
+    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    ours = window_flops(shape, TOKENS)
+    assert counts.pop("aten.bmm") == 4 * shape.queries * shape.layers * TOKENS**2  # with what the mask leaves out
+    assert ours.attention == 4 * shape.queries * shape.layers * TOKENS * (TOKENS + 1) / 2
+    assert sum(counts.values()) == ours.matrices + ours.head
+
+
+CASES = [(kind, again) for kind in ("gradient", "train", "lora") for again in (False, True)]
+
+
+@pytest.mark.parametrize(("kind", "again"), CASES)
+def test_flops_of_gradients_and_steps_are_torchs_count(loaded: LoadedModel, kind: str, again: bool) -> None:
+    shape, rank = shape_of(loaded.model), RANK if kind == "lora" else 0
+    go = run(loaded, kind, again=again)
+    with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
+        go()
+    ours = window_flops(shape, TOKENS, kind, rank=rank, again=again)
+    # Of adapters the first layer's gradient by its input, or the last product, is left out of the formula.
+    assert counted.of["mm"] == pytest.approx(ours.matrices + ours.head, rel=5e-3 if rank else 1e-9)
+
+
+@pytest.mark.parametrize(("kind", "again"), [("forward", False), *CASES])
+def test_predicted_memory_is_that_of_the_tensors_alive(loaded: LoadedModel, kind: str, again: bool) -> None:
+    shape, rank = shape_of(loaded.model), RANK if kind == "lora" else 0
+    go = run(loaded, kind, again=again, tokens=2048)
+    with Live() as live:
+        go()
+    if kind == "forward":
+        parts = memory.forward(shape, MIXED, 2048, "cpu")
+    elif kind == "gradient":
+        parts = memory.gradient(shape, MIXED, 2048, "cpu", again=again)
+    else:
+        parts = memory.train(shape, MIXED, 2048, "cpu", again=again, rank=rank)
+    predicted = sum(value for name, value in parts.items() if name not in ("weights", "optimizer"))
+    assert predicted == pytest.approx(live.most, rel=0.15)
+
+
+@pytest.mark.parametrize("tokens", [64, 500])
+def test_a_cache_has_the_bytes_predicted(loaded: LoadedModel, tokens: int) -> None:
+    cache: Any = DynamicCache(config=loaded.model.config)
+    model: Any = loaded.model
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long), past_key_values=cache)
+    held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    assert held == shape_of(model).cache_bytes(tokens, 4)
+
+
+def test_the_shape_is_that_of_the_loaded_model() -> None:
+    bare = subject(TINY, LoadOptions(device="cpu"))
+    assert shape_of(bare.model) == shape_of(load_model(TINY).model)
+    assert bare.rope == load_model(TINY).rope
+
+
+def test_seconds_are_work_over_rates(tmp_path: Path) -> None:
+    shape = shape_at(models()["Llama-3.1-8B"], tmp_path)
+    flops = window_flops(shape, 4096, "gradient", again=True)
+    assert seconds(shape, HALF, 4096, Rates.of_peak(1e15, 0.4), "gradient", again=True) == flops.total / 4e14
+
+
+def plan_of(config: dict[str, Any], folder: Path, *arguments: str) -> Any:
+    (folder / "config.json").write_text(json.dumps(config))
+    return longrope("plan", folder / "config.json", *arguments)
+
+
+def test_a_plan_needs_a_configuration_only_and_agrees_with_the_dry_run(tmp_path: Path) -> None:
+    ran = longrope("plan", TINY, "--to", "32k", "--gpus", "8xH100-80GB", "--json")
+    assert ran.code == 0, ran.err
+    document = ran.document
+    assert (document["command"], document["model"], document["settings"]["to"]) == ("plan", TINY, 32768)
+    dry = longrope("extend", TINY, "--to", "32k", "--documents", "stdlib", "--dry-run", "--json").document
+    stages = document["results"]
+    passes = [(each["method"], each["tokens"]) for each in stages]
+    assert passes[:-1] == [(each["method"], each["tokens"]) for each in dry["results"]]
+    assert passes[-1] == ("prompt-32k", 32768)
+    for each in stages:
+        assert each["fits"]
+        assert each["hours"] > 0
+        assert each["value"] == pytest.approx(sum(each["memory"].values()), abs=10)
+    assert document["settings"]["mfu"]["train"] == 0.35
+
+
+def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
+    config = models()["Llama-3.1-8B"]
+    by_name = {
+        each["method"]: each
+        for each in plan_of(config, tmp_path, "--to", "128k", "--gpus", "1xH100-80GB", "--json").document["results"]
+    }
+    assert not by_name["01-search-128k"]["fits"]
+    assert "2 such GPUs with --device balanced" in by_name["01-search-128k"]["advice"]
+    assert not by_name["02-finetune-128k"]["fits"]
+    assert by_name["02-finetune-128k"]["advice"].startswith("4 such GPUs (FSDP over 4; a window over 4")
+    assert by_name["prompt-128k"]["fits"]
+    more = plan_of(config, tmp_path, "--to", "128k", "--gpus", "4xH100-80GB", "--json").document["results"]
+    assert all(each["fits"] for each in more), "the advice holds"
+    shown = plan_of(config, tmp_path, "--to", "128k", "--gpus", "1xH100-80GB")
+    assert "NO:" in shown.err
+    assert "--mfu" in shown.err
+    assert shown.out == ""
+
+
+def test_adapters_take_less_and_a_higher_utilisation_less_time(tmp_path: Path) -> None:
+    config = models()["Llama-3.1-8B"]
+
+    def tuned(*more: str) -> Any:
+        ran = plan_of(config, tmp_path, "--to", "128k", "--gpus", "8xH200-141GB", "--json", *more)
+        return next(each for each in ran.document["results"] if "finetune" in each["method"])
+
+    whole, adapters, faster = tuned(), tuned("--lora", "16"), tuned("--mfu", "0.7")
+    assert whole["memory"]["optimizer"] == 8 * 8_030_261_248 / 8, "sharded over eight"
+    inputs_and_outputs = 2 * 4096 * 2 + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    assert adapters["memory"]["optimizer"] == 8 * 16 * 32 * inputs_and_outputs, "copies, of adapters only"
+    assert faster["hours"] == pytest.approx(whole["hours"] * 0.35 / 0.7)
+
+
+def test_without_a_peak_there_are_no_hours_and_with_one_there_are(tmp_path: Path) -> None:
+    arguments = ["plan", TINY, "--to", "1k", "--gpus", "2x24GB", "--json"]
+    assert {each["hours"] for each in longrope(*arguments).document["results"]} == {None}
+    assert all(each["hours"] for each in longrope(*arguments, "--flops", "100").document["results"])
+
+
+def test_this_machine_is_measured() -> None:
+    ran = longrope("plan", TINY, "--to", "1k", "--json")
+    assert ran.code == 0, ran.err
+    assert all(rate > 0 for rate in ran.document["settings"]["measured_rates"].values())
+    assert all(each["hours"] > 0 for each in ran.document["results"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((TINY, "--to", "1k", "--gpus", "8xH900-80GB"), "--gpus: got '8xH900-80GB'"),
+        ((TINY, "--to", "1k", "--gpus", "0xH100-80GB"), "--gpus: got '0xH100-80GB'"),
+        ((TINY, "--to", "1k", "--gpus", "many"), "--gpus: got 'many'"),
+        (
+            (TINY, "--to", "128", "--gpus", "1xH100-80GB"),
+            "is longer than the model's original length of 256",
+        ),
+        ((TINY, "--to", "1k", "--gpus", "1xH100-80GB", "--mfu", "1.5"), "--mfu: got 1.5"),
+        ((TINY, "--to", "1k", "--gpus", "1x80GB", "--flops", "-1"), "--flops: got -1"),
+        ((TINY, "--to", "1k", "--gpus", "1xH100-80GB", "--dtype", "int8"), "--dtype: got 'int8'"),
+        ((TINY, "--to", "1k", "--gpus", "1xH100-80GB", "--lora", "0"), "--lora: got 0"),
+        ((TINY, "--to", "1k", "--gpus", "1xH100-80GB", "--quantize", "2bit"), "--quantize: got '2bit'"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(arguments: tuple[str, ...], said: str) -> None:
+    ran = longrope("plan", *arguments)
+    assert ran.code == 2
+    assert said in ran.err
+    assert len(ran.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 1}, "RoPE"),
+        ({"model_type": "bert"}, "only a model with RoPE"),
+        ({"model_type": "clip"}, "model_type 'clip'"),
+        ({"hidden_size": 64}, "model_type None"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "config"),
+    ],
+)
+def test_a_configuration_that_cannot_be_planned_is_refused(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    ran = plan_of(config, tmp_path, "--to", "1k", "--gpus", "1xH100-80GB")
+    assert ran.code == 2, ran.err
+    assert said in ran.err
+    assert len(ran.err.splitlines()) == 1
+
+
+def test_machines_are_read_as_they_are_written() -> None:
+    machine = machine_of("8xh100-80gb")
+    assert (machine.name, machine.count, machine.peak, machine.bytes_each) == ("8xH100-80GB", 8, 989e12, 72e9)
+    assert machine_of("A100-40GB").count == 1
+    assert machine_of("2x24GB", 1e14).peak == 1e14
+    with pytest.raises(UserError, match="8x80GB"):
+        machine_of("H100")
+
+
+def rows(name: str, length: int) -> Iterator[str]:
+    for machine, stages in stages_of(name, length):
+        yield row(name, length, machine, stages)
+
+
+@pytest.mark.parametrize(("name", "length"), [("Llama-3.1-8B", 131072), ("Llama-3.3-70B", 2097152)])
+def test_the_table_in_the_docs_is_what_the_script_prints(name: str, length: int) -> None:
+    text = PAGE.read_text()
+    found = list(rows(name, length))
+    assert len(found) == 4
+    for each in found:
+        assert each in text, "run python tools/cost_table.py"
+
+
+def test_shards_divide_weights_and_shared_windows_activations(tmp_path: Path) -> None:
+    shape = shape_at(models()["Llama-3.1-8B"], tmp_path)
+    alone = memory.train(shape, MIXED, 131072, "cuda", again=True)
+    spread = memory.train(shape, MIXED, 131072, "cuda", memory.Spread(8, 8, True), again=True)
+    assert spread["weights"] == alone["weights"] / 8 == 4 * shape.parameters / 8
+    assert spread["optimizer"] == alone["optimizer"] / 8 == shape.parameters
+    assert spread["kept"] == alone["kept"] / 8 == 32 * 4 * 4096 * 131072 / 8
+    assert replace(shape, layers=1).cached_tokens(10) == 320, "windows are one a layer"
