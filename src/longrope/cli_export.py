@@ -55,7 +55,7 @@ def export(
     options = options_of("cpu", "auto", "auto", original_length, trust, "float32")
     written = run_export(
         model,
-        one_table(factors),
+        factors[0] if factors and len(factors) == 1 and factors != ["none"] else one_table(factors),
         out,
         engine=engine,
         window=window,
