@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from commands import contents, longrope, refused, table, write_checkpoint
 from longrope.baselines import su_attention_factor
+from longrope.configs import table_from_config
 from longrope.convert import to_transformers_config
 from longrope.doctor.examine import SEVERITIES, examine, mended, read_config
 from longrope.doctor.loaded import examine_model
 from longrope.doctor.view import CHECKS, Folder
+from longrope.errors import UserError
 from longrope.export.engines import table_for_window
 from models import ORIGINAL, build, config
+from published import NOT_SUPPORTED, PUBLISHED
 
 Config = dict[str, Any]
 STANDARD = su_attention_factor(4.0, ORIGINAL)
@@ -95,10 +99,11 @@ SICK: dict[str, tuple[Callable[[Config], object], Folder]] = {
     "theta-below": (drop("rope_theta"), Folder()),
     "theta-differs": (put(rope_theta=10000.0), Folder()),
     "head-dim-none": (put(head_dim=None), Folder()),
-    "local-layers": (by_type, Folder()),
+    "local-layers": (by_type, Folder()),  # a flat rope_scaling alone is what Gemma 3 is published with
     "original-missing": (both(drop("original_max_position_embeddings")), Folder()),
     "original-differs": (put(original_max_position_embeddings=64), Folder()),
-    "not-longer": (put(max_position_embeddings=ORIGINAL), Folder()),
+    "not-longer": (lambda config: (put(max_position_embeddings=ORIGINAL)(config), both(put(short_factor=ONES))(config)),
+                   Folder()),
     "factor-mismatch": (both(put(factor=8.0)), Folder()),
     "sliding-window": (put(sliding_window=100), Folder()),
     "tokenizer-length": (put(), Folder(tokenizer={"model_max_length": ORIGINAL})),
@@ -138,6 +143,31 @@ def names(config: Config, folder: Folder | None = None) -> set[str]:
 def test_there_is_nothing_to_find_in_what_is_right() -> None:
     assert examine(healthy()) == []
     assert examine(config("llama").to_dict()) == []
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_of_published_models_only_what_is_true_is_found_and_a_mend_keeps_their_rotation(name: str) -> None:
+    published, wrong = PUBLISHED[name]
+    found = examine(published)
+    assert {finding.name for finding in found if finding.severity != "note"} == wrong
+    assert ("not-supported" in names(published)) == (name in NOT_SUPPORTED)
+    whole = mended(published)
+    assert not [finding.name for finding in examine(whole) if finding.fixed]
+    with suppress(UserError):
+        before = table_from_config(published).rows
+        assert [row.rescale for row in table_from_config(whole).rows] == [row.rescale for row in before]
+
+
+def test_a_mend_of_yarn_lengthens_the_window_and_keeps_its_factor() -> None:
+    whole = mended(PUBLISHED["Qwen2.5-7B with YaRN as its card says"][0])
+    assert (whole["max_position_embeddings"], whole["rope_scaling"]["factor"]) == (131072, 4.0)
+
+
+def test_a_window_that_was_not_extended_has_nothing_wrong() -> None:
+    short = healthy() | {"max_position_embeddings": ORIGINAL, "sliding_window": ORIGINAL // 2}
+    for key in ("rope_parameters", "rope_scaling"):
+        short[key] |= {"factor": 1.0}
+    assert {"not-longer", "sliding-window"} & names(short) == set()
 
 
 def test_every_finding_is_tested() -> None:

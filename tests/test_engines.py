@@ -214,7 +214,7 @@ def test_phi3_has_both_lists_in_every_window(phi3: Path, tmp_path: Path) -> None
 
 def test_the_tokenizer_is_written_token_by_token(model: Path) -> None:
     size = json.loads((model / "config.json").read_text())["vocab_size"]
-    vocabulary = Vocabulary.of(model, size)
+    vocabulary = Vocabulary.of(model, {"vocab_size": size})
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert vocabulary.tokens == tokenizer.convert_ids_to_tokens(list(range(size)))
     assert vocabulary.kinds == [1] * 256 + [3] * 3
@@ -233,7 +233,7 @@ def test_a_tokenizer_of_sentencepiece_has_scores_in_the_order_of_its_merges(tmp_
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
-    vocabulary = Vocabulary.of(tmp_path, 10)
+    vocabulary = Vocabulary.of(tmp_path, {"vocab_size": 10})
     assert (vocabulary.model, vocabulary.space_prefix, vocabulary.begins_with_bos) == ("llama", True, True)
     assert vocabulary.kinds == [2, 3, 3, 6, 1, 1, 1, 1, 1, 5]
     assert vocabulary.scores is not None

@@ -50,7 +50,7 @@ def export(
     options = replace(shared.options(), device="cpu")
     written = run_export(
         model,
-        one_table(factors),
+        factors[0] if factors and len(factors) == 1 and factors != ["none"] else one_table(factors),
         out,
         engine=engine,
         window=window,

@@ -30,7 +30,7 @@ from longrope.runs import lower_is_better
 if TYPE_CHECKING:
     from longrope.doctor.examine import Finding
     from longrope.evaluate.execute import OnStep, Step
-    from longrope.export.verify import Said
+    from longrope.export.said import Said
     from longrope.factors import FactorTable
     from longrope.search.loop import OnProgress, Progress
     from longrope.training.callbacks import Progress as Trained

@@ -15,7 +15,8 @@ from byte_tokenizer import BOS
 from commands import write_checkpoint
 from longrope.baselines import baseline, su_attention_factor
 from longrope.checkpoint import TINY, LoadOptions
-from longrope.export.verify import open_llama, verify
+from longrope.export.beside import open_llama
+from longrope.export.verify import verify
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.model import LoadedModel, load_model
 

@@ -9,6 +9,8 @@ from longrope.configs import language_part, rope_config
 from longrope.doctor.view import SWITCHING, View, check, without_scaling
 from longrope.errors import UserError
 
+# Classes whose local layers alone rotate, unless their configuration says otherwise
+_GLOBAL_UNTURNED = ("llama4_text", "cohere2", "exaone4")
 # Architectures of transformers whose llama.cpp graphs pass rescale factors to the rotation
 IN_LLAMA_CPP = (
     "llama mistral mixtral phi3 phimoe minicpm minicpm3 granite granitemoe apertus".split()
@@ -68,4 +70,8 @@ def _not_supported(view: View) -> Iterator[str]:
     try:
         rope_config(without_scaling(language_part(view.config)))
     except UserError as error:
-        yield f"longrope cannot extend it: {error.what}: {error.got}; {error.rule}"
+        if view.text is view.config or not error.got.startswith("no "):  # a nested one leaves out what its class has
+            yield f"longrope cannot extend it: {error.what}: {error.got}; {error.rule}"
+    kept = view.text.get("no_rope_layers")
+    if view.family in _GLOBAL_UNTURNED and not (isinstance(kept, list) and kept and all(kept)):
+        yield f"longrope cannot extend it: the layers of {view.family} that see the whole text do not rotate"

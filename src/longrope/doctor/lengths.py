@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from longrope.doctor.view import SWITCHING, View, check
+from longrope.doctor.view import SWITCHING, View, check, positive
 
 # Classes that have local layers by design, whatever their configuration says of them
 _LOCAL = ("gemma2", "gemma3", "gemma3_text", "cohere2", "gpt_oss", "olmo3", "exaone4")
@@ -38,24 +38,31 @@ def _original_differs(view: View) -> Iterator[str]:
 
 @check("not-longer", "error", "write the extended length to max_position_embeddings")
 def _not_longer(view: View) -> Iterator[str]:
-    scaled = view.kind in ("longrope", "yarn", "llama3")
-    if scaled and view.original and view.longest and view.longest <= view.original:
-        yield f"max_position_embeddings {view.longest} is not beyond the original {view.original}: nothing is extended"
+    # With equal lists nothing is lost: a window that is served as it was
+    if view.two_regimes and view.original and view.longest and view.longest <= view.original:
+        told = f"max_position_embeddings {view.longest} is not beyond the original {view.original}"
+        yield f"{told}: the long factors are never used"
 
 
-def _factor_of_lengths(view: View) -> None:
-    for _, rope in view.ropes:
-        rope["factor"] = view.ratio
+def _lengths_agree(view: View) -> None:
+    if view.kind == "longrope":  # whose factors are in its lists: `factor` only describes the lengths
+        for _, rope in view.ropes:
+            rope["factor"] = view.ratio
+    elif view.original:  # what yarn rotates by
+        view.text["max_position_embeddings"] = round(float(view.used["factor"]) * view.original)
 
 
-@check("factor-mismatch", "warning", "write max_position_embeddings / original", _factor_of_lengths)
+@check("factor-mismatch", "warning", "let factor be max_position_embeddings / original", _lengths_agree)
 def _factor_mismatch(view: View) -> Iterator[str]:
     factor = view.used.get("factor")
-    if view.kind not in ("longrope", "yarn") or not view.ratio or not isinstance(factor, int | float):
+    if view.kind not in ("longrope", "yarn") or not view.ratio or not positive(factor):
         return
     if not math.isclose(factor, view.ratio, rel_tol=1e-6):
         told = f"factor is {factor:g} and max / original {view.ratio:g}"
-        yield f"{told}: transformers computes its attention factor from the first, mlx-lm from the second"
+        if view.kind == "longrope":
+            yield f"{told}: transformers computes its attention factor from the first, mlx-lm from the second"
+        else:
+            yield f"{told}: the model rotates for the first, servers may take the second for its window"
 
 
 def _widen(view: View) -> None:
@@ -67,7 +74,8 @@ def _sliding(view: View) -> Iterator[str]:
     window, longest = view.text.get("sliding_window"), view.longest
     everywhere = "full_attention" not in (view.text.get("layer_types") or ()) and view.family not in _LOCAL
     on = view.text.get("use_sliding_window", True) and view.kind != "default" and everywhere
-    if on and isinstance(window, int) and longest and window < longest:
+    extended = not (view.kind == "longrope" and view.ratio and view.ratio <= 1)
+    if on and extended and isinstance(window, int) and longest and window < longest:
         yield f"every layer sees {window} tokens of the {longest} that the model is extended to"
 
 

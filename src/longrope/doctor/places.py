@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from longrope.doctor.view import View, check
+from longrope.doctor.view import BY_TYPE, View, check
 
 # Rope types that transformers knows
 _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
@@ -14,7 +14,9 @@ _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proport
 def _by_type(view: View) -> bool:
     """Whether each type of layer has a RoPE of its own."""
     value = view.text.get("rope_parameters")
-    return isinstance(value, dict) and isinstance(value.get("full_attention"), dict)
+    if isinstance(value, dict):
+        return isinstance(value.get("full_attention"), dict)
+    return view.family in BY_TYPE
 
 
 def _rename_su(view: View) -> None:
@@ -41,7 +43,7 @@ def _types_differ(view: View) -> Iterator[str]:
             yield f"{key} has {names}: vLLM refuses it, transformers takes the first"
 
 
-@check("type-name-old", "warning", "write rope_type beside it", _same_names)
+@check("type-name-old", "note", "write rope_type beside it", _same_names)
 def _type_old(view: View) -> Iterator[str]:
     for key, rope in view.ropes:
         if rope.get("type") and not rope.get("rope_type"):
@@ -59,20 +61,15 @@ def _write_both(view: View) -> None:
     theta = used.get("rope_theta", view.text.get("rope_theta"))
     if theta is not None:
         used["rope_theta"] = view.text["rope_theta"] = theta
-    if _by_type(view):
-        view.text["rope_parameters"]["full_attention"] = used
-    else:
+    if not _by_type(view):
         view.text |= {"rope_parameters": used, "rope_scaling": dict(used)}
 
 
 @check("one-place", "warning", "write it to rope_scaling and rope_parameters", _write_both)
 def _one_place(view: View) -> Iterator[str]:
-    if view.kind != "default" and len(view.ropes) == 1 and not _by_type(view):
-        key = view.ropes[0][0]
-        others = "mlx-lm, SGLang and transformers 4 read rope_scaling"
-        yield f"the scaling is in {key} alone: " + (
-            others if key == "rope_parameters" else "vLLM reads rope_parameters"
-        )
+    # The other way round is no trap: every engine still reads rope_scaling
+    if view.kind != "default" and [key for key, _ in view.ropes] == ["rope_parameters"] and not _by_type(view):
+        yield "the scaling is in rope_parameters alone: mlx-lm, SGLang and transformers 4 read rope_scaling"
 
 
 @check("places-differ", "error", "make them equal", _write_both)
@@ -88,7 +85,8 @@ def _places_differ(view: View) -> Iterator[str]:
 def _theta_lost(view: View) -> Iterator[str]:
     places = [rope.get("rope_theta") for _, rope in view.ropes]
     places += [view.text.get(key) for key in ("rope_theta", "rotary_emb_base")]
-    if view.ropes and all(value is None for value in places):
+    own = view.family in BY_TYPE and view.text is not view.config  # Gemma 3 as it is published: its class has them
+    if view.ropes and not own and all(value is None for value in places):
         yield "no rope_theta anywhere: each engine takes a default of its own, silently"
 
 
@@ -135,7 +133,7 @@ def _head_dim(view: View) -> Iterator[str]:
 
 @check("local-layers", lambda view: "note" if view.family == "gemma2" else "error", "extend the global layers alone")
 def _local(view: View) -> Iterator[str]:
-    if view.kind != "default" and view.family in ("gemma3", "gemma3_text", "olmo3") and not _by_type(view):
+    if view.kind != "default" and view.family in BY_TYPE and not _by_type(view):
         yield f"{view.family} has a RoPE for each type of layer, and the scaling is flat, for none of them by name"
     elif view.kind != "default" and view.family == "gemma2":
         yield "gemma2 has one RoPE for all layers: local ones are rescaled with the global ones"

@@ -6,13 +6,15 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from longrope.baselines import su_attention_factor
 from longrope.configs import rope_config
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 
+# Classes with a RoPE for each type of layer, which take a flat `rope_scaling` for that of the global layers
+BY_TYPE = ("gemma3", "gemma3_text", "olmo3")
 # Classes whose stock `generate` makes its cache again at the boundary
 SWITCHING = ("phi3", "phimoe", "phi4_multimodal")
 
@@ -116,7 +118,7 @@ def _whole(value: object) -> int | None:
     return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
 
 
-def positive(value: object) -> bool:
+def positive(value: object) -> TypeGuard[float]:
     """Whether something is a finite, positive number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longrope.doctor.view import SWITCHING
 from longrope.factors import FactorTable
 from longrope.lengths import format_length
 
@@ -12,23 +13,23 @@ _USE = {
     "long": "The long factors are used at every length, which is safe in every engine. Short prompts pay for it: "
     "the model is not the original one below its original length.",
     "short": "Only the short factors are used: the window is the original one.",
-    "dynamic": "transformers uses the short factors up to the original length and the long ones beyond, by the longest "
-    "sequence of a batch. Stock `generate` keeps keys that were cached under the short factors when a text grows past "
-    "the original length, and is wrong from there on; a prompt that is longer from the start is right.",
 }
-
-
-# How an engine chooses, where it is not by each text
+# How an engine chooses between short and long factors
 _CHOOSES = {
-    (
-        "vllm",
-        "dynamic",
-    ): "vLLM chooses once, for all requests: long where --max-model-len is beyond the original length.",
-    (
-        "gguf",
-        "dynamic",
-    ): "llama.cpp chooses once: long where the context that it allocates (-c) is beyond the original length.",
+    "transformers": "transformers uses the short factors up to the original length and the long ones beyond, by the "
+    "longest sequence of a batch.",
+    "vllm": "vLLM chooses once, for all requests: long where --max-model-len is beyond the original length.",
+    "gguf": "llama.cpp chooses once: long where the context that it allocates (-c) is beyond the original length. It "
+    "rounds that up to a multiple of 256 tokens.",
 }
+_STALE = (
+    "Stock `generate` keeps keys that were cached under the short factors when a text grows past the original length, "
+    "and is wrong from there on; a prompt that is longer from the start is right."
+)
+_MADE_AGAIN = (
+    "Stock `generate` of this class makes its cache again when a text grows past the original length; a loop of your "
+    "own does not."
+)
 
 
 def model_card(
@@ -37,13 +38,17 @@ def model_card(
     window: str,
     *,
     engine: str = "transformers",
+    family: str = "",
+    dtype: str | None = None,
     left_out: Sequence[str] = (),
     costs: Sequence[Mapping[str, Any]] = (),
+    measured: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown that says what the checkpoint is, how it was made, how it is loaded and what it costs.
 
-    table: the one that is served. left_out: what the engine cannot express, a sentence each; costs: what that costs,
-    as `export.costs` measures it.
+    table: the one that is served. family: the model_type. dtype: of matrices, where weights were converted. left_out:
+    what the engine cannot express, a sentence each; costs: what that costs, as `export.costs` measures it. measured:
+    the metrics.json of the run that made the table.
     """
     last = table.rows[-1]
     made = table.provenance
@@ -55,19 +60,30 @@ def model_card(
         f"Original length {format_length(table.original_length)}, "
         + (f"target {format_length(last.up_to)} ({last.up_to / table.original_length:g}x)" if extended else "kept")
         + ", LongRoPE factors (arXiv 2402.13753), made with longrope.",
-        "The weights are those of the original checkpoint, unchanged.",
+        "The weights are those of the original checkpoint, "
+        + ("unchanged." if dtype is None else f"converted to GGUF with matrices in {dtype}."),
         "",
-        f"Engine: `{engine}`. Window: `{window}`. {_USE[window]} {_CHOOSES.get((engine, window), '')}".strip(),
+        f"Engine: `{engine}`. Window: `{window}`. {_use(engine, window, family)}",
         "The rows below and in factors.json are those in use here; rows that this window leaves out are in neither.",
         "",
         *_how_to_load(engine, window, last.up_to),
         "",
         *_rows(table),
         *_left_out(left_out, costs),
+        *_measured(measured or {}),
     ]
     if made:
         lines += ["", "Made by: " + ", ".join(f"{key} {value}" for key, value in made.items()) + "."]
     return "\n".join([*lines, ""])
+
+
+def _use(engine: str, window: str, family: str) -> str:
+    """Which factors a text gets."""
+    if window != "dynamic":
+        return _USE[window]
+    if engine != "transformers":  # SGLang and mlx-lm have one list, where this is forced on them
+        return _CHOOSES.get(engine, _USE["long"])
+    return f"{_CHOOSES[engine]} {_MADE_AGAIN if family in SWITCHING else _STALE}"
 
 
 def extension_card(name: str, table: FactorTable, stages: Sequence[Mapping[str, Any]]) -> str:
@@ -120,6 +136,22 @@ def _left_out(left_out: Sequence[str], costs: Sequence[Mapping[str, Any]]) -> li
         length = format_length(int(cost["length"]))
         shown = [_number(cost.get(name)) if "why" not in cost else "not measured" for name in ("table", "engine")]
         lines.append(f"| {length} | {shown[0]} | {shown[1]} |")
+    return lines
+
+
+def _measured(metrics: Mapping[str, Any]) -> list[str]:
+    """What the run that made the table measured of it, and beside it."""
+    rows = [each for each in metrics.get("results") or () if {"method", "length", "value"} <= each.keys()]
+    if not rows:
+        return []
+    windows = any("windows" in each for each in rows)
+    lines = ["", f"Measured by the run that made the factors, {metrics.get('measure', 'value')}:", ""]
+    lines += ["| factors | tokens | value |" + (" on |" if windows else "")]
+    lines += ["| --- | ---: | ---: |" + (" --- |" if windows else "")]
+    for each in rows:
+        value = each["value"]
+        cells = [str(each["method"]), format_length(int(each["length"])), _number(value)]
+        lines.append(f"| {' | '.join([*cells, *([str(each.get('windows', ''))] if windows else [])])} |")
     return lines
 
 

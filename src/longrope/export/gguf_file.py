@@ -86,19 +86,36 @@ def check_architecture(config: Mapping[str, Any], source: Path) -> str:
     return ARCHITECTURES[family]
 
 
+def check_graph(config: Mapping[str, Any], served: FactorTable) -> None:
+    """Raise UserError for what these graphs of llama.cpp do otherwise than transformers.
+
+    config: of the language model, as transformers has it; its window is widened where the model is extended.
+    """
+    do = "use another engine"
+    activation, window = str(config.get("hidden_act")), config.get("sliding_window")
+    if activation not in ("silu", "swish"):
+        rule = "llama.cpp's graphs of these architectures have silu"
+        raise UserError("--engine gguf", got=f"hidden_act {activation}", rule=rule, do=do)
+    last = served.rows[-1].up_to
+    if window is not None and window < last <= served.original_length:
+        got, rule = f"a sliding window of {window} tokens", "llama.cpp's graphs of these architectures see all"
+        raise UserError("--engine gguf", got=got, rule=rule, do="use --window long, which widens it, or another engine")
+
+
 def write_gguf(
     source: Path, config: Mapping[str, Any], served: FactorTable, out: Path, *, window: str, dtype: str, name: str
 ) -> None:
     """Write a checkpoint's folder as one GGUF file, a weight at a time.
 
-    served: the table of this window. dtype: of matrices; what has one dimension stays f32, rows that q8_0 cannot hold
-    are f16. Raises UserError for weights or a tokenizer that GGUF has no names for.
+    config: as transformers has it, with what a config.json leaves to the class. served: the table of this window.
+    dtype: of matrices; what has one dimension stays f32, rows that q8_0 cannot hold are f16. Raises UserError for
+    weights or a tokenizer that GGUF has no names for.
     """
     gguf = import_gguf()
     if dtype not in DTYPES:
         raise UserError("--dtype", got=repr(dtype), rule=f"it is one of {', '.join(DTYPES)}", do="choose one of them")
     architecture = check_architecture(config, source)
-    vocabulary = Vocabulary.of(source, int(config["vocab_size"]))
+    vocabulary = Vocabulary.of(source, config)
     weights = [*_weights(gguf, source, config, architecture, dtype), *_factors(gguf, served, architecture, window)]
     writer = gguf.GGUFWriter(str(out), architecture)
     try:

@@ -36,8 +36,12 @@ class Vocabulary:
     template: str | None = None
 
     @classmethod
-    def of(cls, folder: Path, size: int) -> Vocabulary:
-        """The tokenizer of a checkpoint's folder, of `size` tokens. Raises UserError for one that GGUF cannot hold."""
+    def of(cls, folder: Path, config: Mapping[str, Any]) -> Vocabulary:
+        """The tokenizer of a checkpoint's folder, padded to the `vocab_size` of its configuration.
+
+        Raises UserError for one that GGUF cannot hold.
+        """
+        size = int(config["vocab_size"])
         described = read_json(folder / "tokenizer.json", "tokenizer")
         beside = folder / "tokenizer_config.json"
         settings = read_json(beside, "tokenizer") if beside.is_file() else {}
@@ -57,7 +61,7 @@ class Vocabulary:
             if index < size:
                 tokens[index], kinds[index] = str(each["content"]), _CONTROL if each.get("special") else _USER
         rest: dict[str, Any] = {
-            "special": _special(settings, tokens),
+            "special": _special(settings, config, tokens),
             "begins_with_bos": _begins_with_bos(described, settings),
             "template": _template(folder, settings),
         }
@@ -89,6 +93,11 @@ class Vocabulary:
         scores = [-float(rank.get(token, len(merges))) for token in tokens]
         told = json.dumps([described.get("normalizer"), described.get("pre_tokenizer")])
         prefix = '"Prepend"' in told or '"always"' in told or '"first"' in told
+        kinds_of = {str(part.get("type")) for part in (*_parts(described, "normalizer"), *_splitters(described))}
+        if other := sorted(kinds_of - {"Prepend", "Replace", "Metaspace"}):
+            raise _cannot(
+                f"a tokenizer with {' and '.join(other)} before its merges", "only sentencepiece's way is known"
+            )
         return cls("llama", "default", tokens, kinds, scores, None, **rest, space_prefix=prefix)
 
     def write(self, writer: Any) -> None:
@@ -109,9 +118,14 @@ class Vocabulary:
             writer.add_chat_template(self.template)
 
 
-def _special(settings: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
+def _special(settings: Mapping[str, Any], config: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
     found = {}
     for name in ("bos", "eos", "unk", "pad"):
+        # Without one llama.cpp takes a number of its own for the end of a text: that of GPT-2 or of Llama 2
+        known = config.get(f"{name}_token_id")
+        known = known[0] if isinstance(known, list) and known else known
+        if isinstance(known, int) and 0 <= known < len(tokens):
+            found[name] = known
         token = settings.get(f"{name}_token")
         text = token.get("content") if isinstance(token, Mapping) else token
         if isinstance(text, str) and text in tokens:
@@ -133,19 +147,42 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if file.is_file():
         return file.read_text("utf-8")
     template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((each.get("template") for each in template if each.get("name") == "default"), None)
     return template if isinstance(template, str) else None
+
+
+def _parts(described: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The steps of a part of a tokenizer.json, whether there is one or a sequence."""
+    step = described.get(name) or {}
+    steps = step.get("normalizers") or step.get("pretokenizers") or [step]
+    return [each for each in steps if each]
+
+
+def _splitters(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return _parts(described, "pre_tokenizer")
 
 
 def _split_name(described: Mapping[str, Any], merges: list[str]) -> str:
     """llama.cpp's name of how byte-level BPE splits a text. Raises UserError for a way that it has none for."""
-    splitter = described.get("pre_tokenizer") or {}
-    parts = splitter.get("pretokenizers") or [splitter]
-    patterns = [part["pattern"].get("Regex") for part in parts if part.get("type") == "Split"]
+    if changed := sorted({str(part.get("type")) for part in _parts(described, "normalizer")} - {"NFC"}):
+        raise _cannot(f"a tokenizer that changes texts by {' and '.join(changed)}", "llama.cpp has no such step")
+    parts = _splitters(described)
+    kinds = [part.get("type") for part in parts]
     byte_level = [part for part in parts if part.get("type") == "ByteLevel"]
-    if len(patterns) == 1 and patterns[0] in _SPLITS:
-        return _SPLITS[patterns[0]]
-    if not patterns and byte_level and (byte_level[0].get("use_regex", True) or not merges):
-        return "gpt-2"  # without merges every byte is a token, however a text is split
+    if len(byte_level) == 1 and not byte_level[0].get("add_prefix_space"):
+        own = bool(byte_level[0].get("use_regex", True))
+        whole = bool((described.get("model") or {}).get("ignore_merges"))
+        if not merges:
+            return "gpt-2"  # every byte is a token, however a text is split
+        if kinds == ["ByteLevel"] and own and not whole:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and own and not whole and parts[0].get("individual_digits"):
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and not own:
+            name = _SPLITS.get(str(parts[0]["pattern"].get("Regex")))
+            if name is not None and (name == "llama-bpe" or not whole):  # llama.cpp does that for this name alone
+                return name
     raise _cannot(
         "a tokenizer that splits texts in a way of its own", "llama.cpp's converter may know it; add the factors"
     )

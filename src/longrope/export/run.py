@@ -14,8 +14,15 @@ from longrope.convert import factors_file, read_factors, to_transformers_config
 from longrope.errors import UserError
 from longrope.export.card import model_card
 from longrope.export.costs import measured_costs
-from longrope.export.engines import check_names, engine_config, expressible, losses, table_for_window
-from longrope.export.gguf_file import check_architecture, write_gguf
+from longrope.export.engines import (
+    check_family,
+    check_names,
+    engine_config,
+    expressible,
+    losses,
+    table_for_window,
+)
+from longrope.export.gguf_file import check_architecture, check_graph, write_gguf
 from longrope.export.skeleton import skeleton
 from longrope.export.transformers import (
     checkpoint_folder,
@@ -26,8 +33,9 @@ from longrope.export.transformers import (
     verify_config,
 )
 from longrope.factors import FactorTable
-from longrope.files import disk_errors, write_atomically
+from longrope.files import disk_errors, read_json, write_atomically
 from longrope.model import LoadedModel
+from longrope.runs import METRICS
 
 
 def export(
@@ -68,6 +76,11 @@ def export(
     config = config_of(folder)
     family = str(loaded.model.config.get_text_config().model_type)
     wanted = table_for_window(table, window)
+    known = loaded.model.config.get_text_config().to_dict()
+    if engine == "gguf":
+        check_architecture(config, folder)
+        check_graph(known, wanted)
+    check_family(engine, known)
     missing = losses(wanted, engine, window, family)
     served = expressible(wanted, engine, window, family) if missing else wanted
     if missing and not force:
@@ -80,8 +93,6 @@ def export(
     read = served if engine == "transformers" else expressible(served, "transformers", window, family)
     keys = to_transformers_config(read)
     unfinished = _place(out)
-    if engine == "gguf":
-        check_architecture(config, folder)
     costs = measured_costs(loaded.name, table, served, engine, window, documents, options) if missing else []
     if engine != "transformers":  # so that `verify` knows whose rules hold
         served = replace(served, provenance={**served.provenance, "engine": engine, "window": window})
@@ -92,14 +103,24 @@ def export(
             if engine == "gguf":
                 name = loaded.name.rstrip("/").rsplit("/", 1)[-1]
                 path = unfinished / f"{name}-{dtype}.gguf"
-                write_gguf(folder, config, served, path, window=window, dtype=dtype, name=name)
+                write_gguf(folder, known, served, path, window=window, dtype=dtype, name=name)
             else:
                 copy_checkpoint(folder, unfinished)
                 written = engine_config(extended_config(config, keys, loaded), served, engine)
                 write_atomically(unfinished / "config.json", json.dumps(written, indent=2) + "\n")
                 lengthen_tokenizer(unfinished / "tokenizer_config.json", keys["max_position_embeddings"])
             served.save(unfinished / FACTORS_FILE)
-            card = model_card(loaded.name, served, window, engine=engine, left_out=missing, costs=costs)
+            card = model_card(
+                loaded.name,
+                served,
+                window,
+                engine=engine,
+                family=family,
+                dtype=dtype if engine == "gguf" else None,
+                left_out=missing,
+                costs=costs,
+                measured=_measured(factors),
+            )
             write_atomically(unfinished / "README.md", card)
             if engine != "gguf":
                 verify_config(unfinished, loaded, read)
@@ -114,6 +135,13 @@ def export(
 
         push_folder(out, push)
     return out
+
+
+def _measured(factors: object) -> dict[str, Any] | None:
+    """The metrics.json beside a file of factors, where they are of a run."""
+    path = factors_file(factors).parent / METRICS if isinstance(factors, str | Path) else None
+    found = read_json(path, "measurements of the run") if path is not None and path.is_file() else None
+    return found if isinstance(found, dict) else None
 
 
 def _place(out: Path) -> Path:

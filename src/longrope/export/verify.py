@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from longrope.checkpoint import FACTORS_FILE, LoadOptions, model_source
+from longrope.checkpoint import FACTORS_FILE, LoadOptions
 from longrope.configs import language_part, table_from_config
 from longrope.doctor.examine import examine, read_config
 from longrope.errors import UserError
-from longrope.export.engines import check_names, row_of_engine
+from longrope.export.beside import beside_llama_cpp, beside_model
+from longrope.export.engines import (
+    check_family,
+    check_names,
+    engine_attention_factors,
+    losses,
+    missing_keys,
+)
 from longrope.export.gguf_file import import_gguf
+from longrope.export.said import Said
 from longrope.export.skeleton import skeleton
 from longrope.export.transformers import verify_config
 from longrope.factors import FactorTable
-from longrope.model import load_model
 
-# Logits of the same weights in two programs, of f32 and of rounded weights
-_SAME, _ROUNDED = 0.02, 0.5
 _REGIMES = {
     "transformers": "transformers uses the long factors for a batch whose longest text is beyond {original} tokens",
     "vllm": "vLLM uses the long factors for everything where --max-model-len is beyond {original} tokens",
@@ -39,19 +41,6 @@ _IGNORED = {
     "mlx": "short_factor and attention_factor: it computes that from the lengths",
     "gguf": "nothing that is in the file",
 }
-
-
-@dataclass(frozen=True)
-class Said:
-    """One thing that was looked at: ok, or not, or None for what is good to know."""
-
-    name: str
-    ok: bool | None
-    what: str
-
-    def told(self) -> dict[str, Any]:
-        """As a document."""
-        return dict(vars(self))
 
 
 def verify(
@@ -89,94 +78,63 @@ def _folder(path: Path, against: str | None, engine: str | None, options: LoadOp
         raise UserError("verify", got=got, rule=rule, do="use doctor for a configuration alone")
     engine = engine or str(served.provenance.get("engine", "transformers"))
     check_names(engine, window := str(served.provenance.get("window", _window(served))))
-    written = table_from_config(language_part(config))
-    yield _same_factors(served, written.rows[0].rescale, written.rows[-1].rescale)
+    text = language_part(config)
+    try:
+        written = table_from_config(text)
+    except UserError as error:
+        yield Said("factors", False, str(error))
+        return
+    yield _same_factors(served, written)
     lengths = written.original_length, written.rows[-1].up_to
     wanted = served.original_length, served.rows[-1].up_to
-    yield Said("lengths", lengths == wanted, f"original {lengths[0]}, longest {lengths[1]}")
-    yield _attention(served, written.rows[-1].attention_factor, config, engine)
-    original = served.original_length
+    told = f"original {lengths[0]}, longest {lengths[1]}"
+    same = lengths == wanted
+    yield Said("lengths", same, told if same else f"{told}; factors.json has {wanted[0]} and {wanted[1]}")
+    if lacking := missing_keys(text, served, engine):
+        yield Said("keys", False, f"{engine} does not find {', '.join(lacking)} as factors.json has it")
+    yield _attention(written, served, text, engine)
+    yield from _cannot(served, engine, window, text)
     alike = written.rows[0].rescale == written.rows[-1].rescale
-    told = f"both lists are equal: {engine} has one regime" if alike else _REGIMES[engine].format(original=original)
-    yield Said("regime", None, told)
+    regime = _REGIMES[engine].format(original=served.original_length)
+    yield Said("regime", None, f"both lists are equal: {engine} has one regime" if alike else regime)
     yield Said("ignored", None, f"{engine} ignores {_IGNORED[engine]}")
     errors = [finding for finding in examine(config, folder) if finding.severity == "error"]
     yield Said(
         "configuration", not errors, "; ".join(finding.what for finding in errors) or "the doctor finds no errors"
     )
     try:
-        loaded = skeleton(str(path), options)
-        same = table_from_config(language_part(config))
-        verify_config(path, loaded, same)
+        verify_config(path, skeleton(str(path), options), written)
         yield Said("rotation", True, "stock transformers rotates by these factors on both sides of the boundary")
     except UserError as error:
         yield Said("rotation", False, str(error))
     if against is not None:
-        yield from _beside(path, against, served, engine, window, options)
+        yield from beside_model(path, against, served, engine, window, options)
 
 
-def _same_factors(served: FactorTable, short: tuple[float, ...], long: tuple[float, ...]) -> Said:
-    pairs = [(served.rows[0].rescale, short), (served.rows[-1].rescale, long)]
+def _same_factors(served: FactorTable, written: FactorTable) -> Said:
+    pairs = [(served.rows[0].rescale, written.rows[0].rescale), (served.rows[-1].rescale, written.rows[-1].rescale)]
     same = all(len(a) == len(b) and np.allclose(a, b, rtol=1e-6) for a, b in pairs)
     return Said("factors", same, "those of factors.json" if same else "others than those of factors.json")
 
 
-def _attention(served: FactorTable, found: float, config: Mapping[str, Any], engine: str) -> Said:
-    rope = language_part(config).get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope) if isinstance(rope, Mapping) else {}
-    first, last = served.rows[0].attention_factor, served.rows[-1].attention_factor
-    if engine in ("vllm", "sglang"):
-        given = [rope.get("short_mscale"), rope.get("long_mscale")]
-        same = all(isinstance(a, int | float) and math.isclose(a, b) for a, b in zip(given, (first, last), strict=True))
-        return Said("attention factor", same, f"short_mscale {given[0]}, long_mscale {given[1]}")
-    return Said("attention factor", math.isclose(found, last, rel_tol=1e-6), f"{found:.6g}")
+def _attention(written: FactorTable, served: FactorTable, text: Mapping[str, Any], engine: str) -> Said:
+    """Whether the attention factors that an engine comes to are those of the table that it is to serve."""
+    found = engine_attention_factors(text, written, engine)
+    wanted = served.rows[0].attention_factor, served.rows[-1].attention_factor
+    same = all(a is not None and math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found, wanted, strict=True))
+    told = " and ".join("none" if each is None else f"{each:.6g}" for each in dict.fromkeys(found))
+    return Said("attention factor", same, f"{told} in {engine}")
 
 
-def _beside(
-    path: Path, against: str, served: FactorTable, engine: str, window: str, options: LoadOptions
-) -> Iterator[Said]:
-    """An export beside the model it was made of: weights, and logits on both sides of the boundary."""
-    source = Path(model_source(against))
-    if source.is_dir():
-        names = sorted(each.name for each in source.glob("*.safetensors"))
-        same = names == sorted(each.name for each in path.glob("*.safetensors")) and all(
-            _same_bytes(source / name, path / name) for name in names
-        )
-        yield Said("weights", same, "those of the model, byte for byte" if same else "others than those of the model")
-    ours, stock = (
-        load_model(against, options),
-        load_model(str(path), LoadOptions(**{**vars(options), "own_factors": False})),
-    )
-    ours.check(served)
-    longest = served.rows[-1].up_to
-    gap = 0.0
-    for length in sorted(
-        {min(32, longest), min(served.original_length, 512), min(served.original_length + 1, longest)}
-    ):
-        if length > 4096:
-            continue  # a text of a real model's boundary takes minutes: its factors were compared
-        ids = torch.arange(length)[None] % ours.model.config.get_text_config().vocab_size
-        row = row_of_engine(served, "transformers", window, length, longest)
-        stock.widen_window(length)
-        ours.widen_window(length)
-        with ours.patch() as patch, torch.inference_mode():
-            patch.install(row)
-            whole: Any = ours.model
-            other: Any = stock.model
-            gap = max(gap, float((whole(ids).logits - other(ids).logits).abs().max()))
-    yield Said("logits", gap < _SAME, f"largest gap of stock transformers to ours {gap:.2g}")
-    if engine in ("vllm", "sglang"):
-        yield Said("engine", None, f"{engine} itself was not run: its rules were read in its source")
-
-
-def _same_bytes(first: Path, second: Path) -> bool:
-    if first.stat().st_size != second.stat().st_size:
-        return False
-    with first.open("rb") as one, second.open("rb") as other:
-        while piece := one.read(2**24):
-            if piece != other.read(2**24):
-                return False
-    return True
+def _cannot(served: FactorTable, engine: str, window: str, text: Mapping[str, Any]) -> Iterator[Said]:
+    """What an engine cannot do with a table, or at all with a model."""
+    try:
+        check_family(engine, text)
+    except UserError as error:
+        yield Said("engine", False, str(error))
+    for loss in losses(served, engine, window, str(text.get("model_type"))):
+        if not loss.startswith("attention factor"):  # which is compared by itself
+            yield Said("engine", False, loss)
 
 
 def gguf_fields(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -208,10 +166,12 @@ def _gguf(path: Path, served: FactorTable | None, against: str | None, options: 
     short = tensors.get("rope_factors_short.weight", ones if always is None else always)
     long = tensors.get("rope_factors_long.weight", ones if always is None else always)
     rows = served.rows
-    same = np.allclose(long, rows[-1].rescale, rtol=1e-6) and (
-        window != "dynamic" or np.allclose(short, rows[0].rescale, rtol=1e-6)
-    )
-    yield Said("factors", bool(same), f"{', '.join(sorted(tensors)) or 'none, which are all 1'}")
+    pairs = [(short, rows[0].rescale), (long, rows[-1].rescale)]
+    same = all(len(a) == len(b) and np.allclose(a, b, rtol=1e-6) for a, b in pairs)
+    yield Said("factors", same, f"{', '.join(sorted(tensors)) or 'none, which are all 1'}")
+    theta, turned = value("rope.freq_base"), value("rope.dimension_count")
+    same = turned == served.rotary_dim and theta is not None and math.isclose(theta, served.rope_theta, rel_tol=1e-6)
+    yield Said("rotation", same, f"rope_theta {theta} of {turned} dimensions")
     context = value("context_length")
     yield Said("lengths", context == rows[-1].up_to, f"context {context}")
     factor = value("rope.scaling.attn_factor")
@@ -220,6 +180,8 @@ def _gguf(path: Path, served: FactorTable | None, against: str | None, options: 
     both = "rope_factors_long.weight" in tensors
     original = value("rope.scaling.original_context_length")
     yield Said("original length", not both or original == served.original_length, f"{original}")
+    kind = value("rope.scaling.type")
+    yield Said("scaling", kind == ("longrope" if both else None), f"type {kind}")
     forbidden = [name for name in ("rope.scaling.factor",) if value(name) is not None] + (
         ["rope_freqs.weight beside the lists"] if both and always is not None else []
     )
@@ -227,53 +189,4 @@ def _gguf(path: Path, served: FactorTable | None, against: str | None, options: 
     told = _REGIMES["gguf"].format(original=original) if both else "llama.cpp uses these factors at every length"
     yield Said("regime", None, told)
     if against is not None:
-        yield from _llama_cpp(path, against, served, window, options)
-
-
-def open_llama(path: Path, context: int, threads: int | None = None) -> Any:
-    """llama.cpp on a GGUF file with a context of so many tokens, all of whose logits it keeps.
-
-    Without its kernels for weights that are laid out anew: those for AMX end the process on q8_0 (llama-cpp-python
-    0.3.36), and what is compared here are the file's numbers.
-    """
-    from llama_cpp import Llama, llama_cpp
-
-    own = llama_cpp.llama_model_default_params
-
-    def plain() -> Any:
-        given = own()
-        given.use_extra_bufts = False
-        return given
-
-    llama_cpp.llama_model_default_params = plain
-    try:
-        return Llama(
-            str(path), n_ctx=context, n_batch=context, n_threads=threads, logits_all=True, verbose=False, seed=0
-        )
-    finally:
-        llama_cpp.llama_model_default_params = own
-
-
-def _llama_cpp(path: Path, against: str, served: FactorTable, window: str, options: LoadOptions) -> Iterator[Said]:
-    """Logits of llama.cpp beside ours, where llama-cpp-python is installed."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        yield Said("engine", None, "llama-cpp-python is not installed: llama.cpp itself was not run")
-        return
-    ours = load_model(against, options)
-    ours.check(served)
-    rounded = not path.name.endswith("-f32.gguf")
-    longest = served.rows[-1].up_to
-    for context in sorted({min(served.original_length, 512), min(served.original_length + 64, longest, 4096)}):
-        length = max(8, context - 8)
-        ids = [int(token) for token in torch.arange(length) % ours.model.config.get_text_config().vocab_size]
-        engine = open_llama(path, context)
-        engine.eval(ids)
-        theirs = np.array(engine.scores[:length])
-        with ours.patch() as patch, torch.inference_mode():
-            patch.install(row_of_engine(served, "gguf", window, length, context))
-            whole: Any = ours.model
-            logits = whole(torch.tensor([ids])).logits[0].float().numpy()
-        engine.close()
-        gap = float(np.abs(logits - theirs[:, : logits.shape[1]]).max())
-        limit = _ROUNDED if rounded else _SAME
-        yield Said("logits", gap < limit, f"largest gap of llama.cpp to ours {gap:.2g}, with a context of {context}")
+        yield from beside_llama_cpp(path, against, served, window, options)
