@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from rich.table import Table
 from common import machine, today, versions, write_results
 from faulting import kills, writes
 from faulting.child import import_everything
-from faulting.commands import BY_NAME
 from faulting.ground import Undisturbed, undisturbed
 from faulting.pool import run_cases
 from faulting.tally import LOST, TRACEBACK, WRONG, Case, Tally, summed

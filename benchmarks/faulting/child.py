@@ -76,9 +76,7 @@ class Child:
         if self.pid == 0:
             self._be([str(argument) for argument in arguments], folder, fault, first)
 
-    def _be(
-        self, arguments: list[str], folder: Path, fault: Fault | None, first: Callable[[], object] | None
-    ) -> None:
+    def _be(self, arguments: list[str], folder: Path, fault: Fault | None, first: Callable[[], object] | None) -> None:
         """All of a child's life."""
         try:
             os.chdir(folder)

@@ -125,27 +125,27 @@ def _empty(folder: Path) -> None:
     (folder / "into").mkdir()
 
 
+_PERPLEXITY = ("--lengths", "48,96,192", "-d", "texts", "-f", "good.json", "--windows", 4)
+_COMPARED = ("--lengths", "96,192", "-d", "texts", "--windows", 2, "--methods", "none,pi,yarn+su")
+_EXPORTED = ("export", "model", "-f", "good.json", "-q", "--out")
+_EXTENDED = ("--to", 8 * ORIGINAL, *_ON_TEXTS, "--tracker", "none", "--stages", "plan.toml", "--out", "long")
+
 ALL = (
     _search("evolution", 12),
     _search("hybrid", 24),
     _finetune("full", "--save-every", 2),
     _finetune("lora", "--lora", 2, "--merge", "--save-every", 3),
-    Command(
-        "extend",
-        ("extend", "model", "--to", 8 * ORIGINAL, *_ON_TEXTS, "--tracker", "none", "--stages", "plan.toml", "--out", "long"),
-        ("long",),
-        lines=("long/stages.jsonl", "long/results.jsonl"),
-    ),
-    _measured("evaluate perplexity", "evaluate", "perplexity", "model", "--lengths", "48,96,192", "-d", "texts", "-f", "good.json", "--windows", 4),
+    Command("extend", ("extend", "model", *_EXTENDED), ("long",), lines=("long/stages.jsonl", "long/results.jsonl")),
+    _measured("evaluate perplexity", "evaluate", "perplexity", "model", *_PERPLEXITY),
     _measured("evaluate passkey", "evaluate", "passkey", "model", "--lengths", "384,512", "--tries", 4),
-    _measured("compare", "compare", "model", "--lengths", "96,192", "-d", "texts", "--windows", 2, "--methods", "none,pi,yarn+su"),
-    Command("export transformers", ("export", "model", "-f", "good.json", "--out", "stock", "-q"), ("stock",)),
-    Command("export into a folder", ("export", "model", "-f", "good.json", "--out", "into", "-q"), ("into",), prepare=_empty),
-    Command("export gguf", ("export", "model", "-f", "good.json", "--engine", "gguf", "--out", "gguf", "-q"), ("gguf",)),
-    Command("factors --out", ("factors", "good.json", "--to", "csv", "--out", "converted.csv", "-q"), ("converted.csv",)),
-    Command("doctor --fix", ("doctor", "stock", "--fix", "mended", "-q"), ("mended",), before=("export transformers",)),
-    Command("report", ("report", "hybrid", "--csv", "tables", "-q"), ("hybrid/report.html", "tables"), before=("search hybrid",)),
-)  # fmt: skip
+    _measured("compare", "compare", "model", *_COMPARED),
+    Command("export transformers", (*_EXPORTED, "stock"), ("stock",)),
+    Command("export into a folder", (*_EXPORTED, "into"), ("into",), prepare=_empty),
+    Command("export gguf", (*_EXPORTED, "gguf", "--engine", "gguf"), ("gguf",)),
+    Command("factors --out", ("factors", "good.json", "--to", "csv", "--out", "made.csv", "-q"), ("made.csv",)),
+    Command("doctor --fix", ("doctor", "stock", "--fix", "mended", "-q"), ("mended",), ("export transformers",)),
+    Command("report", ("report", "hybrid", "--csv", "csv", "-q"), ("hybrid/report.html", "csv"), ("search hybrid",)),
+)
 BY_NAME = {command.name: command for command in ALL}
 RUNS = tuple(command for command in ALL if command.lines or command.name.startswith("finetune"))
 """Those that write a run folder."""
@@ -186,7 +186,7 @@ def meaning(path: Path) -> object:
             return "there"
     except ValueError:
         return data
-    if path.name == "report.html" and path.parent.name == "long" or path.name == "README.md":
+    if (path.name == "report.html" and path.parent.name == "long") or path.name == "README.md":
         return len(data) > 0 and data.rstrip().endswith((b"</html>", b"|", b"```", b"."))  # with seconds of stages
     return data
 

@@ -43,7 +43,7 @@ class Undisturbed:
 
 
 def undisturbed(names: Sequence[str], work: Path) -> dict[str, Undisturbed]:
-    """Run commands, and those whose results they read, each in a folder of its own. Raises RuntimeError if one fails."""
+    """Run commands, and those whose results they read, each in its own folder. Raises RuntimeError if one fails."""
     base = work / "ground"
     write_ground(base)
     found: dict[str, Undisturbed] = {}

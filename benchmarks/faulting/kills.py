@@ -63,7 +63,7 @@ def check_end(undisturbed: Undisturbed, folder: Path, code: int, said: str, tall
 
 
 class Kept:
-    """What was done when a command was killed, and must not be done again: whole lines, finished stages, checkpoints."""
+    """What was done before a kill and must not be done again: whole lines, finished stages, checkpoints."""
 
     def __init__(self, undisturbed: Undisturbed, folder: Path) -> None:
         self.undisturbed, self.folder = undisturbed, folder

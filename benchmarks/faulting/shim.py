@@ -39,7 +39,7 @@ def is_loaded() -> bool:
 
 def environment(library: Path | None) -> dict[str, str]:
     """Of a process from which commands are forked: one thread, nothing that writes by itself, and the library."""
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     quiet = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     # Ray puts a token into the home folder otherwise.
     told = os.environ | threads | quiet | {"RAY_AUTH_MODE": "disabled", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -12,7 +12,7 @@ from faulting.child import Ran
 
 LOST, TRACEBACK, WRONG = "lost", "traceback", "wrong"
 """Work that was done and had to be done again; a traceback or no clear line; another result than the undisturbed."""
-_NOT_ONE_LINE = re.compile(r"^(Traceback|  File |[A-Za-z_.]+(Error|Exception|Warning)\b)", re.MULTILINE)
+_NOT_ONE_LINE = re.compile(r'^(Traceback|  File "|[A-Za-z_.]+(Error|Exception|Warning)\b)', re.MULTILINE)
 
 
 @dataclass
