@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few faults of each kind: a check of the script")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--commands", default=",".join(BY_NAME), help="by the names of the table")
+    parser.add_argument("--every", type=int, metavar="N", help="of writes and damage only each N-th case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="cases at once")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import machine, today, versions, write_results
-from faulting import kills, writes
+from faulting import damage, kills, signals, writes
 from faulting.child import import_everything
 from faulting.ground import Undisturbed, undisturbed
 from faulting.pool import run_cases
@@ -30,11 +30,38 @@ def _kills(made: Made, args: argparse.Namespace) -> list[Case]:
 
 
 def _writes(made: Made, args: argparse.Namespace) -> list[Case]:
-    return writes.cases(made, every=12 if args.quick else 1)
+    return writes.cases(made, every=args.every or (12 if args.quick else 1))
 
 
-PARTS: dict[str, Callable[[Made, argparse.Namespace], list[Case]]] = {"kills": _kills, "writes": _writes}
-_COLUMNS = ("kills", "crashes", "disk faults")
+def _damage(made: Made, args: argparse.Namespace) -> list[Case]:
+    every = args.every or (10 if args.quick else 1)
+    return damage.cases(made, args.seed, flips=1 if args.quick else 3, every=every)
+
+
+def _signals(made: Made, args: argparse.Namespace) -> list[Case]:
+    found = signals.cases(made, args.seed, times=1 if args.quick else 3)
+    found += [] if args.quick else signals.long_cases(made)
+    return [*found, *signals.second_cases(made), *signals.clock_cases(made, args.seed)]
+
+
+PARTS: dict[str, Callable[[Made, argparse.Namespace], list[Case]]] = {
+    "kills": _kills,
+    "writes": _writes,
+    "damage": _damage,
+    "signals": _signals,
+}
+_COLUMNS = (
+    "kills",
+    "crashes",
+    "disk faults",
+    "damaged files",
+    "refused",
+    "repaired or not needed",
+    "taken as it is",
+    "signals",
+    "second processes",
+    "clocks",
+)
 
 
 def campaign(args: argparse.Namespace, work: Path, begun: float) -> int:

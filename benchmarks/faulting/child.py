@@ -59,7 +59,10 @@ class Ran:
 
 
 class Child:
-    """A command that runs in `folder`. fault: armed before it begins. first: called there, too."""
+    """A command that runs in `folder`. fault: armed before it begins. first: called there, too.
+
+    streams: the folder of the files with what it says; by default that beside its own.
+    """
 
     def __init__(
         self,
@@ -67,8 +70,9 @@ class Child:
         folder: Path,
         fault: Fault | None = None,
         first: Callable[[], object] | None = None,
+        streams: Path | None = None,
     ) -> None:
-        self._streams = [folder.parent / f"{folder.name}.{name}" for name in ("out", "err")]
+        self._streams = [(streams or folder.parent) / f"{folder.name}.{name}" for name in ("out", "err")]
         self.begun = time.monotonic()
         self._code: int | None = None
         self._ended = self.begun

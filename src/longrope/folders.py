@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from longrope.errors import UserError
 from longrope.files import disk_errors, write_atomically
 
 _NAMES = ".names.json"
@@ -30,19 +33,39 @@ def is_free(out: Path) -> bool:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` at the end; after any failure nothing is there.
 
-    Raises UserError as the disk refuses.
+    Raises UserError as the disk refuses, and while another process writes there.
     """
     unfinished = _unfinished(out)
+    if unfinished.is_dir():  # of a process that lives, or was killed
+        os.close(_locked(unfinished, out))
+    lock: int | None = None
     try:
         with disk_errors(out):
             for path in _moved(unfinished, out):
                 path.unlink(missing_ok=True)
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
+            lock = _locked(unfinished, out)
             yield unfinished
             _put_in_place(unfinished, out)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if lock is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(unfinished: Path, out: Path) -> int:
+    """A descriptor that holds the lock of a folder. Raises UserError when another process does."""
+    lock = os.open(unfinished, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        rule, do = "another process is writing there", "wait for it, or choose another folder"
+        raise UserError("output", got=out, rule=rule, do=do) from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 def _unfinished(out: Path) -> Path:
