@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import machine, today, versions, write_results
-from faulting import damage, kills, signals, writes
+from faulting import damage, kills, signals, workers, writes
 from faulting.child import import_everything
 from faulting.ground import Undisturbed, undisturbed
 from faulting.pool import run_cases
@@ -44,12 +44,18 @@ def _signals(made: Made, args: argparse.Namespace) -> list[Case]:
     return [*found, *signals.second_cases(made), *signals.clock_cases(made, args.seed)]
 
 
+def _workers(made: Made, args: argparse.Namespace) -> list[Case]:
+    return workers.cases(made, args.seed, *((1, 1) if args.quick else (4, 2)))
+
+
 PARTS: dict[str, Callable[[Made, argparse.Namespace], list[Case]]] = {
     "kills": _kills,
     "writes": _writes,
     "damage": _damage,
     "signals": _signals,
+    "workers": _workers,
 }
+_ONE_AT_A_TIME = ("workers",)
 _COLUMNS = (
     "kills",
     "crashes",
@@ -61,6 +67,8 @@ _COLUMNS = (
     "signals",
     "second processes",
     "clocks",
+    "workers lost",
+    "nodes lost",
 )
 
 
@@ -78,7 +86,7 @@ def campaign(args: argparse.Namespace, work: Path, begun: float) -> int:
         cases = PARTS[part](made, args)
         folder = work / part
         folder.mkdir()
-        for case, tally in run_cases(cases, folder, args.processes):
+        for case, tally in run_cases(cases, folder, 1 if part in _ONE_AT_A_TIME else args.processes):
             tallies.setdefault(case.command, Tally()).add(tally)
             for kind, what in tally.troubles:
                 shown += 1

@@ -66,6 +66,7 @@ class RunFolder:
         it, when it cannot be written, and for a finished one whose files have changed.
         """
         wanted = cast(dict[str, Any], finite(config))
+        wanted.pop("crc", None)  # of one that was read from a config.json
         _refuse_other_files(path)
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
