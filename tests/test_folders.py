@@ -34,9 +34,9 @@ with whole_folder(out) as unfinished:
 """
 
 
-def write(out: Path) -> None:
+def write(out: Path, last: str = "b") -> None:
     with whole_folder(out) as unfinished:
-        for name in ("config.json", "a", "b"):
+        for name in ("config.json", "a", last):
             (unfinished / name).write_text(name)
 
 
@@ -49,9 +49,8 @@ def test_what_fails_leaves_nothing(tmp_path: Path, there: bool) -> None:
     out = tmp_path / "out"
     if there:
         out.mkdir()
-    with pytest.raises(ZeroDivisionError), whole_folder(out) as unfinished:
-        (unfinished / "a").write_text("a")
-        raise ZeroDivisionError
+    with pytest.raises(UserError, match=r"^output: got "):
+        write(out, last="deep/b")
     assert names(tmp_path) == (["out"] if there else [])
     assert is_free(out)
     write(out)
