@@ -115,6 +115,12 @@ def test_a_broken_seal_is_told(tmp_path: Path, data: str) -> None:
         RunFolder.open(run, CONFIG)
 
 
+def test_a_file_of_that_name_beside_other_files_is_nobodys_business(tmp_path: Path) -> None:
+    (tmp_path / "DONE").write_text("the washing up")
+    write_atomically(tmp_path / "own.json", "{}")
+    assert read_json(tmp_path / "own.json", "own") == {}
+
+
 def test_the_empty_mark_of_an_earlier_version_seals_nothing(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     (run / "DONE").write_text("")
