@@ -62,6 +62,7 @@ def make_run(path: Path, name: str = "tiny", document: str = "asyncio/events.py"
             run.log_evaluation({"index": index, "origin": origin, "value": value, "tokens": 2048, "seconds": 0.5})
         run.save_metrics({"command": "search", "model": name, "measure": "perplexity", "results": results(values)})
         run.finish()
+    (path / "DONE").write_text("")  # as earlier versions left it: tests change the files of these runs
     return path
 
 

@@ -46,7 +46,7 @@ def searched(loaded: LoadedModel, out: Path, **keywords: Any) -> FactorTable:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "elapsed")} for line in found]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "elapsed", "crc")} for line in found]
 
 
 def complete(run: Path) -> dict[tuple[Any, ...], float]:

@@ -983,7 +983,9 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def without_seconds(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in ("seconds", "elapsed")} for line in lines(run)]
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "elapsed", "crc")} for line in lines(run)
+    ]
 
 
 KEYS = [
@@ -1005,17 +1007,17 @@ def test_an_evolution_leaves_a_run_folder_of_just_these_files(here: Path) -> Non
     run = here / "runs" / "search-model-192"
     names = {"config.json", "evaluations.jsonl", "factors.json", "metrics.json", "results.jsonl", "DONE", ".lock"}
     assert {path.name for path in run.iterdir()} == names
-    assert (run / "DONE").read_bytes() == b""
+    assert set(json.loads((run / "DONE").read_text())["sha256"]) == names - {"DONE", ".lock"}
 
     config = json.loads((run / "config.json").read_text())
-    assert set(config) == {"command", "longrope", "model", "settings", "documents", "windows", "ignored"}
+    assert set(config) == {"command", "longrope", "model", "settings", "documents", "windows", "ignored", "crc"}
     assert config["model"]["original_length"] == ORIGINAL
     assert config["settings"]["to"] == TARGET
     assert [set(window) for window in config["documents"]["search"]] == [{"name", "sha256", "start"}] * 2
     assert "rope" not in json.dumps(config["documents"]), "a run holds no text"
 
     evaluations = lines(run)
-    assert [list(line) for line in evaluations] == [[*KEYS, "losses", "tokens", "seconds"]] * 70
+    assert [list(line) for line in evaluations] == [[*KEYS, "losses", "tokens", "seconds", "crc"]] * 70
     assert [line["index"] for line in evaluations] == list(range(70))
     assert [line["iteration"] for line in evaluations] == [0] * 64 + [1] * 6
     assert len({line["key"] for line in evaluations}) == 70

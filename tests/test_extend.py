@@ -18,6 +18,7 @@ from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.extension.plan import PLANS, default_plan, make_plan, read_plan
 from longrope.factors import FactorTable
+from longrope.files import as_line, read_lines
 from longrope.model import load_model
 from models import ORIGINAL, tokens
 
@@ -205,9 +206,9 @@ def test_a_stage_that_was_changed_and_one_of_other_inputs_are_refused(here: Path
     told = f"stage: got {stage.name}, whose files have changed since it was made; later stages are made of it; "
     assert told + f"restore them, or remove {stage}: the same command makes it again" in ran_into(here)
     weights.write_bytes(whole)
-    lines = [json.loads(line) for line in Path("run/stages.jsonl").read_text().splitlines()]
+    lines = read_lines(Path("run/stages.jsonl"))
     lines[2]["inputs"]["model"] = "sha256:of another"
-    Path("run/stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path("run/stages.jsonl").write_text("".join(as_line(line) for line in lines))
     told = f"stage: got 03-second-{FAR}, which was made of another model; a stage goes on from the one before it; "
     assert told in ran_into(here)
 

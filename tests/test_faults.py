@@ -93,7 +93,9 @@ def ended(process: subprocess.Popen[str]) -> Ran:
 def results(run: Path) -> tuple[bytes, list[dict[str, Any]], Any]:
     """What must not depend on what happened to a run: factors.json, the evaluations, and the measurements."""
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    evaluations = [{key: value for key, value in line.items() if key not in ("seconds", "elapsed")} for line in lines]
+    evaluations = [
+        {key: value for key, value in line.items() if key not in ("seconds", "elapsed", "crc")} for line in lines
+    ]
     return (run / "factors.json").read_bytes(), evaluations, json.loads((run / "metrics.json").read_text())["results"]
 
 
@@ -227,6 +229,11 @@ def unfinish(run: Path) -> None:
         (run / name).unlink()
 
 
+def unsummed(lines: bytes) -> bytes:
+    """Lines as earlier versions wrote them, without checksums."""
+    return re.sub(rb', "crc": "\w{8}"\}', b"}", lines)
+
+
 @pytest.mark.parametrize("cut", [1, 40, 200])
 def test_a_half_written_evaluation_is_dropped_and_evaluated_again(here: Path, cut: int) -> None:
     shutil.copytree("undisturbed", "run")
@@ -251,7 +258,7 @@ def test_a_broken_evaluation_in_the_middle_is_told_with_its_line(here: Path) -> 
     path = here / "run" / "evaluations.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:10], b"garbage\n", *lines[11:]]))
-    rule = "every line but the last is a JSON object; restore the file or start anew"
+    rule = "every line but the last is a JSON object, as it was written; restore the file or start anew"
     assert refused(*search("run")) == f"lines: got run/evaluations.jsonl, line 11 broken; {rule}"
 
 
@@ -259,7 +266,7 @@ def test_an_evaluation_without_its_key_is_told_with_its_line(here: Path) -> None
     shutil.copytree("undisturbed", "run")
     unfinish(here / "run")
     path = here / "run" / "evaluations.jsonl"
-    path.write_bytes(path.read_bytes().replace(b'"key"', b'"kez"', 1))
+    path.write_bytes(unsummed(path.read_bytes()).replace(b'"key"', b'"kez"', 1))
     rule = "every line is a record of this run; restore the file or start anew"
     assert refused(*search("run")) == f"lines: got run/evaluations.jsonl, line 1 with no proper 'key'; {rule}"
 
@@ -269,36 +276,40 @@ def test_an_evaluation_that_is_not_whole_is_told(here: Path, damage: tuple[bytes
     shutil.copytree("undisturbed", "run")
     unfinish(here / "run")
     path = here / "run" / "evaluations.jsonl"
-    path.write_bytes(path.read_bytes().replace(*damage, 1))
+    path.write_bytes(unsummed(path.read_bytes()).replace(*damage, 1))
     assert refused(*search("run")) == (
         "run: got run/evaluations.jsonl with a line that is not whole; every line is an evaluation; "
         "remove that line, and it is evaluated again"
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "config.json",
-            "config of the run: got run/config.json (REASON); it is JSON; restore the file or make it again",
-        ),
-        ("factors.json", "factors file: got run/factors.json (REASON); it is JSON; restore the file or make it again"),
-        (
-            "metrics.json",
-            "measurements of the run: got run/metrics.json (REASON); it is JSON; restore the file or make it again",
-        ),
-    ],
-)
-def test_a_damaged_file_of_a_finished_run_is_told_by_its_name(here: Path, name: str, message: str) -> None:
+@pytest.mark.parametrize("name", ["config.json", "factors.json", "metrics.json", "evaluations.jsonl", "DONE"])
+def test_a_damaged_file_of_a_finished_run_is_told_by_its_name(here: Path, name: str) -> None:
+    text = (here / "undisturbed" / name).read_bytes()
+    at = len(text) // 2
+    changed = text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :]
+    for damage in (text[:at], changed, b"") if name != "DONE" else (text[:at], b"{}"):
+        shutil.copytree("undisturbed", "run")
+        (here / "run" / name).write_bytes(damage)
+        assert f"run/{name}" in refused(*search("run")), damage
+        shutil.rmtree("run")
+
+
+def test_factors_of_a_finished_run_that_were_changed_are_used_by_nobody(here: Path) -> None:
     shutil.copytree("undisturbed", "run")
-    text = (here / "run" / name).read_bytes()
-    (here / "run" / name).write_bytes(text[: len(text) // 2])
-    before = contents(here / "run")
-    ran = longrope(*search("run"))
-    assert (ran.code, ran.out) == (2, "")
-    assert re.sub(r"\(.*\)", "(REASON)", ran.err) == f"longrope: {message}\n"
-    assert contents(here / "run") == before
+    path = here / "run" / "factors.json"
+    path.write_text(path.read_text().replace('"up_to": 192', '"up_to": 191'))
+    measured = ["evaluate", "perplexity", "model", "--lengths", 96, "-d", "texts", "-f"]
+    told = "run: got run/factors.json, which is not as it was when the run ended; the files of a finished run stay as "
+    told += "they are; restore it, or remove run/DONE: the same command ends the run again; to change a file, copy it "
+    told += "elsewhere"
+    for words in ([*measured, "run"], ["report", "run"], ["factors", "run/factors.json"]):
+        assert refused(*words) == told
+    shutil.copy(path, "own.json")
+    assert longrope(*measured, "own.json").code == 0
+    (here / "run" / "DONE").unlink()
+    assert longrope(*search("run")).code == 0
+    assert results(here / "run") == results(here / "undisturbed")
 
 
 # Disks

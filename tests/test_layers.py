@@ -14,8 +14,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "longrope"
 # From the ground up; a module imports from its own layer's line or from lines above it in this list.
 LAYERS = [
     ["errors"],
-    ["lengths", "files", "ray_cluster"],
-    ["factors"],
+    ["lengths", "seals", "ray_cluster"],
+    ["files"],
+    ["factors", "folders"],
     ["runs"],
     ["baselines"],
     ["configs", "convert"],
@@ -54,7 +55,7 @@ LAYERS = [
     ["__main__"],
 ]
 WITHOUT_TORCH = (
-    "watch errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
+    "watch errors lengths seals files factors runs baselines configs convert search.tasks search.space search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
     "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend "
     "cli_generate cli_doctor cli_export cli_plan doctor.examine "

@@ -255,13 +255,14 @@ def test_a_record_or_a_metrics_file_of_another_shape_is_told(measure: str) -> No
     assert longrope(*command(measure, "--out", "run")).code == 0
     lines = Path("run/results.jsonl").read_text().splitlines()
     metrics = json.loads(Path("run/metrics.json").read_text())
+    Path("run/DONE").write_text("")  # as earlier versions left it: nothing says what the files were
     for broken in ({}, {**metrics, "results": None}, {**metrics, "results": [True]}, {**metrics, "results": [{}]}):
         Path("run/metrics.json").write_text(json.dumps(broken))
         message = refused(*command(measure, "--out", "run"))
         assert message.startswith("measurements of the run: got run/metrics.json; it holds results")
     Path("run/DONE").unlink()
     for record in ({}, {**json.loads(lines[1])["record"], "found": "x", "loss": "x", "score": None}):
-        line = json.dumps({**json.loads(lines[1]), "record": record})
+        line = json.dumps({**json.loads(lines[1]), "crc": None, "record": record})
         Path("run/results.jsonl").write_text("\n".join([lines[0], line]) + "\n")
         message = refused(*command(measure, "--out", "run"))
         assert re.match(

@@ -20,7 +20,7 @@ import pytest
 
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
-from longrope.files import append_line, read_lines, write_atomically
+from longrope.files import append_line, read_lines, read_object, write_atomically
 from longrope.runs import RunFolder, default_run_path, fresh_run_path
 
 CONFIG: dict[str, Any] = {
@@ -180,7 +180,7 @@ def test_a_broken_line_that_is_not_the_last_is_told_with_its_number(tmp_path: Pa
     path.write_bytes(b'{"index": 0}\n' + broken + b'\n{"index": 2}\n')
     with pytest.raises(UserError) as caught:
         read_lines(path, repair=True)
-    rule = "every line but the last is a JSON object; restore the file or start anew"
+    rule = "every line but the last is a JSON object, as it was written; restore the file or start anew"
     assert str(caught.value) == f"lines: got {path}, line 2 broken; {rule}"
 
 
@@ -222,7 +222,7 @@ def test_a_new_run_writes_its_config_and_done_comes_last(tmp_path: Path) -> None
     table = FactorTable(rope_theta=200.0, rotary_dim=4, original_length=256, rows=(row,))
     with RunFolder.open(path, CONFIG) as run:
         assert (run.path, run.config, run.finished, run.resumed) == (path, CONFIG, False, False)
-        assert json.loads((path / "config.json").read_text()) == CONFIG
+        assert read_object(path / "config.json", "config") == CONFIG
         run.log_evaluation({"key": "a", "value": math.nan})
         run.save_factors(table)
         run.save_metrics({"results": [{"method": "yarn", "value": math.inf}]})
@@ -273,7 +273,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         'settings.method was not set, now "hybrid"; '
         "a run is continued with its own settings; choose another --out"
     )
-    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    assert read_object(tmp_path / "config.json", "config") == CONFIG
     with RunFolder.open(tmp_path, CONFIG) as run:  # the refusal let the lock go
         assert run.resumed
 

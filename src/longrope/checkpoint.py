@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from longrope import seals
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.patch import CHOOSE_ROPE
@@ -210,10 +211,14 @@ def _unloadable(name: str, error: Exception, is_folder: bool) -> UserError:
 
 
 def check_files(name: str, source: str) -> None:
-    """Raise UserError for a folder without safetensors, or with one that is not whole. Of the Hub nothing is read."""
+    """Raise UserError for a folder without safetensors, with one that is not whole, or changed since its run ended.
+
+    Of the Hub nothing is read.
+    """
     folder = Path(source)
     if not folder.is_dir():
         return
+    seals.check_folder(folder)
     if not any(folder.glob("*.safetensors")):
         found = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
         raise UserError(

@@ -65,8 +65,7 @@ def finetune(
 ) -> None:
     """Train a model on long windows under its factors; a checkpoint with its factors.json comes of it."""
     from longrope.console import err, print_json, resume_with, training_progress
-    from longrope.runs import default_run_path
-    from longrope.training.run import ADAPTER, CHECKPOINT
+    from longrope.runs import ADAPTER, CHECKPOINT, default_run_path
     from longrope.training.run import finetune as run_finetune
 
     given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from longrope import seals
 from longrope.errors import UserError
 
 TEMPORARY = ".longrope-*.tmp"
@@ -37,6 +40,11 @@ _DISK_RULES = {
     errno.ENOSYS: ("the file system must support file locks", "choose a folder on another file system"),
 }
 
+_REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# torch's writer of archives and numpy's of arrays say that a write failed, and not why.
+_UNEXPLAINED = re.compile(r"unexpected pos \d+ vs \d+|PytorchStreamWriter|\d+ requested and \d+ written")
+_PROBE = 2**16  # bytes
+
 
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a file whole or not at all: after any failure, kill or power cut the old one is still there.
@@ -53,17 +61,38 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
+    remove_leftovers(path.parent)
     temporary = path.parent / TEMPORARY.replace("*", uuid.uuid4().hex)
     try:
-        with temporary.open("xb") as file:
+        with _begun(temporary) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _begun(temporary: Path) -> BinaryIO:
+    """A new file with a lock on it, by which others see that its writer lives."""
+    while True:
+        file = temporary.open("xb")
+        with suppress(OSError):  # where there are no locks, leftovers stay
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # taken for a leftover before it was locked
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what was left by processes that were killed while they wrote; those that live hold a lock on theirs."""
+    for leftover in folder.glob(TEMPORARY):
+        with suppress(OSError), leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -80,22 +109,49 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the ways in which a disk refuses into a UserError; anything else is not the user's and passes."""
+    """Turn the ways in which a disk refuses into a UserError; anything else is not the user's and passes.
+
+    Those that libraries tell in words of their own are among them; where they do not say why, the disk is asked.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK_RULES:
+    except UserError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None:
+            number = _told_in_words(str(error), path)
+        if number not in _DISK_RULES:
             raise
-        rule, do = _DISK_RULES[error.errno]
-        raise UserError("output", got=f"{path} ({error.strerror})", rule=rule, do=do) from None
+        rule, do = _DISK_RULES[number]
+        raise UserError("output", got=f"{path} ({os.strerror(number)})", rule=rule, do=do) from None
+
+
+def _told_in_words(said: str, path: Path) -> int | None:
+    """The number of a disk's error that safetensors, tokenizers, torch or numpy tell, None for anything else."""
+    for number in _REFUSED_WRITES:
+        if f"os error {number})" in said or os.strerror(number) in said:
+            return number
+    if _UNEXPLAINED.search(said) is None:
+        return None
+    folder = next(each for each in (path, *path.parents) if each.is_dir())
+    try:
+        write_probe = folder / TEMPORARY.replace("*", uuid.uuid4().hex)
+        try:
+            write_probe.write_bytes(bytes(_PROBE))
+        finally:
+            write_probe.unlink(missing_ok=True)
+    except OSError as error:
+        return error.errno
+    return errno.ENOSPC  # it has room again, or too little for what was written
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line and hand it to the operating system; NaN and infinities become null.
+    """Append one JSON line with its checksum and hand it to the operating system; NaN and infinities become null.
 
     A line that does not fit on the disk is taken back. Raises UserError when the file cannot be written.
     """
-    line = json.dumps(finite(record), allow_nan=False) + "\n"
+    line = as_line(record)
     with disk_errors(path):
         size = path.stat().st_size if path.is_file() else None
         try:
@@ -108,18 +164,25 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
             raise
 
 
+def as_line(record: Mapping[str, Any]) -> str:
+    """A record, not empty, as a line of a JSON-lines file."""
+    return seals.with_checksum(json.dumps(finite(record), allow_nan=False))
+
+
 def read_lines(
     path: Path, *, repair: bool = False, required: Mapping[str, type | UnionType] | None = None
 ) -> list[dict[str, Any]]:
     """The records of a JSON-lines file, none when there is no file; a half-written last line is dropped.
 
     `repair` also cuts the file back to its whole lines, so that it can be appended to. Raises UserError with the
-    number of the line when another line is broken, or when one lacks a key of `required` or has another type there.
+    number of the line when another line is broken, or when one lacks a key of `required` or has another type there,
+    and for a file that has changed since its run ended.
     """
     if not path.exists():
         return []
     try:
         data = path.read_bytes()
+        seals.check(path)
     except OSError as error:
         rule = "it is a readable file"
         raise UserError("lines", got=f"{path} ({error.strerror})", rule=rule, do="check the path") from None
@@ -129,7 +192,7 @@ def read_lines(
         records.pop()
     if None in records:
         broken = records.index(None) + 1
-        rule = "every line but the last is a JSON object"
+        rule = "every line but the last is a JSON object, as it was written"
         raise UserError("lines", got=f"{path}, line {broken} broken", rule=rule, do="restore the file or start anew")
     whole = b"".join(lines[: len(records)])
     if whole and not whole.endswith(b"\n"):
@@ -146,8 +209,9 @@ def read_lines(
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
+    text = seals.without_checksum(line)
     try:
-        record = json.loads(line)
+        record = None if text is None else json.loads(text)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
@@ -180,8 +244,9 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a UTF-8 file. Raises UserError when it is missing or unreadable."""
+    """The text of a UTF-8 file. Raises UserError when it is missing or unreadable, or changed since its run ended."""
     try:
+        seals.check(path)
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(what, got=f"{path}, which does not exist", rule="it is a file", do="check the path") from None
@@ -191,8 +256,13 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_json(path: Path, what: str) -> object:
-    """Parsed JSON of a file. Raises UserError when it is missing, unreadable or not JSON."""
+    """Parsed JSON of a file. Raises UserError when it is missing, unreadable, not JSON, or not as it was written."""
     text = read_text(path, what)
+    checked = seals.without_checksum(text.encode())
+    if checked is None:
+        rule = "it is as it was written"
+        raise UserError(what, got=f"{path}, which has changed", rule=rule, do="restore the file or make it again")
+    text = checked.decode()
     try:
         return cast(object, json.loads(text))
     except (ValueError, RecursionError) as error:

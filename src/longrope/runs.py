@@ -1,7 +1,8 @@
 """The run folder: everything one command made, on disk at every moment, resumable, written by one process at a time.
 
 RUN/config.json (everything needed to repeat it), evaluations.jsonl (one line a candidate evaluation), results.jsonl
-(one line a measurement), training.jsonl (one line a step), factors.json, metrics.json, and DONE, written last.
+(one line a measurement), training.jsonl (one line a step), factors.json, metrics.json, and DONE, written last, with a
+hash of each.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import TracebackType, UnionType
 from typing import Any, cast
 
+from longrope import seals
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.files import (
@@ -27,13 +29,17 @@ from longrope.files import (
     read_json,
     read_lines,
     read_object,
+    remove_leftovers,
     write_atomically,
 )
 from longrope.lengths import format_length
+from longrope.seals import DONE as DONE
 
-CONFIG, FACTORS, METRICS, DONE = "config.json", "factors.json", "metrics.json", "DONE"
+CONFIG, FACTORS, METRICS = "config.json", "factors.json", "metrics.json"
 EVALUATIONS, RESULTS, LOSSES = "evaluations.jsonl", "results.jsonl", "training.jsonl"
 STAGES = "stages.jsonl"
+CHECKPOINT, ADAPTER = "checkpoint", "adapter"
+_SEALED = (CONFIG, FACTORS, METRICS, EVALUATIONS, RESULTS, LOSSES, STAGES)
 _NUMBER = int | float | None
 _EVALUATION_KEYS: dict[str, type | UnionType] = {"key": str, "value": _NUMBER}
 _RESULT_KEYS: dict[str, type | UnionType] = {"method": str, "length": int, "item": str, "record": dict}
@@ -57,9 +63,10 @@ class RunFolder:
         config: everything needed to repeat the run; what stands under "ignored" is not compared. budget_keys: names
         of settings that may grow (None is no limit); a finished run with a larger budget is no longer finished.
         Raises UserError when the folder holds other files or a run with other settings, when another process writes
-        it, or when it cannot be written.
+        it, when it cannot be written, and for a finished one whose files have changed.
         """
         wanted = cast(dict[str, Any], finite(config))
+        wanted.pop("crc", None)  # of one that was read from a config.json
         _refuse_other_files(path)
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -73,16 +80,17 @@ class RunFolder:
     @classmethod
     def _open_locked(cls, path: Path, wanted: dict[str, Any], budget_keys: Sequence[str], lock: int) -> RunFolder:
         resumed = (path / CONFIG).exists()
-        for leftover in path.glob(TEMPORARY):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(path)
         if not resumed:
-            write_atomically(path / CONFIG, _dump(wanted))
+            write_atomically(path / CONFIG, seals.with_checksum(_dump(wanted)))
         elif _check_same(path, wanted, budget_keys):
             (path / DONE).unlink(missing_ok=True)
             (path / RESULTS).unlink(missing_ok=True)  # of what the smaller budget found
-            write_atomically(path / CONFIG, _dump(wanted))
+            write_atomically(path / CONFIG, seals.with_checksum(_dump(wanted)))
         finished = (path / DONE).exists()
-        if not finished:
+        if finished:
+            seals.check_folder(path)
+        else:
             for name in (EVALUATIONS, RESULTS):
                 read_lines(path / name, repair=True)
         return cls(path, wanted, finished=finished, resumed=resumed, lock=lock)
@@ -135,8 +143,8 @@ class RunFolder:
         return read_lines(self.path / RESULTS, required=_RESULT_KEYS)
 
     def finish(self) -> None:
-        """Write DONE: everything else is there."""
-        write_atomically(self.path / DONE, "")
+        """Write DONE, with hashes of everything else, which is there."""
+        write_atomically(self.path / DONE, seals.seal(self.path, _SEALED, (CHECKPOINT, ADAPTER)))
         self.finished = True
 
 

@@ -16,7 +16,8 @@ from longrope.doctor import engines, lengths, lists, places  # noqa: F401
 from longrope.doctor.view import CHECKS, Folder, View
 from longrope.errors import UserError
 from longrope.factors import FactorTable
-from longrope.files import disk_errors, read_json, write_atomically
+from longrope.files import read_json, write_atomically
+from longrope.folders import is_free, whole_folder
 
 SEVERITIES = ("error", "warning", "note")
 """error: does not load, or rotates wrongly. warning: an engine does something else. note: good to know."""
@@ -106,21 +107,21 @@ def write_mended(given: str | Path, out: str | Path) -> list[Finding]:
     """
     _, config, folder = read_config(given)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise UserError("--fix", got=f"{out}, which exists", rule="a mended copy is a new folder", do="choose another")
     whole = mended(config, folder)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with whole_folder(out) as unfinished:
         if Path(given).is_dir():
             for each in sorted(Path(given).iterdir()):
                 if each.is_file() and each.name != _CONFIG:
-                    shutil.copyfile(each, out / each.name)
-    longest = View(whole, folder).longest
-    settings = dict(folder.tokenizer or {})
-    short = settings.get("model_max_length")
-    if (out / _TOKENIZER).is_file() and isinstance(short, int | float) and longest and short < longest:
-        settings["model_max_length"] = longest
-        write_atomically(out / _TOKENIZER, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        folder = Folder(folder.table, settings)
-    write_atomically(out / _CONFIG, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")  # last: the copy is whole
+                    shutil.copyfile(each, unfinished / each.name)
+        longest = View(whole, folder).longest
+        settings = dict(folder.tokenizer or {})
+        short = settings.get("model_max_length")
+        if (unfinished / _TOKENIZER).is_file() and isinstance(short, int | float) and longest and short < longest:
+            settings["model_max_length"] = longest
+            text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+            write_atomically(unfinished / _TOKENIZER, text)
+            folder = Folder(folder.table, settings)
+        write_atomically(unfinished / _CONFIG, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     return examine(whole, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from longrope.export.transformers import (
 )
 from longrope.factors import FactorTable
 from longrope.files import disk_errors, read_json, write_atomically
+from longrope.folders import is_free, whole_folder
 from longrope.model import LoadedModel
 from longrope.runs import METRICS
 
@@ -92,14 +92,12 @@ def export(
     # transformers reads what is written for other engines, too, with one attention factor
     read = served if engine == "transformers" else expressible(served, "transformers", window, family)
     keys = to_transformers_config(read)
-    unfinished = _place(out)
+    _check_place(out)
     costs = measured_costs(loaded.name, table, served, engine, window, documents, options) if missing else []
     if engine != "transformers":  # so that `verify` knows whose rules hold
         served = replace(served, provenance={**served.provenance, "engine": engine, "window": window})
     try:
-        with disk_errors(out):
-            shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-            unfinished.mkdir(parents=True)
+        with whole_folder(out) as unfinished:
             if engine == "gguf":
                 name = loaded.name.rstrip("/").rsplit("/", 1)[-1]
                 path = unfinished / f"{name}-{dtype}.gguf"
@@ -124,12 +122,9 @@ def export(
             write_atomically(unfinished / "README.md", card)
             if engine != "gguf":
                 verify_config(unfinished, loaded, read)
-            _put_in_place(unfinished, out)
     except OSError as error:  # of no kind that disk_errors has a rule for
         rule, do = "the folder must take the files of a checkpoint", "choose another folder"
         raise UserError("output", got=f"{out} ({error})", rule=rule, do=do) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     if push is not None:
         from longrope.export.push import push_folder
 
@@ -144,35 +139,12 @@ def _measured(factors: object) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _place(out: Path) -> Path:
-    """Where the export is written until it is whole.
-
-    Raises UserError unless `out` is not there, or an empty folder but for what a killed export left.
-    """
-    # In a folder that is there, which may be a mount point: it can be neither removed nor renamed over.
-    unfinished = (out if out.is_dir() else out.parent) / f".{out.name}.unfinished"
-    if not out.exists():
-        return unfinished
-    if not out.is_dir():
+def _check_place(out: Path) -> None:
+    """Raise UserError unless `out` is not there, or an empty folder but for what a killed export left."""
+    if out.exists() and not out.is_dir():
         raise UserError("--out", got=f"{out}, which is a file", rule="an export is a new folder", do="choose another")
     with disk_errors(out):
-        empty = all(path == unfinished for path in out.iterdir())
-    if not empty:
+        free = is_free(out)
+    if not free:
         got = f"{out}, which is not empty"
         raise UserError("--out", got=got, rule="an export is a new folder", do="choose another")
-    return unfinished
-
-
-def _put_in_place(unfinished: Path, out: Path) -> None:
-    """Make a whole checkpoint appear at `out`; file by file in a folder, config.json last, or nothing at all."""
-    if not out.exists():
-        unfinished.rename(out)
-        return
-    moved: list[Path] = []
-    try:
-        for path in sorted(unfinished.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
-            moved.append(path.rename(out / path.name))
-    except BaseException:
-        for path in moved:
-            path.unlink(missing_ok=True)
-        raise

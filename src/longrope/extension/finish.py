@@ -19,8 +19,8 @@ from longrope.extension.plan import measured_lengths
 from longrope.factors import FactorTable
 from longrope.files import disk_errors, read_json, write_atomically
 from longrope.model import LoadedModel
-from longrope.runs import RunFolder
-from longrope.training.run import CHECKPOINT, write_factors
+from longrope.runs import CHECKPOINT, RunFolder
+from longrope.training.run import write_factors
 from longrope.windows import windows_of
 
 logger = logging.getLogger(__name__)

@@ -32,9 +32,9 @@ from longrope.factors import FactorTable, RopeFactors
 from longrope.lengths import as_length, format_length
 from longrope.model import LoadedModel, load_model
 from longrope.report import write_report
-from longrope.runs import FACTORS, RunFolder, command_line, default_run_path
+from longrope.runs import CHECKPOINT, FACTORS, RunFolder, command_line, default_run_path
 from longrope.search.driver import choose_search_windows, search_windows
-from longrope.training.run import CHECKPOINT, finetune
+from longrope.training.run import finetune
 from longrope.workers import options_for
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from longrope.files import disk_errors, write_atomically
 from longrope.lengths import as_length, format_length
 from longrope.memory import Kept, free_memory
 from longrope.model import LoadedModel, load_model
-from longrope.runs import LOSSES, METRICS, RunFolder, command_line, default_run_path
+from longrope.runs import ADAPTER, CHECKPOINT, LOSSES, METRICS, RunFolder, command_line, default_run_path
 from longrope.training.callbacks import Progress, Watch
 from longrope.training.lora import LoraSettings, merged, with_lora
 from longrope.training.loss import chunked_loss
@@ -42,7 +42,7 @@ from longrope.training.world import World
 logger = logging.getLogger(__name__)
 
 DEFAULT_TRACKER = "tensorboard"
-CHECKPOINT, ADAPTER, STATE = "checkpoint", "adapter", "checkpoints"
+STATE = "checkpoints"
 _PROBE = 32  # tokens; what a training keeps is measured at one, two and four times as many
 _OPTIMIZER_BYTES = 12  # a gradient and two moments in float32
 
@@ -351,7 +351,6 @@ def _fits(loaded: LoadedModel, trained: Any, given: Training, together: int) -> 
 @contextmanager
 def _told(path: Path, given: Training, last: str | None, watch: Watch) -> Iterator[None]:
     """What goes wrong in Trainer that is not ours: memory, disks, checkpoints that cannot be read."""
-    full = "a checkpoint can be written", "free space there; the same command goes on"
     try:
         with disk_errors(path):
             yield
@@ -364,8 +363,6 @@ def _told(path: Path, given: Training, last: str | None, watch: Watch) -> Iterat
             raise UserError("memory", got=f"windows of {given.length} tokens", rule=rule, do=do) from None
         if last is not None and not watch.begun:  # whatever it was, it was reading that
             raise damaged(Path(last), said) from None
-        if "PytorchStreamWriter" in said or "No space left" in said:  # torch's and safetensors' own errors
-            raise UserError("output", got=f"{path} ({said})", rule=full[0], do=full[1]) from None
         raise
 
 

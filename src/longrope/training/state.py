@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from longrope.errors import UserError
-from longrope.files import append_line, read_lines, read_object, write_atomically
+from longrope.files import append_line, as_line, read_lines, read_object, write_atomically
 
 WHOLE = "longrope.json"
-"""Written into a checkpoint when all else is there: the size of every file."""
+"""Written into a checkpoint when all else is there: the size of every file, and a checksum."""
+_SUMMED = 8 * 2**30  # bytes; of larger files the sizes are compared
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def mark_whole(checkpoint: Path) -> None:
     """Say that everything of a checkpoint is written."""
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
-    write_atomically(checkpoint / WHOLE, json.dumps({"sizes": sizes}) + "\n")
+    sums = {name: _checksum(checkpoint / name) for name, size in sizes.items() if size <= _SUMMED}
+    write_atomically(checkpoint / WHOLE, json.dumps({"sizes": sizes, "crc32": sums}) + "\n")
 
 
 def last_whole(folder: Path) -> Path | None:
@@ -33,13 +36,19 @@ def last_whole(folder: Path) -> Path | None:
         if not (path / WHOLE).exists():
             shutil.rmtree(path)  # it was being written when the process ended
             continue
-        sizes = read_object(path / WHOLE, "list of a checkpoint's files").get("sizes")
+        listed = read_object(path / WHOLE, "list of a checkpoint's files")
+        sizes, sums = listed.get("sizes"), listed.get("crc32", {})  # earlier versions wrote no checksums
         there = {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
         if not isinstance(sizes, Mapping) or dict(sizes) != there:
-            expected = dict(sizes) if isinstance(sizes, Mapping) else {}
-            differing = sorted({*expected, *there})
-            name = next((each for each in differing if expected.get(each) != there.get(each)), WHOLE)
+            listed = dict(sizes) if isinstance(sizes, Mapping) else {}
+            differing = sorted({*listed, *there})
+            name = next((each for each in differing if listed.get(each) != there.get(each)), WHOLE)
             raise damaged(path, name)
+        if not isinstance(sums, Mapping):
+            raise damaged(path, WHOLE)
+        for name, expected in sums.items():
+            if name in there and _checksum(path / name) != expected:
+                raise damaged(path, name)
         return path
     return None
 
@@ -63,12 +72,20 @@ def keep_losses(path: Path, step: int) -> None:
     lines = read_lines(path, repair=True, required={"step": int})
     kept = [line for line in lines if line["step"] <= step]
     if len(kept) < len(lines):
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(path, "".join(as_line(line) for line in kept))
 
 
 def log_loss(path: Path, line: Mapping[str, Any]) -> None:
     """Append a step's loss."""
     append_line(path, line)
+
+
+def _checksum(path: Path) -> str:
+    found = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            found = zlib.crc32(piece, found)
+    return f"{found:08x}"
 
 
 def _files(checkpoint: Path) -> list[Path]:

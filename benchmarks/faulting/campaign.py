@@ -1,0 +1,130 @@
+"""The parts of the campaign in order, its table, and its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common import machine, today, versions, write_results
+from faulting import damage, kills, signals, workers, writes
+from faulting.child import import_everything
+from faulting.ground import Undisturbed, undisturbed
+from faulting.pool import run_cases
+from faulting.tally import LOST, TRACEBACK, WRONG, Case, Tally, summed
+
+Made = Mapping[str, Undisturbed]
+_KILLS = {"search evolution": 24, "search hybrid": 36, "finetune full": 36, "finetune lora": 16, "extend": 48}
+_KILLS |= {"evaluate perplexity": 20, "evaluate passkey": 16, "compare": 16, "export transformers": 20}
+_KILLS |= {"export into a folder": 16, "export gguf": 12, "factors --out": 8, "doctor --fix": 12, "report": 8}
+
+
+def _kills(made: Made, args: argparse.Namespace) -> list[Case]:
+    wanted = {name: 4 if args.quick else number for name, number in _KILLS.items() if name in made}
+    return kills.cases(made, wanted, args.seed)
+
+
+def _writes(made: Made, args: argparse.Namespace) -> list[Case]:
+    return writes.cases(made, every=args.every or (12 if args.quick else 1))
+
+
+def _damage(made: Made, args: argparse.Namespace) -> list[Case]:
+    every = args.every or (10 if args.quick else 1)
+    return damage.cases(made, args.seed, flips=1 if args.quick else 3, every=every)
+
+
+def _signals(made: Made, args: argparse.Namespace) -> list[Case]:
+    found = signals.cases(made, args.seed, times=1 if args.quick else 3)
+    found += [] if args.quick else signals.long_cases(made)
+    return [*found, *signals.second_cases(made), *signals.clock_cases(made, args.seed)]
+
+
+def _workers(made: Made, args: argparse.Namespace) -> list[Case]:
+    return workers.cases(made, args.seed, *((1, 1) if args.quick else (4, 2)))
+
+
+PARTS: dict[str, Callable[[Made, argparse.Namespace], list[Case]]] = {
+    "kills": _kills,
+    "writes": _writes,
+    "damage": _damage,
+    "signals": _signals,
+    "workers": _workers,
+}
+_ONE_AT_A_TIME = ("workers",)
+_COLUMNS = (
+    "kills",
+    "crashes",
+    "disk faults",
+    "damaged files",
+    "refused",
+    "repaired or not needed",
+    "taken as it is",
+    "signals",
+    "second processes",
+    "clocks",
+    "workers lost",
+    "nodes lost",
+)
+
+
+def campaign(args: argparse.Namespace, work: Path, begun: float) -> int:
+    """Run what was asked for; the exit code, 1 when anything was lost, was told by a traceback, or ended wrong."""
+    console = Console(stderr=True, highlight=False)
+    import_everything()
+    made = undisturbed(args.commands.split(","), work)
+    made = {name: each for name, each in made.items() if name in args.commands.split(",")}
+    tallies: dict[str, Tally] = {name: Tally() for name in made}
+    seconds: dict[str, float] = {}
+    shown = 0
+    for part in args.parts.split(","):
+        start = time.monotonic()
+        cases = PARTS[part](made, args)
+        folder = work / part
+        folder.mkdir()
+        for case, tally in run_cases(cases, folder, 1 if part in _ONE_AT_A_TIME else args.processes):
+            tallies.setdefault(case.command, Tally()).add(tally)
+            for kind, what in tally.troubles:
+                shown += 1
+                if shown <= args.keep_going:
+                    console.print(f"{kind}: {case.command}, {case.what}: {what}", markup=False, soft_wrap=True)
+        seconds[part] = round(time.monotonic() - start, 1)
+        console.print(f"{part}: {len(cases)} cases, {seconds[part]:.0f} s")
+    console.print(_table(tallies))
+    whole = summed(tallies.values())
+    name = "faults-quick" if args.quick else "faults"
+    document: dict[str, Any] = {"benchmark": name, "date": today(), "seed": args.seed, "machine": machine()}
+    document |= {"versions": versions(), "parts": seconds, "seconds": round(time.monotonic() - begun, 1)}
+    figures = [_figure(kind, whole) for kind in (LOST, TRACEBACK, WRONG)]
+    write_results(args.out / f"{name}.json", document | {"figures": figures, "commands": _told(tallies)})
+    return 1 if whole.troubles else 0
+
+
+def _told(tallies: Mapping[str, Tally]) -> dict[str, Any]:
+    return {name: tally.to_dict() for name, tally in tallies.items()}
+
+
+def _figure(kind: str, whole: Tally) -> dict[str, Any]:
+    number = sum(each == kind for each, _ in whole.troubles)
+    names = {LOST: "results lost", TRACEBACK: "tracebacks and unclear ends", WRONG: "wrong results"}
+    return {"figure": names[kind], "limit": 0, "value": number, "ok": number == 0, "details": dict(whole.counts)}
+
+
+def _table(tallies: Mapping[str, Tally]) -> Table:
+    table = Table(title="faults", title_justify="left")
+    table.add_column("command")
+    for name in (*_COLUMNS, LOST, TRACEBACK, WRONG):
+        table.add_column(name, justify="right")
+    for name, tally in [*tallies.items(), ("all", summed(tallies.values()))]:
+        counts = [str(tally.counts[column] or "-") for column in _COLUMNS]
+        table.add_row(name, *counts, *(_number(tally, kind) for kind in (LOST, TRACEBACK, WRONG)))
+    return table
+
+
+def _number(tally: Tally, kind: str) -> str:
+    number = sum(each == kind for each, _ in tally.troubles)
+    return f"[bold]{number}[/bold]" if number else "0"
