@@ -28,6 +28,7 @@ from longrope.cli_options import (
     options_of,
 )
 from longrope.errors import UserError
+from longrope.files import LARGEST, check_regular
 
 if TYPE_CHECKING:
     from longrope.checkpoint import LoadOptions
@@ -201,6 +202,7 @@ def _prompt(text: str | None, file: str | None) -> str:
 
 
 def _read(name: str) -> str:
+    check_regular(Path(name), "prompt", LARGEST)
     try:
         return Path(name).read_text("utf-8")
     except UnicodeDecodeError:
