@@ -14,11 +14,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "longrope"
 # From the ground up; a module imports from its own layer's line or from lines above it in this list.
 LAYERS = [
     ["errors"],
-    ["lengths", "files", "ray_cluster"],
+    ["lengths", "files", "room", "ray_cluster"],
     ["factors"],
     ["runs"],
     ["baselines"],
     ["configs", "convert"],
+    ["guard"],
     ["doctor"],
     ["rope"],
     ["patch"],
@@ -52,7 +53,7 @@ LAYERS = [
     ["__main__"],
 ]
 WITHOUT_TORCH = (
-    "watch errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
+    "watch errors lengths files room factors runs baselines configs convert search.tasks search.space search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
     "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend "
     "cli_generate cli_doctor cli_export doctor.examine"

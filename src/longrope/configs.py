@@ -74,15 +74,10 @@ class _Source:
         return RopeShape(self.rope.rope_theta, self.rope.rotary_dim, self.trained_length)
 
     def number(self, key: str, default: float | None = None) -> float:
-        return _number(self.parameters, key, default)
-
-    @property
-    def factor(self) -> float:
-        """The ratio that a scaling names."""
-        ratio = self.number("factor")
-        if ratio > LONGEST:
-            _bad("factor", f"{ratio:g}", f"it is at most {LONGEST}")
-        return ratio
+        value = _number(self.parameters, key, default)
+        if not 1 / LONGEST <= value <= LONGEST:  # beyond, formulas give infinities
+            _bad(key, f"{value:g}", f"it is from {1 / LONGEST:g} to {LONGEST}")
+        return value
 
     def every_length(self, vector: Vector, ratio: float, attention_factor: float = 1.0) -> tuple[RopeFactors, ...]:
         reach = max(self.rope.max_length, round(ratio * self.rope.original_length))
@@ -205,13 +200,13 @@ def _default(source: _Source) -> tuple[RopeFactors, ...]:
 
 
 def _linear(source: _Source) -> tuple[RopeFactors, ...]:
-    ratio = source.factor
+    ratio = source.number("factor")
     return source.every_length(baselines.position_interpolation(source.shape, ratio), ratio)
 
 
 def _dynamic(source: _Source) -> tuple[RopeFactors, ...]:
     # transformers measures the length in max_position_embeddings here, whatever the original length is.
-    short, factor = source.rope.max_length, source.factor
+    short, factor = source.rope.max_length, source.number("factor")
     ones, reach = unscaled(source.shape.pairs, short), round(factor * short)
     if reach <= short:
         return (ones,)
@@ -241,7 +236,7 @@ def _yarn_attention(source: _Source, factor: float) -> float:
 
 
 def _llama3(source: _Source) -> tuple[RopeFactors, ...]:
-    factor, low, high = source.factor, source.number("low_freq_factor"), source.number("high_freq_factor")
+    factor, low, high = source.number("factor"), source.number("low_freq_factor"), source.number("high_freq_factor")
     if low >= high:
         _bad("low_freq_factor", f"{low:g}", f"it is below high_freq_factor {high:g}")
     return source.every_length(baselines.llama3(source.shape, factor, low, high), factor)

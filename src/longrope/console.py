@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 INTERRUPTED = 130
 
 
-
 class Plain(Console):
     """A console whose texts are texts: names in files are no markup, and what would move a cursor is written out."""
 

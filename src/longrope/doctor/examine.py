@@ -17,6 +17,7 @@ from longrope.doctor.view import CHECKS, Folder, View
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.files import disk_errors, read_json, write_atomically
+from longrope.guard import files_to_copy
 
 SEVERITIES = ("error", "warning", "note")
 """error: does not load, or rotates wrongly. warning: an engine does something else. note: good to know."""
@@ -109,12 +110,12 @@ def write_mended(given: str | Path, out: str | Path) -> list[Finding]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("--fix", got=f"{out}, which exists", rule="a mended copy is a new folder", do="choose another")
     whole = mended(config, folder)
+    copied = list(files_to_copy(Path(given))) if Path(given).is_dir() else []
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        if Path(given).is_dir():
-            for each in sorted(Path(given).iterdir()):
-                if each.is_file() and each.name != _CONFIG:
-                    shutil.copyfile(each, out / each.name)
+        for each in copied:
+            if each.name != _CONFIG:
+                shutil.copyfile(each, out / each.name)
     longest = View(whole, folder).longest
     settings = dict(folder.tokenizer or {})
     short = settings.get("model_max_length")

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longrope.errors import UserError
-from longrope.files import LARGEST, check_regular
 from longrope.evaluate.prompts import Prompt, Wording, tokenize_prompt
+from longrope.files import LARGEST, check_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

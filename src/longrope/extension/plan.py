@@ -151,8 +151,8 @@ def make_plan(data: Mapping[str, Any], original_length: int) -> Plan:
     plan = Plan(tuple(stages), _measures(data.get("measure", {}), original_length))
     lengths = plan.measures.lengths
     if lengths is not None and (not lengths or max(lengths) > plan.target):
-        shown = ", ".join(map(format_length, lengths)) or "none"
-        raise _wrong("measure: lengths", shown, f"there is at least one, and none beyond {format_length(plan.target)}")
+        named = ", ".join(map(format_length, lengths)) or "none"
+        raise _wrong("measure: lengths", named, f"there is at least one, and none beyond {format_length(plan.target)}")
     return plan
 
 
