@@ -14,12 +14,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "longrope"
 # From the ground up; a module imports from its own layer's line or from lines above it in this list.
 LAYERS = [
     ["errors"],
-    ["lengths", "seals", "ray_cluster"],
+    ["lengths", "seals", "room", "ray_cluster"],
     ["files"],
     ["factors", "folders"],
     ["runs"],
     ["baselines"],
     ["configs", "convert"],
+    ["guard"],
     ["doctor"],
     ["rope"],
     ["patch"],
@@ -55,7 +56,8 @@ LAYERS = [
     ["__main__"],
 ]
 WITHOUT_TORCH = (
-    "watch errors lengths seals files factors runs baselines configs convert search.tasks search.space search.critical "
+    "watch errors lengths seals files room factors runs baselines configs convert search.tasks search.space "
+    "search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
     "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend "
     "cli_generate cli_doctor cli_export cli_plan doctor.examine "

@@ -17,6 +17,7 @@ from longrope.errors import UserError
 from longrope.factors import RopeFactors
 
 Vector = NDArray[np.float64]
+_LARGEST_BASE = 1e30
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class RopeShape:
     original_length: int
 
     def __post_init__(self) -> None:
-        if not 1 < self.rope_theta < math.inf:
+        if not 1 < self.rope_theta <= _LARGEST_BASE:
             rule = "a RoPE base is a finite number above 1"
+            rule += f", and at most {_LARGEST_BASE:g}" if 1 < self.rope_theta < math.inf else ""
             raise UserError("rope_theta", got=self.rope_theta, rule=rule, do="correct the model's config.json")
 
     @property

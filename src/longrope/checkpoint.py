@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import constants, get_session
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,9 +22,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from longrope import seals
 from longrope.errors import UserError
 from longrope.factors import FactorTable
+from longrope.files import read_json
+from longrope.guard import check_attention, check_files, check_sizes
 from longrope.patch import CHOOSE_ROPE
 
 TINY = "tiny"
@@ -153,12 +153,15 @@ def load_config(name: str, source: str, options: LoadOptions) -> Any:
     if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         rule = f"a model is a folder, a Hub id or {TINY}"
         raise UserError("model", got=f"{name}, which does not exist", rule=rule, do="check the path")
+    check_sizes(name, source, _raw_config(source))
     try:
         config = _from_pretrained(AutoConfig, source, options.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for a bad config
         raise _unloadable(name, error, folder.is_dir()) from None
+    if options.attention == "auto":
+        check_attention(name, config)
     classes = getattr(config, "architectures", None) or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
-    classes = [classes] if isinstance(classes, str) else classes
+    classes = [each and str(each) for each in (classes if isinstance(classes, list) else [classes])]
     remote = options.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if not remote and not set(classes) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise UserError(
@@ -168,6 +171,18 @@ def load_config(name: str, source: str, options: LoadOptions) -> Any:
             do="give a ...ForCausalLM checkpoint",
         )
     return config
+
+
+def _raw_config(source: str) -> Mapping[str, Any]:
+    """The parsed config.json of a folder; nothing of what cannot be read, of which transformers says why."""
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = read_json(path, "model")
+    except UserError:
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _from_pretrained(factory: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
@@ -208,32 +223,6 @@ def _unloadable(name: str, error: Exception, is_folder: bool) -> UserError:
         do = "check the name, or give the folder of a downloaded checkpoint"
     rule = "it is a transformers checkpoint in a folder or on the Hub"
     return UserError("model", got=f"{name} ({type(error).__name__}: {reason})", rule=rule, do=do)
-
-
-def check_files(name: str, source: str) -> None:
-    """Raise UserError for a folder without safetensors, with one that is not whole, or changed since its run ended.
-
-    Of the Hub nothing is read.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        return
-    seals.check_folder(folder)
-    if not any(folder.glob("*.safetensors")):
-        found = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
-        raise UserError(
-            "model",
-            got=f"{name} with {found[0]}",
-            rule="weights are read from safetensors only",
-            do="restore the .safetensors files, or convert the checkpoint with save_pretrained",
-        )
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):  # reads the header and compares it with the size of the file
-                pass
-        except (SafetensorError, OSError) as error:
-            rule = "a safetensors file is whole"
-            raise UserError("model", got=f"{path} ({error})", rule=rule, do="copy or download it again") from None
 
 
 def load_weights(name: str, source: str, config: Any, options: LoadOptions) -> tuple[PreTrainedModel, list[str]]:

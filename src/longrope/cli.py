@@ -39,7 +39,7 @@ from longrope.cli_options import (
 )
 from longrope.cli_plan import plan
 from longrope.cli_search import search
-from longrope.errors import UserError
+from longrope.errors import UserError, one_line
 from longrope.lengths import parse_lengths
 
 logger = logging.getLogger(__name__)
@@ -299,5 +299,5 @@ def _tell(message: str, code: int) -> int:
         # Where all processes of a training end by the same error, the first one's line is enough: the launcher ends
         # the others meanwhile.
         time.sleep(_AFTER_THE_FIRST)
-    print("longrope: " + " ".join(message.split()), file=sys.stderr)
+    print("longrope: " + one_line(message), file=sys.stderr)
     return code

@@ -16,6 +16,7 @@ from longrope.cli_options import (
     runs_a_model,
 )
 from longrope.errors import UserError
+from longrope.files import LARGEST, check_regular
 
 if TYPE_CHECKING:
     from longrope.checkpoint import LoadOptions
@@ -164,6 +165,7 @@ def _prompt(text: str | None, file: str | None) -> str:
 
 
 def _read(name: str) -> str:
+    check_regular(Path(name), "prompt", LARGEST)
     try:
         return Path(name).read_text("utf-8")
     except UnicodeDecodeError:

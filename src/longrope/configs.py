@@ -9,10 +9,12 @@ from typing import Any, NoReturn
 
 from longrope import baselines
 from longrope.baselines import RopeShape, Vector
-from longrope.errors import UserError
+from longrope.errors import UserError, shown
 from longrope.factors import FactorTable, RopeFactors, unscaled
+from longrope.lengths import LONGEST
 
 DEFAULT_THETA = 10000.0
+_LARGEST_HEAD = 2**16
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ class _Source:
         return RopeShape(self.rope.rope_theta, self.rope.rotary_dim, self.trained_length)
 
     def number(self, key: str, default: float | None = None) -> float:
-        return _number(self.parameters, key, default)
+        value = _number(self.parameters, key, default)
+        if not 1 / LONGEST <= value <= LONGEST:  # beyond, formulas give infinities
+            _bad(key, f"{value:g}", f"it is from {1 / LONGEST:g} to {LONGEST}")
+        return value
 
     def every_length(self, vector: Vector, ratio: float, attention_factor: float = 1.0) -> tuple[RopeFactors, ...]:
         reach = max(self.rope.max_length, round(ratio * self.rope.original_length))
@@ -85,6 +90,8 @@ def _parse(config: Mapping[str, Any], original_length: int | None) -> _Source:
     _refuse_other_kinds(text, parameters)
     scaling = _scaling_name(parameters)
     max_length = _whole(text, "max_position_embeddings")
+    if max_length > LONGEST:
+        _bad("max_position_embeddings", f"{max_length:.15g}", f"it is at most {LONGEST}")
     trained = _whole(parameters, "original_max_position_embeddings", default=max_length)
     rope = RopeConfig(
         rope_theta=_number(parameters, "rope_theta", DEFAULT_THETA),
@@ -126,7 +133,7 @@ def _of_extended_layers(value: object, key: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        _bad(key, repr(value)[:60], "it is an object")
+        _bad(key, shown(value), "it is an object")
     if not _is_nested(value):
         return value
     if not isinstance(value.get("full_attention"), Mapping):
@@ -144,9 +151,9 @@ def _refuse_other_kinds(text: Mapping[str, Any], parameters: Mapping[str, Any]) 
     for key in ("kv_lora_rank", "qk_rope_head_dim"):
         if text.get(key):
             rule = "multi-head latent attention is not supported"
-            raise UserError("config", got=f"{key} {text[key]}", rule=rule, do=do)
+            raise UserError("config", got=f"{key} {shown(text[key])}", rule=rule, do=do)
     if parameters.get("mrope_section"):
-        got, rule = f"mrope_section {parameters['mrope_section']}", "multimodal RoPE is not supported"
+        got, rule = f"mrope_section {shown(parameters['mrope_section'])}", "multimodal RoPE is not supported"
         raise UserError("config", got=got, rule=rule, do=do)
 
 
@@ -155,7 +162,7 @@ def _scaling_name(parameters: Mapping[str, Any]) -> str:
     if name == "su":  # its first name, in the first Phi-3 checkpoints
         return "longrope"
     if not isinstance(name, str) or name not in _SCALINGS:
-        _bad("rope_type", repr(name), f"known are {', '.join(_SCALINGS)}")
+        _bad("rope_type", shown(name), f"known are {', '.join(_SCALINGS)}")
     return name
 
 
@@ -167,6 +174,8 @@ def _rotary_dim(text: Mapping[str, Any], parameters: Mapping[str, Any]) -> int:
         default = 0.25
     share = _number(parameters, "partial_rotary_factor", default)
     rotary = int(head * share)
+    if head > _LARGEST_HEAD:
+        _bad("head_dim", f"{head:.15g}", f"it is at most {_LARGEST_HEAD}")
     if share > 1 or rotary < 2 or rotary % 2:
         rule = "an even number of dimensions of a head is rotated"
         _bad("partial_rotary_factor", f"{share:g} of head_dim {head}", rule)
@@ -249,7 +258,7 @@ def _factor_list(source: _Source, key: str) -> tuple[float, ...]:
     if value is None:
         _missing(key)
     if isinstance(value, str) or not isinstance(value, Sequence):
-        _bad(key, repr(value)[:60], "it is a list of numbers")
+        _bad(key, shown(value), "it is a list of numbers")
     if len(value) != pairs:
         _bad(key, f"{len(value)} numbers", f"rotary dimension {2 * pairs} has {pairs} pairs")
     return tuple(_positive(f"{key}[{pair}]", item) for pair, item in enumerate(value))
@@ -286,7 +295,7 @@ def _whole(source: Mapping[str, Any], key: str, default: int | None = None) -> i
 
 def _positive(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        _bad(key, repr(value)[:60], "it is a finite, positive number")
+        _bad(key, shown(value), "it is a finite, positive number")
     return float(value)
 
 

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
+from longrope.errors import printable
 from longrope.files import disk_errors, finite
 from longrope.lengths import format_length
 from longrope.report.style import stage_of
@@ -39,7 +40,24 @@ logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 
-err = Console(stderr=True, highlight=False)
+
+class Plain(Console):
+    """A console whose texts are texts: names in files are no markup, and what would move a cursor is written out."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich does it."""
+        return super().render_str(printable(text, "\n"), **options)
+
+
+class _PlainLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), "\n\t")
+
+
+err = Plain()
 
 _resumed_with: list[tuple[str, ...]] = []  # one at most
 
@@ -53,6 +71,7 @@ def set_up_logging(verbosity: int) -> None:
     handler: logging.Handler = logging.StreamHandler()
     if err.is_terminal:
         handler = RichHandler(console=err, show_time=False, show_level=False, show_path=verbosity > 0, markup=False)
+    handler.setFormatter(_PlainLines())
     for name in ("longrope", *(["transformers", "datasets"] if verbosity > 0 else [])):
         logger = logging.getLogger(name)
         logger.setLevel(level)
@@ -76,7 +95,7 @@ def end_at_once_on_signals() -> None:
         below_the_bar = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # with the cursor that the bar hides
         with suppress(OSError):
             if os.environ.get("RANK", "0") == "0":  # of several processes that train together the first one talks
-                os.write(2, f"{below_the_bar}longrope: interrupted{resume}\n".encode())
+                os.write(2, os.fsencode(f"{below_the_bar}longrope: interrupted{resume}\n"))  # paths are any bytes
         os._exit(INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -99,9 +118,11 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def print_out(text: str) -> None:
-    """Write to stdout, all of it now. Raises UserError when stdout is a full disk."""
+    """Write to stdout, all of it now; on a terminal without what would act on it. UserError when stdout is full."""
+    if sys.stdout.isatty():
+        text = printable(text, "\n\t")
     with disk_errors(Path("/dev/stdout")):
-        sys.stdout.write(text)
+        sys.stdout.write(text.encode("utf-8", "backslashreplace").decode())
         sys.stdout.flush()
 
 
@@ -114,11 +135,12 @@ def _bar(*, transient: bool = False) -> Iterator[Show]:
 
     It appears when first given something: what fails before, fails in one line.
     """
-    bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err, transient=transient)
+    told = TextColumn("{task.description}", markup=False)
+    bar = Bar(told, BarColumn(), MofNCompleteColumn(), console=err, transient=transient)
     task = bar.add_task("", total=None)
 
     def show(done: int, total: int, text: str) -> None:
-        bar.update(task, completed=done, total=total, description=text)
+        bar.update(task, completed=done, total=total, description=printable(text))
         bar.start()
 
     try:
@@ -246,7 +268,7 @@ def results_table(results: Sequence[Mapping[str, Any]], *, title: str, measure: 
     for method in methods:
         marks = ["~" if (method, length) in close else "" for length in lengths]
         cells = [_cell(values.get((method, length)), best[length]) for length in lengths]
-        table.add_row(method, *(mark + cell for mark, cell in zip(marks, cells, strict=True)))
+        table.add_row(method, *(Text.assemble(mark, cell) for mark, cell in zip(marks, cells, strict=True)))
     return table
 
 
@@ -257,11 +279,11 @@ def _not_told_apart(result: Mapping[str, Any]) -> bool:
     return bool(against.get("value")) and (interval is None or interval[0] <= 0 <= interval[1])
 
 
-def _cell(value: float | None, best: float | None) -> str:
+def _cell(value: float | None, best: float | None) -> Text:
     if value is None:
-        return "-"
+        return Text("-")
     text = f"{value:.4g}" if value >= 1000 else f"{value:.3f}"
-    return f"[bold]{text}[/bold]" if value == best else text
+    return Text(text, style="bold" if value == best else "")
 
 
 def tasks_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -321,7 +343,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
         shown.add_column(name, overflow="fold")
     for finding in findings:
         mend = finding.do + (" (--fix does)" if finding.fixed else "")
-        shown.add_row(finding.severity, finding.name, escape(finding.what), escape(mend))
+        shown.add_row(finding.severity, finding.name, finding.what, mend)
     return shown
 
 
@@ -330,9 +352,9 @@ def said_table(said: Sequence[Said]) -> Table:
     shown = Table(title_justify="left")
     for name in ("", "", "what"):
         shown.add_column(name, overflow="fold")
-    verdicts = {True: "ok", False: "[bold]wrong[/bold]", None: ""}
+    verdicts = {True: Text("ok"), False: Text("wrong", style="bold"), None: Text()}
     for each in said:
-        shown.add_row(verdicts[each.ok], each.name, escape(each.what))
+        shown.add_row(verdicts[each.ok], each.name, each.what)
     return shown
 
 
@@ -366,7 +388,7 @@ def plan_table(document: Mapping[str, Any]) -> Table:
         how += f"; it would with {each['advice']}" if each["advice"] else ""
         amount = f"{each['value'] / 1e9:.1f}" if each["memory"] else "-"
         shown.add_row(
-            each["method"], f"{each['tokens'] / 1e6:,.1f}M", f"{each['flops'] / 1e15:,.3g}", amount, hours, escape(how)
+            each["method"], f"{each['tokens'] / 1e6:,.1f}M", f"{each['flops'] / 1e15:,.3g}", amount, hours, how
         )
     return shown
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from longrope.errors import UserError
+from longrope.room import Room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 Share = Literal["all", "search", "unseen", "train"]
 
 HUB_DOCUMENTS = 1000  # rows read of one hf: source, at most
+_ROWS = 256  # of a table that are unfolded at once
+_ROW_BYTES = 200  # that a row takes, also an empty one
 _KINDS = ".txt, .jsonl, .jsonl.gz or .parquet"
 
 
@@ -54,8 +57,9 @@ def read_sources(
     file, what the embedded model was trained on. Raises UserError for a source that is missing, unreadable or empty.
     """
     found: list[Document] = []
+    room = Room()
     for source in sources:
-        documents = _read_source(source, share, tokenizer)
+        documents = _read_source(source, share, tokenizer, room)
         if not any(document.text.strip() for document in documents):
             rule = "a document holds at least some text"
             raise UserError("documents", got=f"{source!r}, which is empty", rule=rule, do="give documents with text")
@@ -72,16 +76,16 @@ def distinct(documents: Iterable[Document]) -> list[Document]:
     return list(first.values())
 
 
-def _read_source(source: str, share: Share, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+def _read_source(source: str, share: Share, tokenizer: PreTrainedTokenizerBase | None, room: Room) -> list[Document]:
     if source == "stdlib":
         return _read_stdlib(share)
     try:
         if source.startswith("hf:") and not _exists(source):
-            return _read_hub(source, tokenizer)
+            return _read_hub(source, tokenizer, room)
         files = _find_files(source)
     except OSError as error:
         raise _unreadable(source, error) from error
-    return [document for path, name in files for document in _read_file(path, name, tokenizer)]
+    return [document for path, name in files for document in _read_file(path, name, tokenizer, room)]
 
 
 def _read_stdlib(share: Share) -> list[Document]:
@@ -182,7 +186,7 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-Reader = Callable[[Path, str, "PreTrainedTokenizerBase | None"], list[Document]]
+Reader = Callable[[Path, str, "PreTrainedTokenizerBase | None", Room], list[Document]]
 
 
 def _reader(path: Path) -> Reader | None:
@@ -190,11 +194,11 @@ def _reader(path: Path) -> Reader | None:
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
 
 
-def _read_file(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+def _read_file(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None, room: Room) -> list[Document]:
     reader = _reader(path)
     assert reader is not None
     try:
-        return reader(path, name, tokenizer)
+        return reader(path, name, tokenizer, room)
     except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
         raise _unreadable(str(path), error) from error
 
@@ -209,8 +213,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _read_text(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+def _read_text(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None, room: Room) -> list[Document]:
     """The whole file: UTF-8, a byte order mark removed, every end of line as \\n."""
+    room.take(path.stat().st_size, repr(str(path)))
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -225,7 +230,7 @@ def _not_text(path: Path, why: str) -> UserError:
     return UserError("documents", got=got, rule=rule, do="convert it, or take it out")
 
 
-def _read_jsonl(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+def _read_jsonl(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None, room: Room) -> list[Document]:
     """One document a line that is not blank.
 
     Not read with `datasets`: it takes the fields and their types from the first 10 MB and fails where a later row has
@@ -233,8 +238,10 @@ def _read_jsonl(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None
     """
     documents = []
     with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        pieces = iter(lambda: lines.readline(room.left + 1), b"")  # never more than there is room for
+        for number, line in enumerate(pieces, start=1):
             where = f"{str(path)!r} line {number}"
+            room.take(len(line), where)
             text = _decode(line, where)
             if text:
                 documents.append(Document(f"{name}#{number}", _row_text(_parse(text, where), where, tokenizer)))
@@ -258,7 +265,7 @@ def _parse(line: str, where: str) -> object:
     raise UserError(where, got=got, rule="every line is a JSON object", do="correct the line")
 
 
-def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None, room: Room) -> list[Document]:
     """One document a row; other columns are not even read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -269,8 +276,13 @@ def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | No
             wanted = [column for column in ("text", "messages") if column in columns]
             if not wanted:
                 raise _no_field(repr(str(path)), columns)
-            rows = [row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist()]
-    except pa.ArrowException as error:
+            rows = []
+            for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
+                room.take(max(batch.nbytes, _ROW_BYTES * batch.num_rows), repr(str(path)))
+                rows += batch.to_pylist()
+    except UserError:
+        raise
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # the last two: of values that Python has not
         raise _unreadable(str(path), error) from error
     named = ((f"{name}#{number}", f"{str(path)!r} row {number}", row) for number, row in enumerate(rows, start=1))
     return [Document(short, _row_text(row, where, tokenizer)) for short, where, row in named]
@@ -284,7 +296,7 @@ _READERS: dict[str, Reader] = {
 }
 
 
-def _read_hub(source: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Document]:
+def _read_hub(source: str, tokenizer: PreTrainedTokenizerBase | None, room: Room) -> list[Document]:
     """The first rows of a data set, streamed, so that only what is read is fetched."""
     import datasets
 
@@ -298,6 +310,7 @@ def _read_hub(source: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Do
             rows = (stream.select_columns(wanted) if wanted else stream).take(HUB_DOCUMENTS)
             for number, row in enumerate(rows, start=1):
                 documents.append(Document(f"{name}#{number}", _row_text(row, f"{source} row {number}", tokenizer)))
+                room.take(len(documents[-1].text), f"{source} row {number}")
     except UserError:
         raise
     except Exception as error:  # the two libraries have a dozen unrelated types for "no"

@@ -17,9 +17,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from longrope.errors import UserError
+from longrope.errors import UserError, shown
 from longrope.files import read_json, write_atomically
-from longrope.lengths import format_length
+from longrope.lengths import LONGEST, format_length
 
 FORMAT = "longrope-factors"
 VERSION = 1
@@ -52,7 +52,7 @@ class RopeFactors:
             or not isinstance(self.rescale, Sequence | np.ndarray)
             or not len(self.rescale)
         ):
-            raise _wrong("rescale", repr(self.rescale)[:60], "it is a list of d/2 numbers")
+            raise _wrong("rescale", shown(self.rescale), "it is a list of d/2 numbers")
         vector = tuple(_positive(value, f"rescale[{index}]") for index, value in enumerate(self.rescale))
         object.__setattr__(self, "rescale", vector)
 
@@ -172,12 +172,12 @@ class FactorTable:
     def from_dict(cls, data: object) -> FactorTable:
         """The table of a parsed factors.json. Raises UserError when it is not one."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            got = f"format {data.get('format')!r}" if isinstance(data, Mapping) else type(data).__name__
+            got = f"format {shown(data.get('format'))}" if isinstance(data, Mapping) else type(data).__name__
             raise _wrong("format", got, f'it is "{FORMAT}"')
         if data.get("version") != VERSION or isinstance(data.get("version"), bool):
             raise UserError(
                 "factors file",
-                got=f"version {data.get('version')!r}",
+                got=f"version {shown(data.get('version'))}",
                 rule=f"this longrope reads version {VERSION}",
                 do="use the longrope that wrote it, or search again",
             )
@@ -239,7 +239,7 @@ def _row_from_dict(row: object) -> RopeFactors:
         raise _wrong("table row", type(row).__name__, "it is an object")
     _check_keys(row, _ROW_KEYS, set(), "table row")
     if isinstance(row["rescale"], str) or not isinstance(row["rescale"], Sequence):
-        raise _wrong("rescale", repr(row["rescale"])[:60], "it is a list of d/2 numbers")
+        raise _wrong("rescale", shown(row["rescale"]), "it is a list of d/2 numbers")
     return RopeFactors(**{key.name: row[key.name] for key in fields(RopeFactors)})
 
 
@@ -257,7 +257,9 @@ def _names(keys: Iterable[str]) -> str:
 def _whole(value: object, name: str, *, at_least: int) -> int:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or int(cast(int, value)) < at_least:
-        raise _wrong(name, repr(value), f"it is a whole number of at least {at_least}")
+        raise _wrong(name, shown(value), f"it is a whole number of at least {at_least}")
+    if int(cast(int, value)) > LONGEST:
+        raise _wrong(name, shown(value), f"it is at most {LONGEST}")
     return int(cast(int, value))
 
 
@@ -268,7 +270,7 @@ def _positive(value: object, name: str) -> float:
             return float(cast(float, value))
     except OverflowError:  # a whole number with more digits than a float holds
         pass
-    raise _wrong(name, repr(value)[:60], "it is a finite, positive number")
+    raise _wrong(name, shown(value), "it is a finite, positive number")
 
 
 def _wrong(name: str, got: object, rule: str) -> UserError:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +22,10 @@ from longrope import seals
 from longrope.errors import UserError
 
 TEMPORARY = ".longrope-*.tmp"
+LARGEST = 2**30
+"""Bytes of a file that is read whole, other than documents and weights."""
+_GIVEN_BY_A_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+"""Where a pipe is what was asked for."""
 _ELSEWHERE = "choose a folder that can be written to"
 _DISK_FULL = ("the disk must have room for it", "free some space, then run the same command again")
 _PARENT = ("the folder above it must exist and take new files", _ELSEWHERE)
@@ -52,7 +57,8 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     Text is written as UTF-8. A device or pipe (/dev/stdout) is written to directly. Raises UserError when the place
     cannot be written: disk full, read-only, not permitted, no such folder.
     """
-    content = data.encode() if isinstance(data, str) else data
+    # Half a surrogate pair, which JSON can spell and UTF-8 cannot, stays as JSON spells it.
+    content = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     with disk_errors(path):
         if path.exists() and not (path.is_file() or path.is_dir()):
             path.write_bytes(content)  # replacing /dev/null by a file would break the machine
@@ -180,6 +186,7 @@ def read_lines(
     """
     if not path.exists():
         return []
+    check_regular(path, "lines")
     try:
         data = path.read_bytes()
         seals.check(path)
@@ -244,7 +251,9 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a UTF-8 file. Raises UserError when it is missing or unreadable, or changed since its run ended."""
+    """The text of a UTF-8 file. Raises UserError when it is missing or unreadable, of an absurd size, or changed since
+    its run ended."""
+    check_regular(path, what, LARGEST)
     try:
         seals.check(path)
         return path.read_bytes().decode("utf-8-sig")
@@ -253,6 +262,21 @@ def read_text(path: Path, what: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         rule = "it is a readable text file"
         raise UserError(what, got=f"{path} ({error})", rule=rule, do="check the path") from None
+
+
+def check_regular(path: Path, what: str, largest: float = math.inf) -> None:
+    """Raise UserError for a pipe or a device, which may never end, and for too large a file; a missing one passes."""
+    try:
+        found = path.stat()
+    except OSError:
+        return  # reading it says why
+    given = str(path).startswith(_GIVEN_BY_A_SHELL)
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) or given):
+        got = f"{path}, which is a pipe or a device"
+        raise UserError(what, got=got, rule="it is a regular file", do="save it as a file first")
+    if found.st_size > largest:
+        got = f"{path} of {found.st_size:,} bytes"
+        raise UserError(what, got=got, rule=f"it has at most {largest:,.0f}", do="check the path")
 
 
 def read_json(path: Path, what: str) -> object:

@@ -7,14 +7,17 @@ import re
 from longrope.errors import UserError
 
 _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
+LONGEST = 2**40
+"""Tokens: what is longer than a million times the longest window there is, is a mistake."""
 
 
 def parse_length(text: str) -> int:
     """Tokens of a length such as `4096`, `4k` or `2m`. Raises UserError when it is not one."""
-    match = re.fullmatch(r"(\d{1,15})([km]?)", text.strip().lower())
+    match = re.fullmatch(r"([0-9]{1,15})([km]?)", text.strip().lower())
     length = int(match[1]) * _UNITS[match[2]] if match else 0
-    if length <= 0:
+    if not 0 < length <= LONGEST:
         rule = "a length is a positive whole number of tokens, with k for 1024 or m for 1024k"
+        rule += ", and not beyond 1048576m" if length else ""
         raise UserError("length", got=repr(text), rule=rule, do="write it like 4096, 4k, 128k or 2m")
     return length
 

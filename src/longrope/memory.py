@@ -7,12 +7,12 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
+
+from longrope.room import free_host_memory
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(min(psutil.virtual_memory().available, _room_of_group()))
-
-
-def _room_of_group() -> float:
-    """What the control group of a container leaves, on Linux; infinite where there is no limit."""
-    for folder, limit, used, cache in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        group = Path(folder)
-        try:
-            room = int((group / limit).read_text()) - int((group / used).read_text())  # "max" is no number
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            return max(0, room + int(stat.get(cache, 0)))  # what can be dropped at once
-        except (OSError, ValueError):
-            continue
-    return math.inf
+    return free_host_memory()
 
 
 def peak_memory(device: torch.device) -> int:

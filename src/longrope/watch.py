@@ -56,7 +56,7 @@ def watch(
     tensorboard: a folder where its figures are written as event files meanwhile. The end of a view is not the end of
     the run: Ctrl-C just returns. Raises UserError for a folder that is no run.
     """
-    console = console or Console(stderr=True, highlight=False)
+    console = console or Console(stderr=True, highlight=False, markup=False)
     view = look_at(run)
     with EventLog(tensorboard / slug(run.resolve().name)) if tensorboard else nullcontext() as log:
         _log(run, log)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from longrope.configs import language_part, rope_config
-from longrope.doctor.view import SWITCHING, View, check, without_scaling
+from longrope.doctor.view import SWITCHING, View, check, positive, without_scaling
 from longrope.errors import UserError
 
 # Classes whose local layers alone rotate, unless their configuration says otherwise
@@ -54,7 +54,11 @@ def _table_differs(view: View) -> Iterator[str]:
     if table is None or view.kind != "longrope" or not isinstance(long, list):
         return
     last = table.rows[-1].rescale
-    if len(long) == len(last) and any(not math.isclose(a, b, rel_tol=1e-6) for a, b in zip(long, last, strict=True)):
+    if (
+        len(long) == len(last)
+        and all(map(positive, long))
+        and any(not math.isclose(a, b, rel_tol=1e-6) for a, b in zip(long, last, strict=True))
+    ):
         yield "factors.json and long_factor differ: longrope uses the first, every other engine the second"
 
 

@@ -18,6 +18,7 @@ from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.files import read_json, write_atomically
 from longrope.folders import is_free, whole_folder
+from longrope.guard import files_to_copy
 
 SEVERITIES = ("error", "warning", "note")
 """error: does not load, or rotates wrongly. warning: an engine does something else. note: good to know."""
@@ -110,11 +111,11 @@ def write_mended(given: str | Path, out: str | Path) -> list[Finding]:
     if not is_free(out):
         raise UserError("--fix", got=f"{out}, which exists", rule="a mended copy is a new folder", do="choose another")
     whole = mended(config, folder)
+    copied = list(files_to_copy(Path(given))) if Path(given).is_dir() else []
     with whole_folder(out) as unfinished:
-        if Path(given).is_dir():
-            for each in sorted(Path(given).iterdir()):
-                if each.is_file() and each.name != _CONFIG:
-                    shutil.copyfile(each, unfinished / each.name)
+        for each in copied:
+            if each.name != _CONFIG:
+                shutil.copyfile(each, unfinished / each.name)
         longest = View(whole, folder).longest
         settings = dict(folder.tokenizer or {})
         short = settings.get("model_max_length")

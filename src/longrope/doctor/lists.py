@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from longrope.doctor.view import View, check, positive
+from longrope.errors import shown
 
 
 @check("list-missing", "error", "write it: 1 for each pair, or the factors that were searched")
@@ -52,7 +53,7 @@ def _values(view: View) -> Iterator[str]:
     for key, value in view.lists():
         items = value if isinstance(value, list) else [value]
         if bad := [each for each in items if not isinstance(each, list) and not positive(each)]:
-            yield f"{key} has {bad[0]!r} among its factors"
+            yield f"{key} has {shown(bad[0])} among its factors"
 
 
 def _write_mscales(view: View) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from longrope.baselines import su_attention_factor
 from longrope.configs import rope_config
+from longrope.doctor.kinds import check_kinds
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 
@@ -35,6 +36,7 @@ class View:
         nested = self.config.get("text_config")
         self.text: dict[str, Any] = nested if isinstance(nested, dict) else self.config
         self.folder = folder or Folder()
+        check_kinds(self.text)
 
     def rope(self, key: str) -> dict[str, Any] | None:
         """The flat dict under a key: of the layers that see the whole text, where each type has its own."""
@@ -115,12 +117,12 @@ class View:
 
 
 def _whole(value: object) -> int | None:
-    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**63 else None
 
 
 def positive(value: object) -> TypeGuard[float]:
-    """Whether something is a finite, positive number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    """Whether something is a finite, positive number, which a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def without_scaling(text: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import importlib
 import json
 import logging
 import math
-import pickle
 import sqlite3
 import sys
 import traceback
@@ -25,6 +24,7 @@ import datasets
 import yaml
 
 from longrope.errors import UserError
+from longrope.evaluate.harness_answers import answers_as_json
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel
 
@@ -84,7 +84,7 @@ def harness(
         if note := patch.widen_window(model.max_length):
             logger.info(note)
         manager.load = lambda _: loaded_tasks
-        with _told(tasks, include_path, answers):
+        with _told(tasks, include_path, answers), answers_as_json():
             results = lm_eval.simple_evaluate(
                 model=model,
                 tasks=names,
@@ -196,9 +196,6 @@ def _told(tasks: Sequence[str], include_path: str | Path | None, answers: Path |
     except sqlite3.Error as error:
         rule, do = "the disk takes the answers that are kept", "free space there; the same command goes on"
         raise UserError("output", got=f"{answers}_rank*.db ({error})", rule=rule, do=do) from None
-    except (pickle.UnpicklingError, EOFError) as error:
-        rule, do = "answers that were kept can be read", "remove these files, and they are asked for again"
-        raise UserError("answers", got=f"{answers}_rank*.db ({error})", rule=rule, do=do) from None
     except UserError:
         raise
     except Exception as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longrope.errors import UserError
+from longrope.files import LARGEST, check_regular
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def passages(questions: Sequence[Question]) -> list[str]:
 
 def read_questions(path: str | Path) -> tuple[Question, ...]:
     """The questions of a JSONL file. Raises UserError, naming the line, for one that is not as described above."""
+    check_regular(Path(path), "questions", LARGEST)
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

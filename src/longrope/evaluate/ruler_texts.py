@@ -10,6 +10,7 @@ from string import Formatter
 from typing import Any
 
 from longrope.errors import UserError
+from longrope.files import LARGEST, check_regular
 
 Texts = Mapping[str, Mapping[str, Any]]
 """Table -> key -> a text with placeholders; in the table `words`, a list of texts."""
@@ -125,9 +126,10 @@ def read_templates(path: str | Path) -> Texts:
     Raises UserError for a file that cannot be read, for a table, key or placeholder that RULER does not know, and for
     a text without a placeholder that it needs.
     """
+    check_regular(Path(path), "templates", LARGEST)
     try:
         given = tomllib.loads(Path(path).read_text("utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, or lists in lists
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         got = f"{str(path)!r}, which cannot be read"
         raise UserError("templates", got=got, rule=reason, do="give a TOML file in UTF-8") from error

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from longrope.errors import UserError
 from longrope.evaluate.prompts import Prompt, Wording, tokenize_prompt
+from longrope.files import LARGEST, check_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,10 +199,11 @@ def _read(path: Path, kind: str, cls: type[Kind]) -> Kind:
 
 
 def _toml(path: Path) -> dict[str, Any]:
+    check_regular(path, "template", LARGEST)
     try:
         return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         got, rule = f"{path}, which cannot be read", error.strerror or type(error).__name__
-    except ValueError as error:  # not UTF-8, or not TOML
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML, or lists in lists
         got, rule = f"{path}, which is not TOML", str(error)
     raise UserError("template", got=got, rule=rule, do="give a TOML file, as in the documentation")

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from longrope.checkpoint import (
     LoadOptions,
     beside_weights,
-    check_files,
     check_has_rope,
     in_config,
     load_config,
@@ -20,6 +19,7 @@ from longrope.checkpoint import (
     model_source,
 )
 from longrope.configs import rope_config, table_from_config
+from longrope.guard import check_files
 from longrope.model import LoadedModel, check_answers, load_model
 from longrope.patch import check_frequencies
 

@@ -15,6 +15,7 @@ from longrope.checkpoint import FACTORS_FILE, model_source
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
 from longrope.files import read_json, write_atomically
+from longrope.guard import files_to_copy
 from longrope.model import LoadedModel
 from longrope.patch import EXTENDED_LAYERS, Layout, ScaledRotary, has_local_layers, rotary_modules, stock_frequencies
 from longrope.rope import RopeTensors, cos_sin, inverse_frequencies
@@ -35,8 +36,8 @@ def checkpoint_folder(loaded: LoadedModel) -> Path:
 
 def copy_checkpoint(folder: Path, out: Path) -> None:
     """Copy what a checkpoint needs beside its config.json: safetensors, tokenizer, generation settings."""
-    for path in sorted(folder.iterdir()):
-        wanted = path.is_file() and path.name not in _LEFT_BEHIND and path.suffix not in _WEIGHTS_OF_OTHERS
+    for path in files_to_copy(folder):
+        wanted = path.name not in _LEFT_BEHIND and path.suffix not in _WEIGHTS_OF_OTHERS
         if wanted and not path.name.startswith("."):
             shutil.copyfile(path, out / path.name)  # contents, not permissions: a read-only source is no trap
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from longrope.errors import UserError
+from longrope.errors import UserError, shown
 from longrope.factors import FactorTable
 from longrope.files import disk_errors
-from longrope.lengths import format_length, parse_length
+from longrope.lengths import LONGEST, format_length, parse_length
 from longrope.search.settings import SearchSettings
 from longrope.training.recipes import Recipe, recipe_of
 
@@ -129,7 +130,7 @@ def read_plan(source: str | Path, original_length: int) -> Plan:
             text = path.read_text("utf-8", errors="replace")
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists in lists
         raise UserError("--stages", got=f"{where} ({error})", rule="a plan is TOML", do="correct the file") from None
     try:
         return make_plan(data, original_length)
@@ -142,7 +143,7 @@ def make_plan(data: Mapping[str, Any], original_length: int) -> Plan:
     _known("plan", data, {"stages", "measure"})
     listed = data.get("stages")
     if not isinstance(listed, list) or not listed or not all(isinstance(each, Mapping) for each in listed):
-        raise _wrong("stages", repr(listed)[:60], "a plan has one or more [[stages]]")
+        raise _wrong("stages", shown(listed), "a plan has one or more [[stages]]")
     stages: list[Stage] = []
     for each in listed:
         stages += _stages(each, len(stages) + 1, original_length)
@@ -150,8 +151,8 @@ def make_plan(data: Mapping[str, Any], original_length: int) -> Plan:
     plan = Plan(tuple(stages), _measures(data.get("measure", {}), original_length))
     lengths = plan.measures.lengths
     if lengths is not None and (not lengths or max(lengths) > plan.target):
-        shown = ", ".join(map(format_length, lengths)) or "none"
-        raise _wrong("measure: lengths", shown, f"there is at least one, and none beyond {format_length(plan.target)}")
+        named = ", ".join(map(format_length, lengths)) or "none"
+        raise _wrong("measure: lengths", named, f"there is at least one, and none beyond {format_length(plan.target)}")
     return plan
 
 
@@ -159,12 +160,12 @@ def _stages(data: Mapping[str, Any], number: int, original_length: int) -> list[
     """The stages of one table; a recovery may have several lengths, each a stage of its own."""
     where, do = f"stage {number}", data.get("do")
     if do not in KINDS:
-        raise _wrong(f"{where}: do", repr(do), f"it is one of {', '.join(KINDS)}")
+        raise _wrong(f"{where}: do", shown(do), f"it is one of {', '.join(KINDS)}")
     settings = {key: value for key, value in data.items() if key not in ("do", "to", "on")}
     _known(where, settings, _OF_TRAINING if do == "finetune" else _OF_SEARCH)
     on = data.get("on", "base" if do == "search" else "last")
     if on not in ("base", "last") or (do != "search" and "on" in data):
-        raise _wrong(f"{where}: on", repr(on), "it is base or last, and of a search only")
+        raise _wrong(f"{where}: on", shown(on), "it is base or last, and of a search only")
     lengths = data.get("to")
     if not isinstance(lengths, list):
         lengths = [lengths]
@@ -189,16 +190,16 @@ def _check_training(settings: Mapping[str, Any], where: str) -> None:
     numbers = {each.name: settings[each.name] for each in fields(Recipe) if each.name in settings}
     for name, good, rule in _MORE_OF_TRAINING:
         if name in settings and not good(settings[name]):
-            raise _wrong(f"{where}: {name}", repr(settings[name]), rule)
+            raise _wrong(f"{where}: {name}", shown(settings[name]), rule)
     if settings.get("lora") is None and (alone := [each for each in ("embeddings", "norms") if settings.get(each)]):
         raise _wrong(f"{where}: {alone[0]}", "no lora", "it is a setting of LoRA")
     further = settings.get("documents", [])
     if not isinstance(further, list) or not all(isinstance(each, str) for each in further):
-        raise _wrong(f"{where}: documents", repr(further)[:60], "it is a list of further documents of this stage")
+        raise _wrong(f"{where}: documents", shown(further), "it is a list of further documents of this stage")
     for name, value in numbers.items():
         kind: Any = str if name == "schedule" else int if name in ("steps", "batch", "warmup") else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind):
-            raise _wrong(f"{where}: {name}", repr(value), "it is a number, of schedule a word")
+            raise _wrong(f"{where}: {name}", shown(value), "it is a number, of schedule a word")
     try:
         recipe_of(settings.get("recipe"), numbers)
     except UserError as error:
@@ -211,7 +212,7 @@ def _check_search(settings: Mapping[str, Any], do: str, where: str) -> None:
     except UserError as error:
         raise UserError(f"{where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
     except TypeError:
-        raise _wrong(where, repr(dict(settings))[:80], "its settings are those of longrope search") from None
+        raise _wrong(where, shown(dict(settings)), "its settings are those of longrope search") from None
 
 
 def _check_order(stages: Sequence[Stage], original_length: int) -> None:
@@ -246,8 +247,8 @@ def _check_order(stages: Sequence[Stage], original_length: int) -> None:
             f"the stages end with factors up to {format_length(reached)}: a search beyond is followed by a fine-tuning"
         )
         raise _wrong(unused[0].name, "nothing that uses it", rule)
-    names = [(stage.do, stage.to) for stage in stages if stage.do != "finetune"]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    names = Counter((stage.do, stage.to) for stage in stages if stage.do != "finetune")
+    if twice := next((name for name, count in names.items() if count > 1), None):
         raise _wrong("stages", f"two of {twice[0]} to {format_length(twice[1])}", "each is there once")
     if trained is not None and any(stage.do == "finetune" and stage.to == trained for stage in stages):
         last = max(stage.number for stage in stages if stage.do == "finetune")
@@ -257,12 +258,12 @@ def _check_order(stages: Sequence[Stage], original_length: int) -> None:
 
 def _measures(data: object, original_length: int) -> Measures:
     if not isinstance(data, Mapping):
-        raise _wrong("measure", repr(data)[:60], "it is a table")
+        raise _wrong("measure", shown(data), "it is a table")
     _known("measure", data, set(_OF_MEASURES))
     for name, value in data.items():
         kind: Any = _OF_MEASURES[name]
         if isinstance(value, bool) or not isinstance(value, kind) or (kind is int and value < (name == "windows")):
-            raise _wrong(f"measure: {name}", repr(value), "lengths are a list, windows and passkey whole numbers")
+            raise _wrong(f"measure: {name}", shown(value), "lengths are a list, windows and passkey whole numbers")
     lengths = data.get("lengths")
     made = None if lengths is None else sorted({_length(each, "measure", original_length) for each in lengths})
     return Measures(None if made is None else tuple(made), data.get("windows"), data.get("passkey", 10))
@@ -270,15 +271,15 @@ def _measures(data: object, original_length: int) -> Measures:
 
 def _length(value: object, where: str, original_length: int) -> int:
     """Tokens of `128k`, of a number, or of `32x`, so many times the original length."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LONGEST:
         return value
     if isinstance(value, str):
-        if times := re.fullmatch(r"(\d{1,6})x", value.strip()):
-            if int(times[1]):
+        if times := re.fullmatch(r"([0-9]{1,6})x", value.strip()):
+            if 0 < int(times[1]) * original_length <= LONGEST:
                 return int(times[1]) * original_length
         else:
             return parse_length(value)
-    raise _wrong(where, repr(value), 'it is a length such as "128k", or a multiple of the original one such as "32x"')
+    raise _wrong(where, shown(value), 'it is a length such as "128k", or a multiple of the original one such as "32x"')
 
 
 def _known(where: str, data: Mapping[str, Any], names: set[str]) -> None:

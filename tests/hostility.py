@@ -1,0 +1,141 @@
+"""Hostile input: what is made of good files, and what every command must do with it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from commands import Ran, contents, longrope
+
+SECONDS = 30.0
+"""No command may take longer to refuse a small file, on a busy machine."""
+MARKUP = "</script><script>hostile()</script><img src=x onerror=hostile()>[bold]{{7*7}}"
+CONTROL = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\u202e\ud800"
+_DEEP: list[Any] = []
+for _ in range(60):
+    _DEEP = [_DEEP]
+
+VALUES: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2, 3, 0.5, -0.0, 7.5, 16, 48, 192),
+    *(2**31, 2**40, 2**53 + 1, 2**63, 10**30, 10**400, -(10**400)),
+    *(1e308, 5e-324, math.nan, math.inf, -math.inf),
+    *("", "x", "1", "16", "nan", "true", "default", "su", "longrope", "yarn", "llama", "١٢", "../../x", "/etc/passwd"),
+    *(MARKUP, CONTROL, "a\nb", "\0", "x" * 100_000),
+    *([], {}, [[]], [None], [1.0], [1.0] * 8, [math.nan] * 8, ["1"] * 8, [1.0] * 100_000),
+    *({"": 0}, {"full_attention": 1}, {"full_attention": {}}, {"a": {"b": []}}, _DEEP),
+]
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """A file as bytes, and in words what was done to the good one."""
+
+    data: bytes
+    done: str
+
+
+def places(data: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every key and index in a document, as paths; of a list its first two and its last."""
+    found: list[tuple[Any, ...]] = []
+    if isinstance(data, dict):
+        for key, value in data.items():
+            found += [(*at, key), *places(value, (*at, key))]
+    elif isinstance(data, list):
+        for index in sorted({0, 1, len(data) - 1} & set(range(len(data)))):
+            found += [(*at, index), *places(data[index], (*at, index))]
+    return found
+
+
+def _change(draw: st.DrawFn, data: Any, more: list[str]) -> str:
+    """Change a document at one place; what was done."""
+    paths = places(data)
+    path = draw(st.sampled_from(paths)) if paths else ()
+    inner = data
+    for step in path[:-1]:
+        inner = inner[step]
+    how = draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename", "wrap", "add"])) if path else "add"
+    if how == "replace":
+        inner[path[-1]] = copy.deepcopy(draw(st.sampled_from(VALUES)))
+    elif how == "remove":
+        del inner[path[-1]]
+    elif how == "wrap":
+        inner[path[-1]] = draw(st.sampled_from([[inner[path[-1]]], {"x": inner[path[-1]]}, str(inner[path[-1]])]))
+    elif how == "rename" and isinstance(inner, dict):
+        inner[draw(st.sampled_from(["", "x", MARKUP, CONTROL, *more]))] = inner.pop(path[-1])
+    elif isinstance(inner, dict):
+        inner[draw(st.sampled_from(["x", MARKUP, CONTROL, *more]))] = copy.deepcopy(draw(st.sampled_from(VALUES)))
+    elif isinstance(inner, list):
+        inner.append(copy.deepcopy(draw(st.sampled_from(VALUES))))
+    return f"{how} {'.'.join(map(str, path))}"
+
+
+BYTES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "spaces": lambda data: b" \n\t ",
+    "cut": lambda data: data[: len(data) // 2],
+    "byte order mark": lambda data: b"\xef\xbb\xbf" + data,
+    "UTF-16": lambda data: data.decode("utf-8", "replace").encode("utf-16"),
+    "not UTF-8": lambda data: data.replace(b":", b":\xff\xfe", 1),
+    "zero bytes": lambda data: data.replace(b",", b"\0,", 1),
+    "twice": lambda data: data + data,
+    "a comment": lambda data: b"// x\n" + data,
+    "too deep": lambda data: b"[" * 200_000,
+    "deep objects": lambda data: b'{"a":' * 100_000,
+    "a number of many digits": lambda data: b"1" * 10_000,
+    "a key twice": lambda data: data.replace(b"{", b'{"version": 1, "version": 2, "rope_theta": 3, ', 1),
+    "1e999": lambda data: data.replace(b": 1", b": 1e999", 1),
+    "NaN": lambda data: b"NaN",
+    "a string": lambda data: b'"x"',
+    "a list": lambda data: b"[1, 2]",
+    "null": lambda data: b"null",
+    "a pickle": lambda data: b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94.",
+    "a million numbers": lambda data: b"[" + b"1," * 10**6 + b"1]",
+}
+
+
+@st.composite
+def damaged(draw: st.DrawFn, good: Mapping[str, Any], more: tuple[str, ...] = ()) -> Hostile:
+    """A JSON document with one to three changes, or its bytes damaged. more: keys that it may get."""
+    data = copy.deepcopy(dict(good))
+    if draw(st.integers(0, 4)) == 0:
+        how = draw(st.sampled_from(sorted(BYTES)))
+        return Hostile(BYTES[how](json.dumps(data).encode()), how)
+    done = [_change(draw, data, list(more)) for _ in range(draw(st.integers(1, 3)))]
+    return Hostile(json.dumps(data).encode(), "; ".join(done))
+
+
+def one_line(text: str) -> bool:
+    """Whether a text is one line, which a terminal shows as it is."""
+    return text.endswith("\n") and all(letter.isprintable() for letter in text[:-1])
+
+
+def tried(*arguments: object, folder: Path, ends: tuple[int, ...] = (0, 2)) -> tuple[Ran | None, str]:
+    """A command run on hostile input, and what is wrong with how it ended, empty where nothing is.
+
+    folder: what must be as before where the command refuses. ends: the exit codes that there may be.
+    """
+    before, start = contents(folder), time.monotonic()
+    try:
+        ran = longrope(*arguments)
+    except BaseException as error:  # also what is no Exception, such as a panic of a library in Rust
+        return None, f"{type(error).__name__}: {str(error)[:300]}"
+    if time.monotonic() - start > SECONDS:
+        return ran, f"took {time.monotonic() - start:.0f} s"
+    if ran.code not in ends or "Traceback" in ran.err or "again with -v" in ran.err:
+        return ran, f"exit code {ran.code}: {ran.err[-300:]!r}"
+    if ran.code == 2:
+        if ran.out or not ran.err.startswith("longrope: ") or not one_line(ran.err):
+            return ran, f"not one line: {ran.out[:100]!r} {ran.err[:300]!r}"
+        if contents(folder) != before:
+            return ran, f"refused, and wrote {sorted(contents(folder).keys() - before.keys())}"
+    elif not all(letter.isprintable() or letter == "\n" for letter in ran.out + ran.err):
+        return ran, f"control characters: {(ran.out + ran.err)[:300]!r}"
+    return ran, ""
