@@ -24,7 +24,7 @@ from longrope.baselines import baseline
 from longrope.checkpoint import TINY, LoadOptions
 from longrope.errors import UserError
 from longrope.model import LoadedModel, load_model
-from longrope.planning import memory
+from longrope.planning import activations, memory
 from longrope.planning.flops import window_flops
 from longrope.planning.machines import machine_of
 from longrope.planning.precision import HALF, MIXED
@@ -98,15 +98,15 @@ def test_local_layers_count_their_window_and_a_window_of_all_layers_is_widened(t
     assert flops.attention == 4 * 64 * (5 * (32 * 33 / 2 + 968 * 32) + 1000 * 1001 / 2)
     mistral = shape_at({"model_type": "mistral", "sliding_window": 32, "rope_theta": 1e4, **small}, tmp_path)
     assert mistral.windows == (None,) * 6
-    assert memory.masks(gemma, 1000) == 1e6
-    assert memory.masks(mistral, 1000) == 0
+    assert activations.masks(gemma, 1000) == 1e6
+    assert activations.masks(mistral, 1000) == 0
 
 
-class Counted(TorchDispatchMode):
+class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """FLOPs of products, and of those of attention, which has them in batches, as torch's own formulas count them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.of: dict[str, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,11 +117,11 @@ class Counted(TorchDispatchMode):
         return out
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most bytes of tensors that were made inside and alive at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}
         self.most = 0
 

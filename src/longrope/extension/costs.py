@@ -75,8 +75,8 @@ def costs(loaded: LoadedModel, plan: Plan) -> list[Cost]:
             steps, batch = _steps(stage)
             reached = stage.to
             made_of = f"{steps} steps of {batch} windows of {stage.to:,} tokens, three passes each"
-            work = (Work("train", stage.to, steps * batch),)
-            found.append(Cost(stage.name, stage.to, made_of, work, batch, stage.settings.get("lora") or 0))
+            trained = (Work("train", stage.to, steps * batch),)
+            found.append(Cost(stage.name, stage.to, made_of, trained, batch, stage.settings.get("lora") or 0))
         else:
             work, made_of = _searched(loaded, stage, reached)
             if stage.settings.get("search_length"):

@@ -34,11 +34,8 @@ ALONE = Spread()
 
 def fullest(*phases: Parts) -> dict[str, float]:
     """The phase that takes most."""
-
-    def total(parts: Parts) -> float:
-        return sum(parts.values())
-
-    return dict(max(phases, key=total))
+    totals = [sum(parts.values()) for parts in phases]
+    return dict(phases[totals.index(max(totals))])
 
 
 def weight_bytes(shape: ModelShape, p: Precision, quantize: str | None = None) -> float:

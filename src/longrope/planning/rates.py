@@ -44,12 +44,12 @@ def measured_rates(shape: ModelShape, p: Precision, tokens: int, *, seed: int = 
     product = timed(lambda: linear(linear(states, weight), back))
 
     long, heads = min(tokens, _MOST_TOKENS), min(shape.heads, _MOST_HEADS)
-    parts = [draw(1, heads, long, shape.head_dim).requires_grad_() for _ in range(3)]
+    query, key, value = (draw(1, heads, long, shape.head_dim).requires_grad_() for _ in range(3))
     attended = heads * 2.0 * long**2 * shape.head_dim
     with torch.no_grad():
-        ahead = timed(lambda: scaled_dot_product_attention(*parts, is_causal=True))
-    out = scaled_dot_product_attention(*parts, is_causal=True)
-    behind = timed(lambda: torch.autograd.grad(out, parts, out, retain_graph=True))
+        ahead = timed(lambda: scaled_dot_product_attention(query, key, value, is_causal=True))
+    out = scaled_dot_product_attention(query, key, value, is_causal=True)
+    behind = timed(lambda: torch.autograd.grad(out, (query, key, value), out, retain_graph=True))
 
     stream, gate = draw(few, shape.hidden, dtype=_DTYPES[p.stream]), draw(few, wide)
     between = timed(lambda: ((stream * stream), stream.to(dtype) if p.recasts else stream + stream, silu(gate) * gate))
