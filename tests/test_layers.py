@@ -23,7 +23,7 @@ LAYERS = [
     ["rope"],
     ["patch"],
     ["checkpoint"],
-    ["model", "doctor.loaded"],
+    ["model", "doctor.loaded", "doctor.run"],
     ["documents"],
     ["windows"],
     ["describe"],
@@ -55,7 +55,7 @@ WITHOUT_TORCH = (
     "watch errors lengths files factors runs baselines configs convert search.tasks search.space search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
     "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend "
-    "cli_generate cli_doctor cli_export doctor.examine"
+    "cli_generate cli_doctor cli_export doctor.examine doctor.run"
 ).split()
 
 
