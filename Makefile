@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-browser test-engines test-wheel lint format bench docs clean
+.PHONY: demo test test-browser test-docs test-engines test-wheel lint format bench docs clean
 
 # torch first and by itself: its range admits the CPU build where one is offered, and no newer CUDA build.
 $(VENV)/installed: pyproject.toml
@@ -58,9 +58,19 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/measures.py
 
-# The commands' reference is generated from --help; a test holds it to the code.
-docs: $(VENV)/installed
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,docs]"
+	touch $@
+
+# The pages, into site/. The commands' reference is generated from --help, the pictures from the package's formulas.
+docs: $(VENV)/docs
 	$(BIN)/python tools/reference.py
+	$(BIN)/python tools/pictures.py --check
+	$(BIN)/python -m mkdocs build --strict --quiet --clean
+
+# Every code block of the pages is run.
+test-docs: $(VENV)/docs
+	$(BIN)/python -m pytest tests/docs --numprocesses 2 --dist worksteal
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site

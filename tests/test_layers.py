@@ -25,7 +25,7 @@ LAYERS = [
     ["rope"],
     ["patch"],
     ["checkpoint"],
-    ["model", "doctor.loaded"],
+    ["model", "doctor.loaded", "doctor.run"],
     ["documents"],
     ["windows"],
     ["describe"],
@@ -60,7 +60,7 @@ WITHOUT_TORCH = (
     "search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster report console "
     "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend "
-    "cli_generate cli_doctor cli_export cli_plan doctor.examine "
+    "cli_generate cli_doctor cli_export cli_plan doctor.examine doctor.run "
     "planning.shape planning.flops planning.activations planning.memory planning.precision planning.machines "
     "planning.speed planning.stages"
 ).split()

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from longrope.api import apply as apply
     from longrope.api import load as load
     from longrope.compare import compare as compare
+    from longrope.doctor.run import doctor as doctor
     from longrope.errors import UserError as UserError
     from longrope.evaluate.run import evaluate as evaluate
     from longrope.export.run import export as export
+    from longrope.export.verify import verify as verify
     from longrope.extension.run import extend as extend
     from longrope.factors import FactorTable as FactorTable
     from longrope.factors import RopeFactors as RopeFactors
@@ -31,12 +33,14 @@ _PUBLIC = {
     "UserError": "longrope.errors:UserError",
     "apply": "longrope.api:apply",
     "compare": "longrope.compare:compare",
+    "doctor": "longrope.doctor.run:doctor",
     "evaluate": "longrope.evaluate.run:evaluate",
     "export": "longrope.export.run:export",
     "extend": "longrope.extension.run:extend",
     "finetune": "longrope.training.run:finetune",
     "load": "longrope.api:load",
     "search": "longrope.search.driver:search",
+    "verify": "longrope.export.verify:verify",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -46,8 +46,9 @@ def apply(
 
     A table is used by the length of each sequence, a single row at every length up to its own. Forward passes and
     `generate` are exact also where keys are cached: what comes out is what a pass over the whole text so far gives.
-    policy, chunk: as in `runtime.switch.Switch`. A sliding window that every layer has is widened to the longest
-    length, until `undo`. The table becomes part of the model's configuration, so that `save_pretrained` keeps it and
+    original_length: in tokens, where the configuration does not say it right. policy: `exact`, `ahead` or `fixed`.
+    chunk: tokens of a pass over a long prompt. A sliding window that every layer has is widened to the longest length,
+    until `undo`. The table becomes part of the model's configuration, so that `save_pretrained` keeps it and
     `load` finds it. Raises UserError for factors of another model, and for a model that carries some.
     """
     wanted = as_factors(factors)
@@ -78,7 +79,7 @@ def load(
     """A transformers model whose RoPE is the factor table: MODEL as every command takes it, or one already loaded.
 
     factors: by default the factors.json beside the weights, or the table in the model's configuration. policy, chunk:
-    as in `runtime.switch.Switch`. `options` are the fields of LoadOptions.
+    as in `apply`. `options` are the fields of LoadOptions.
     Raises UserError when the model cannot be loaded or the factors are not its own.
     """
     if isinstance(model, PreTrainedModel):

@@ -36,7 +36,10 @@ def compare(
     on_step: OnStep | None = None,
     **keywords: Any,
 ) -> dict[str, Any]:
-    """A measure of methods and factor tables (by name) at lengths, on the same items; returns metrics.json's dict.
+    """A `measure` of methods and factor tables (by name) at lengths, on the same items; returns metrics.json's dict.
+
+    model: a folder, a Hub id or `tiny`, or one from load_model. lengths: in tokens. options: LoadOptions as one object.
+    workers: as for `search`. on_step is called before each piece.
 
     Baselines are set up for the longest length; with stage="second" on top of what the checkpoint was fine-tuned with,
     as its second interpolation. Without `factors` those beside the weights are compared; an empty

@@ -148,12 +148,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `perplexity`, `passkey`, `needle`, `ruler` or `nonuniformity` at lengths; what --json prints.
 
-    `harness` takes no lengths, workers and on_step, and has the fields of HarnessSettings as keywords.
+    measure: one of those, or `harness`. model: a folder, a Hub id or `tiny`, or one from load_model. `harness` takes no
+    lengths, workers and on_step, and has the fields of HarnessSettings as keywords.
 
     factors: a table or its file, by default the checkpoint's own factors.json; "none" ignores that one. Writes a run
     folder where `out` names one, and resumes one that is there item by item; a finished one is read, not measured
-    again. workers: as for `search`. on_step is called before each piece. `keywords` are the fields of MeasureSettings
-    and of LoadOptions. Raises UserError for bad input.
+    again. workers: as for `search`. on_step is called before each piece. options: LoadOptions as one object; `keywords`
+    are the fields of MeasureSettings and of LoadOptions. Raises UserError for bad input.
     """
     if measure == "harness":
         from longrope.evaluate.harness_run import evaluate_harness  # which needs this module

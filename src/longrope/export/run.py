@@ -59,9 +59,9 @@ def export(
     sliding window that every layer has is widened to the target. The folder's factors.json is the table that is served:
     what our commands measure on the folder is what the engine does. What the engine cannot express is refused; force
     leaves it out, and the card says what that costs, measured on `documents`. push: a repository of the Hub that the
-    folder is uploaded to. factors: a table or its file, by default the factors.json beside the weights. `load` are the
-    fields of LoadOptions. Raises UserError for factors of another model, and an `out` that is not empty or cannot be
-    written.
+    folder is uploaded to. factors: a table or its file, by default the factors.json beside the weights. options:
+    LoadOptions as one object; `load`: its fields. Returns the folder. Raises UserError for factors of another model,
+    and an `out` that is not empty or cannot be written.
     """
     check_names(engine, window)
     options = load_options(options, load)

@@ -46,8 +46,9 @@ _IGNORED = {
 def verify(
     path: str | Path, *, against: str | None = None, engine: str | None = None, options: LoadOptions | None = None
 ) -> list[Said]:
-    """Read an exported folder or GGUF file back.
+    """Read an exported folder or GGUF file back; each thing that was looked at is ok, is not, or only said.
 
+    path: the folder or the file. options: how the model is loaded, on the CPU in float32 by default.
     against: the MODEL it was made of, with whose weights and factors it is compared; its logits, too, where the engine
     is installed. engine: whose rules hold; by default the one that it was exported for. Raises UserError for what is no
     export.

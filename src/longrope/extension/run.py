@@ -65,8 +65,10 @@ def extend(
     `search_documents` where these are given. train=False leaves out everything that needs training. launcher: a command
     such as `torchrun --nproc-per-node 8` that runs the fine-tuning on several devices. The run `out`
     (runs/extend-MODEL-LENGTH by default) has a run for each stage; the same call goes on with what is not done. It ends
-    with factors.json, checkpoint/, metrics.json and report.html. load: the fields of LoadOptions. Raises UserError for
-    bad input, and for a stage whose inputs or files have changed since it was made.
+    with factors.json, checkpoint/, metrics.json and report.html. workers: as for `search`. tracker: whatever Trainer
+    reports to. seed: fixes windows and every random choice. watching: what is called as it goes on. options:
+    LoadOptions as one object; load: its fields. Raises UserError for bad input, and for a stage whose inputs or files
+    have changed since it was made.
     """
     watching = watching or Watching()
     workers = None if workers is None else str(workers)

@@ -74,8 +74,9 @@ def search(
     Writes a run folder `out` (by default runs/search-MODEL-LENGTH) and resumes one that is there; on a finished one it
     returns its table. `unseen` documents are only measured, at the end. `init` are further seeds. `workers`: a number
     of Ray workers on this machine, `ray` or `ray:ADDRESS` for a cluster; by default all is done in this process.
-    `keywords` are the fields of SearchSettings and of LoadOptions, which are the command's words. Returns the table of
-    two rows that factors.json holds. Raises UserError for bad input.
+    on_progress is called after each task. options: LoadOptions as one object. `keywords` are the fields of
+    SearchSettings and of LoadOptions, which are the command's words. Returns the table of two rows that factors.json
+    holds. Raises UserError for bad input.
     """
     for name in ("start_tokens", "attention_factor"):  # numbers too, from Python
         if keywords.get(name) is not None:

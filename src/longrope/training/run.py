@@ -88,8 +88,10 @@ def finetune(
     factors: a table or its file, by default those beside the weights; windows get the row of their length. Writes the
     run `out` (runs/finetune-MODEL-LENGTH by default): checkpoint/, a transformers folder with its factors.json, or, of
     LoRA that is not merged, adapter/. Resumes a run that is there from its last whole checkpoint, and ends in the same
-    weights. keywords: the fields of Recipe, Training, LoraSettings (embeddings, norms, merge) and LoadOptions. Raises
-    UserError for bad input, for a window that does not fit into memory, and for a loss that is no number.
+    weights. recipe: one of RECIPES by name. lora: the rank of adapters, by default all weights are trained. on_progress
+    is called after each step. options: LoadOptions as one object. keywords: the fields of Recipe, Training,
+    LoraSettings (embeddings, norms, merge) and LoadOptions. Raises UserError for bad input, for a window that does not
+    fit into memory, and for a loss that is no number.
     """
     given, chosen, options = _settings(as_length(length), recipe, lora, options, keywords)
     world = World.told()
