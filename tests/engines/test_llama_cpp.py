@@ -26,6 +26,14 @@ FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=2)
 TOLERANCE = {"f32": 0.02, "f16": 0.05, "bf16": 8 * 0.05, "q8_0": 0.6}
 
 
+# No partial rotation, and an original length that llama.cpp, which rounds its context up to 256, can serve
+SIZES: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "max_position_embeddings": 256, "original_max_position_embeddings": 256,
+}  # fmt: skip
+
+
 def table_of(loaded: LoadedModel, ratio: int) -> FactorTable:
     """The model as it is, and YaRN's row, both with the attention factor of the lengths."""
     shape = loaded.rope.shape
@@ -43,13 +51,7 @@ def table_of(loaded: LoadedModel, ratio: int) -> FactorTable:
 def ours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     if request.param == "tiny":
         return load_model(TINY, FLOAT32)
-    # No partial rotation, and an original length that llama.cpp, which rounds its context up to 256, can serve
-    changes: dict[str, Any] = {
-        "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-        "max_position_embeddings": 256, "original_max_position_embeddings": 256,
-    }  # fmt: skip
-    return load_model(str(write_checkpoint(tmp_path_factory.mktemp("ground") / "phi3", "phi3", **changes)), FLOAT32)
+    return load_model(str(write_checkpoint(tmp_path_factory.mktemp("ground") / "phi3", "phi3", **SIZES)), FLOAT32)
 
 
 def ids_of(length: int) -> list[int]:
@@ -137,3 +139,15 @@ def test_verify_runs_llama_cpp_where_it_is_installed(ours: LoadedModel, tmp_path
     lost = replace(table, rows=(table.rows[0], table.rows[1].with_values(rescale=(2.0,) * len(table.rows[1].rescale))))
     lost.save(path.parent / "factors.json")
     assert {each.name for each in verify(path, against=ours.name, options=FLOAT32) if each.ok is False} >= {"factors"}
+
+
+@pytest.mark.parametrize("name", ["phi3", "mistral"])
+def test_partial_rotation_and_a_window_that_was_widened(name: str, tmp_path: Path) -> None:
+    partial = {"rope_parameters": SIZES["rope_parameters"] | {"partial_rotary_factor": 0.75}}
+    changes = {"phi3": partial, "mistral": {"sliding_window": 100, "num_key_value_heads": 1, "head_dim": 32}}[name]
+    model = write_checkpoint(tmp_path / name, name, **{**SIZES, **changes})
+    ours = load_model(str(model), FLOAT32)
+    path = gguf_of(ours, table_of(ours, 8), tmp_path / "out", "dynamic", "f32")
+    said = verify(path, against=ours.name, options=FLOAT32)
+    assert [each for each in said if each.ok is False] == []
+    assert sum(each.name == "logits" for each in said) == 2
