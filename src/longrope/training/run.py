@@ -34,7 +34,7 @@ from longrope.training.callbacks import Progress, Watch
 from longrope.training.lora import LoraSettings, merged, with_lora
 from longrope.training.loss import chunked_loss
 from longrope.training.recipes import Recipe, recipe_of
-from longrope.training.state import damaged, keep_losses, last_whole, step_of
+from longrope.training.state import damaged, keep_losses, last_whole
 from longrope.training.trainer import ShardingTrainer, gathered
 from longrope.training.windows import LongWindows, MixedWindows, collate
 from longrope.training.world import World
@@ -132,7 +132,7 @@ def _begin(run: RunFolder | None, table: FactorTable) -> tuple[dict[str, Any] | 
         return run.metrics(), None
     run.save_factors(table)
     last = last_whole(run.path / STATE)
-    keep_losses(run.path / LOSSES, 0 if last is None else step_of(last))
+    keep_losses(run.path / LOSSES, last)
     return None, None if last is None else str(last)
 
 
