@@ -57,7 +57,7 @@ def places(data: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def _change(draw: st.DrawFn, data: Any, more: list[str]) -> str:
     """Change a document at one place; what was done."""
     paths = places(data)
-    path = draw(st.sampled_from(paths)) if paths else ()
+    path: tuple[Any, ...] = draw(st.sampled_from(paths)) if paths else ()
     inner = data
     for step in path[:-1]:
         inner = inner[step]

@@ -245,6 +245,36 @@ def test_a_damaged_checkpoint_is_told_and_without_it_the_one_before_is_gone_on_w
     assert Path("run/training.jsonl").read_bytes() == losses
 
 
+@pytest.mark.usefixtures("here")
+def test_losses_that_the_file_has_lost_are_those_of_the_checkpoint() -> None:
+    assert longrope(*command("-q")).code == 0
+    losses, metrics = Path("run/training.jsonl").read_bytes(), Path("run/metrics.json").read_bytes()
+    for left in (b"", losses[:300], losses[:-30], b"".join(losses.splitlines(keepends=True)[1:])):
+        unfinish(Path("run"))
+        Path("run/training.jsonl").write_bytes(left)
+        assert longrope(*command("-q")).code == 0
+        assert Path("run/training.jsonl").read_bytes() == losses
+        assert Path("run/metrics.json").read_bytes() == metrics
+    unfinish(Path("run"))
+    shutil.rmtree("run/checkpoints/checkpoint-12")
+    Path("run/training.jsonl").write_bytes(b"")
+    assert longrope(*command("-q")).code == 0
+    assert Path("run/training.jsonl").read_bytes() == losses
+
+
+@pytest.mark.usefixtures("here")
+def test_a_bit_that_is_turned_in_a_checkpoint_is_told_with_its_file() -> None:
+    assert longrope(*command("-q")).code == 0
+    unfinish(Path("run"))
+    checkpoint = Path("run/checkpoints/checkpoint-12")
+    for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+        whole = (checkpoint / name).read_bytes()
+        at = len(whole) // 2
+        (checkpoint / name).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert refused(*command("-q")).startswith(f"checkpoint: got {checkpoint}: {name}; "), name
+        (checkpoint / name).write_bytes(whole)
+
+
 # Bad input
 
 

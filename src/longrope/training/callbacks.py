@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from longrope.errors import UserError
 from longrope.files import read_lines
-from longrope.training.state import log_loss, mark_whole
+from longrope.training.state import log_loss, loss_line, mark_whole
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class Watch(TrainerCallback):
             rule = "the loss stays a number"
             do = f"{kept}; train with a lower --learning-rate or a longer --warmup into another --out"
             raise UserError("training", got=f"{what} at step {state.global_step}", rule=rule, do=do)
-        line = {"step": state.global_step, "loss": loss, "grad_norm": norm}
-        log_loss(self.path, line | {"learning_rate": logs.get("learning_rate")})
+        log_loss(self.path, loss_line(state.global_step, logs))
         if self.on_progress and self._begun:
             begun, first = self._begun
             rate = (time.perf_counter() - begun) / max(1, state.global_step - first)

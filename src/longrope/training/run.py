@@ -35,7 +35,7 @@ from longrope.training.lora import LoraSettings, merged, with_lora
 from longrope.training.loss import chunked_loss
 from longrope.training.recipes import Recipe, recipe_of
 from longrope.training.sharded import check_shards
-from longrope.training.state import damaged, keep_losses, last_whole, step_of
+from longrope.training.state import damaged, keep_losses, last_whole
 from longrope.training.trainer import ShardingTrainer, gathered
 from longrope.training.windows import LongWindows, MixedWindows, collate
 from longrope.training.world import World
@@ -136,7 +136,7 @@ def _begin(run: RunFolder | None, table: FactorTable) -> tuple[dict[str, Any] | 
     run.save_factors(table)
     last = last_whole(run.path / STATE)
     check_shards(last)
-    keep_losses(run.path / LOSSES, 0 if last is None else step_of(last))
+    keep_losses(run.path / LOSSES, last)
     return None, None if last is None else str(last)
 
 

@@ -16,6 +16,7 @@ from longrope.files import append_line, as_line, read_lines, read_object, write_
 WHOLE = "longrope.json"
 """Written into a checkpoint when all else is there: the size of every file, and a checksum."""
 _SUMMED = 8 * 2**30  # bytes; of larger files the sizes are compared
+_TRAINERS = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -67,12 +68,34 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def keep_losses(path: Path, step: int) -> None:
-    """Forget the losses of steps after `step`, which will be made again."""
+def keep_losses(path: Path, checkpoint: Path | None) -> None:
+    """Leave the losses of the steps up to a checkpoint; later ones will be made again.
+
+    Those that the file has lost are taken from the checkpoint. Raises UserError when that has not all of them either.
+    """
+    step = 0 if checkpoint is None else step_of(checkpoint)
     lines = read_lines(path, repair=True, required={"step": int})
     kept = [line for line in lines if line["step"] <= step]
-    if len(kept) < len(lines):
+    if checkpoint is not None and [line["step"] for line in kept] != list(range(1, step + 1)):
+        kept = _logged(checkpoint, step)
+    if kept != lines:
         write_atomically(path, "".join(as_line(line) for line in kept))
+
+
+def _logged(checkpoint: Path, step: int) -> list[dict[str, Any]]:
+    """The losses that Trainer keeps in a checkpoint, as lines."""
+    history = read_object(checkpoint / _TRAINERS, "state of a training").get("log_history")
+    logs = [each for each in history if isinstance(each, Mapping)] if isinstance(history, list) else []
+    found = [loss_line(each["step"], each) for each in logs if "loss" in each and isinstance(each.get("step"), int)]
+    if [line["step"] for line in found] != list(range(1, step + 1)):
+        raise damaged(checkpoint, f"{_TRAINERS} without the losses of its {step} steps")
+    return found
+
+
+def loss_line(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of training.jsonl, of what Trainer logs."""
+    norm = float(logs.get("grad_norm", 0.0))
+    return {"step": step, "loss": float(logs["loss"]), "grad_norm": norm, "learning_rate": logs.get("learning_rate")}
 
 
 def log_loss(path: Path, line: Mapping[str, Any]) -> None:
