@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longrope.extension.run import extend as extend
     from longrope.factors import FactorTable as FactorTable
     from longrope.factors import RopeFactors as RopeFactors
+    from longrope.planning.run import plan as plan
     from longrope.search.driver import search as search
     from longrope.training.run import finetune as finetune
 
@@ -39,6 +40,7 @@ _PUBLIC = {
     "extend": "longrope.extension.run:extend",
     "finetune": "longrope.training.run:finetune",
     "load": "longrope.api:load",
+    "plan": "longrope.planning.run:plan",
     "search": "longrope.search.driver:search",
     "verify": "longrope.export.verify:verify",
 }

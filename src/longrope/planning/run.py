@@ -11,6 +11,7 @@ from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.extension.costs import costs
 from longrope.extension.run import plan_for
+from longrope.lengths import as_length
 from longrope.memory import free_memory
 from longrope.planning.machines import Machine, machine_of
 from longrope.planning.precision import QUANTIZED, precision_of
@@ -25,7 +26,7 @@ CPU = "cpu"
 def plan(
     model: str,
     *,
-    to: int,
+    to: int | str,
     gpus: str = CPU,
     stages: str | None = None,
     train: bool = True,
@@ -35,10 +36,12 @@ def plan(
 ) -> dict[str, Any]:
     """The document of the command: every stage of an extension to `to` tokens on machines such as `8xH100-80GB`.
 
-    gpus: `cpu` is this machine, whose rates are measured, a few seconds. peak: FLOP/s of a device that `gpus` names by
-    its memory alone. Raises UserError for bad input.
+    model: a folder, a config.json, a Hub id or `tiny`; no weights are read. gpus: `cpu` is this machine, whose rates
+    are measured, a few seconds. stages, train: as in `extend`. settings: dtype, LoRA and quantization of the stages.
+    peak: FLOP/s of a device that `gpus` names by its memory alone. original_length: in tokens, where the configuration
+    does not say it right. Raises UserError for bad input.
     """
-    settings = settings or Settings()
+    to, settings = as_length(to), settings or Settings()
     check(settings, peak)
     machine = None if gpus == CPU else machine_of(gpus, peak)
     precision_of(settings.dtype, cuda=machine is not None)
