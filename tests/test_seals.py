@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,13 @@ def test_a_finished_run_is_read_by_nobody_with_a_file_that_has_changed(tmp_path:
     run = finished(tmp_path / "run")
     RunFolder.open(run, CONFIG).close()
     weights = run / "checkpoint" / "model.safetensors"
-    for path, check in (
+    readers: list[tuple[Path, Callable[[], object]]] = [
         (weights, lambda: seals.check_folder(run / "checkpoint")),
         (weights, lambda: RunFolder.open(run, CONFIG)),
         (run / "metrics.json", lambda: read_json(run / "metrics.json", "measurements")),
         (run / "evaluations.jsonl", lambda: read_lines(run / "evaluations.jsonl")),
-    ):
+    ]
+    for path, check in readers:
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.raises(UserError) as caught:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import machine, today, versions, write_results
-from faulting import damage, kills, signals, workers, writes
+from faulting import damage, disks, kills, signals, workers, writes
 from faulting.child import import_everything
 from faulting.ground import Undisturbed, undisturbed
 from faulting.pool import run_cases
@@ -30,7 +30,8 @@ def _kills(made: Made, args: argparse.Namespace) -> list[Case]:
 
 
 def _writes(made: Made, args: argparse.Namespace) -> list[Case]:
-    return writes.cases(made, every=args.every or (12 if args.quick else 1))
+    every = args.every or (12 if args.quick else 1)
+    return [*writes.cases(made, every), *disks.cases(made)[::every]]
 
 
 def _damage(made: Made, args: argparse.Namespace) -> list[Case]:
@@ -60,6 +61,7 @@ _COLUMNS = (
     "kills",
     "crashes",
     "disk faults",
+    "real disks",
     "damaged files",
     "refused",
     "repaired or not needed",
