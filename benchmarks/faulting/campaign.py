@@ -36,7 +36,7 @@ def _writes(made: Made, args: argparse.Namespace) -> list[Case]:
 
 def _damage(made: Made, args: argparse.Namespace) -> list[Case]:
     every = args.every or (10 if args.quick else 1)
-    return damage.cases(made, args.seed, flips=1 if args.quick else 3, every=every)
+    return damage.cases(made, args.seed, flips=1 if args.quick else 2, every=every)
 
 
 def _signals(made: Made, args: argparse.Namespace) -> list[Case]:
@@ -119,10 +119,12 @@ def _figure(kind: str, whole: Tally) -> dict[str, Any]:
 def _table(tallies: Mapping[str, Tally]) -> Table:
     table = Table(title="faults", title_justify="left")
     table.add_column("command")
-    for name in (*_COLUMNS, LOST, TRACEBACK, WRONG):
+    whole = summed(tallies.values())
+    columns = [name for name in _COLUMNS if whole.counts[name]]
+    for name in (*columns, LOST, TRACEBACK, WRONG):
         table.add_column(name, justify="right")
-    for name, tally in [*tallies.items(), ("all", summed(tallies.values()))]:
-        counts = [str(tally.counts[column] or "-") for column in _COLUMNS]
+    for name, tally in [*tallies.items(), ("all", whole)]:
+        counts = [str(tally.counts[column] or "-") for column in columns]
         table.add_row(name, *counts, *(_number(tally, kind) for kind in (LOST, TRACEBACK, WRONG)))
     return table
 
