@@ -20,7 +20,7 @@ import pytest
 
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
-from longrope.files import append_line, read_lines, read_object, write_atomically
+from longrope.files import append_line, disk_errors, read_lines, read_object, write_atomically
 from longrope.runs import RunFolder, default_run_path, fresh_run_path
 
 CONFIG: dict[str, Any] = {
@@ -138,6 +138,29 @@ def test_a_folder_that_takes_no_files_is_told(tmp_path: Path) -> None:
             write_atomically(path, "x")
         assert advice in str(caught.value)
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", "No space left on device"),
+        ("I/O error: Read-only file system (os error 30)", "Read-only file system"),
+        ("open file failed with strerror: Read-only file system", "Read-only file system"),
+        ("unexpected pos 64 vs 0", "a write failed"),
+        ("basic_ios::clear: iostream error", "a write failed"),
+        ("1536 requested and 768 written", "a write failed"),
+    ],
+)
+def test_disks_of_which_libraries_tell_in_words_of_their_own_are_told(tmp_path: Path, said: str, told: str) -> None:
+    with pytest.raises(UserError) as caught, disk_errors(tmp_path / "deep" / "file"):
+        raise RuntimeError(said)
+    assert caught.value.got == f"{tmp_path / 'deep' / 'file'} ({told})"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_a_disks_is_not_told_as_a_disks(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no such layer"), disk_errors(tmp_path):
+        raise RuntimeError("no such layer")
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------

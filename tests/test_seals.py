@@ -86,12 +86,12 @@ def test_a_finished_run_is_read_by_nobody_with_a_file_that_has_changed(tmp_path:
     run = finished(tmp_path / "run")
     RunFolder.open(run, CONFIG).close()
     weights = run / "checkpoint" / "model.safetensors"
-    readers: tuple[tuple[Path, Callable[[], object]], ...] = (
+    readers: list[tuple[Path, Callable[[], object]]] = [
         (weights, lambda: seals.check_folder(run / "checkpoint")),
         (weights, lambda: RunFolder.open(run, CONFIG)),
         (run / "metrics.json", lambda: read_json(run / "metrics.json", "measurements")),
         (run / "evaluations.jsonl", lambda: read_lines(run / "evaluations.jsonl")),
-    )
+    ]
     for path, check in readers:
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

@@ -275,6 +275,20 @@ def test_a_bit_that_is_turned_in_a_checkpoint_is_told_with_its_file() -> None:
         (checkpoint / name).write_bytes(whole)
 
 
+@pytest.mark.parametrize(("limit", "told"), [(100_000, "File too large"), (200_000, "a write failed")])
+def test_a_checkpoint_that_hits_a_limit_of_file_sizes_is_told_and_the_training_goes_on(
+    here: Path, limit: int, told: str
+) -> None:
+    """The weights, which safetensors writes, and with a higher limit the optimizer, which torch writes."""
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+    with start(*command("-q"), cwd=here, code=limited + "from longrope.cli import main; main()") as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, ""), err
+    assert err.startswith(f"longrope: output: got run ({told}); ")
+    assert err.count("\n") == 1
+    assert longrope(*command("-q")).code == 0
+
+
 # Bad input
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import machine, today, versions, write_results
-from faulting import damage, kills, signals, workers, writes
+from faulting import damage, disks, kills, signals, workers, writes
 from faulting.child import import_everything
 from faulting.ground import Undisturbed, undisturbed
 from faulting.pool import run_cases
@@ -30,12 +30,13 @@ def _kills(made: Made, args: argparse.Namespace) -> list[Case]:
 
 
 def _writes(made: Made, args: argparse.Namespace) -> list[Case]:
-    return writes.cases(made, every=args.every or (12 if args.quick else 1))
+    every = args.every or (12 if args.quick else 1)
+    return [*writes.cases(made, every), *disks.cases(made)[::every]]
 
 
 def _damage(made: Made, args: argparse.Namespace) -> list[Case]:
     every = args.every or (10 if args.quick else 1)
-    return damage.cases(made, args.seed, flips=1 if args.quick else 3, every=every)
+    return damage.cases(made, args.seed, flips=1 if args.quick else 2, every=every)
 
 
 def _signals(made: Made, args: argparse.Namespace) -> list[Case]:
@@ -60,6 +61,7 @@ _COLUMNS = (
     "kills",
     "crashes",
     "disk faults",
+    "real disks",
     "damaged files",
     "refused",
     "repaired or not needed",
@@ -117,10 +119,12 @@ def _figure(kind: str, whole: Tally) -> dict[str, Any]:
 def _table(tallies: Mapping[str, Tally]) -> Table:
     table = Table(title="faults", title_justify="left")
     table.add_column("command")
-    for name in (*_COLUMNS, LOST, TRACEBACK, WRONG):
+    whole = summed(tallies.values())
+    columns = [name for name in _COLUMNS if whole.counts[name]]
+    for name in (*columns, LOST, TRACEBACK, WRONG):
         table.add_column(name, justify="right")
-    for name, tally in [*tallies.items(), ("all", summed(tallies.values()))]:
-        counts = [str(tally.counts[column] or "-") for column in _COLUMNS]
+    for name, tally in [*tallies.items(), ("all", whole)]:
+        counts = [str(tally.counts[column] or "-") for column in columns]
         table.add_row(name, *counts, *(_number(tally, kind) for kind in (LOST, TRACEBACK, WRONG)))
     return table
 

@@ -46,7 +46,7 @@ def damages(data: bytes, rng: np.random.Generator, flips: int) -> Iterator[Damag
         yield Damage(f"bit {bit} of byte {at} turned", data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
 
 
-def cases(made: Mapping[str, Undisturbed], seed: int, flips: int = 3, every: int = 1) -> list[Case]:
+def cases(made: Mapping[str, Undisturbed], seed: int, flips: int = 2, every: int = 1) -> list[Case]:
     """A case a file; every: only each so-many-th of them, for a short version."""
     found = []
     for place, (name, undisturbed) in enumerate(made.items()):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from faulting.child import Child, run
+from faulting.commands import RUNS
 from faulting.ground import Undisturbed
 from faulting.tally import LOST, TRACEBACK, WRONG, Case, Tally, is_clean, told
 
@@ -55,8 +56,12 @@ def killed(undisturbed: Undisturbed, rng: np.random.Generator, tally: Tally) -> 
 
 
 def check_end(undisturbed: Undisturbed, folder: Path, code: int, said: str, tally: Tally) -> None:
-    """What was resumed must have ended with what the undisturbed command left."""
-    if code != 0:
+    """What was resumed must have ended with what the undisturbed command left.
+
+    A new folder that was whole when its command was killed is not made a second time: the command then says so.
+    """
+    is_done = code == 2 and undisturbed.command not in RUNS and not undisturbed.differs(folder)
+    if code != 0 and not is_done:
         tally.trouble(LOST, f"it does not go on: {said}")
     elif paths := undisturbed.differs(folder):
         tally.trouble(WRONG, f"other than undisturbed: {', '.join(paths[:5])}")

@@ -57,7 +57,8 @@ def faulted(undisturbed: Undisturbed, how: int, at: int, tally: Tally) -> None:
         line = one_line(ran)
         if ran.code == 0:  # what could not be written was not needed
             check_end(undisturbed, folder, ran.code, told(ran), tally)
-        elif line is None or _CAUSES[how] not in line:
+            return
+        if line is None or _CAUSES[how] not in line:
             tally.trouble(TRACEBACK, told(ran))
     elif not ran.was_killed:
         tally.trouble(LOST, f"the crash was not reached: {told(ran)}")

@@ -42,13 +42,15 @@ _DISK_RULES = {
     errno.EISDIR: ("a file is written there, and a folder is in its place", "choose another path"),
     errno.ENAMETOOLONG: ("the file system must take the name", "choose a shorter path"),
     errno.ENOLCK: ("the file system must support file locks", "choose a folder on another file system"),
+    0: ("the disk must take it", "see that there is room and no limit on file sizes, then run the same command again"),
     errno.ENOSYS: ("the file system must support file locks", "choose a folder on another file system"),
 }
 
 _REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # torch's writer of archives and numpy's of arrays say that a write failed, and not why.
-_UNEXPLAINED = re.compile(r"unexpected pos \d+ vs \d+|PytorchStreamWriter|\d+ requested and \d+ written")
+_UNEXPLAINED = re.compile(r"unexpected pos \d+ vs \d+|PytorchStreamWriter|iostream error|\d+ requested and \d+ written")
 _PROBE = 2**16  # bytes
+_UNKNOWN = 0
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -130,7 +132,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         if number not in _DISK_RULES:
             raise
         rule, do = _DISK_RULES[number]
-        raise UserError("output", got=f"{path} ({os.strerror(number)})", rule=rule, do=do) from None
+        why = "a write failed" if number == _UNKNOWN else os.strerror(number)
+        raise UserError("output", got=f"{path} ({why})", rule=rule, do=do) from None
 
 
 def _told_in_words(said: str, path: Path) -> int | None:
@@ -149,7 +152,7 @@ def _told_in_words(said: str, path: Path) -> int | None:
             write_probe.unlink(missing_ok=True)
     except OSError as error:
         return error.errno
-    return errno.ENOSPC  # it has room again, or too little for what was written
+    return _UNKNOWN
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
