@@ -70,7 +70,9 @@ def _not_supported(view: View) -> Iterator[str]:
     try:
         rope_config(without_scaling(language_part(view.config)))
     except UserError as error:
-        if view.text is view.config or not str(error.got).startswith("no "):  # a nested one leaves out what its class has
+        if view.text is view.config or not str(error.got).startswith(
+            "no "
+        ):  # a nested one leaves out what its class has
             yield f"longrope cannot extend it: {error.what}: {error.got}; {error.rule}"
     kept = view.text.get("no_rope_layers")
     if view.family in _GLOBAL_UNTURNED and not (isinstance(kept, list) and kept and all(kept)):
