@@ -56,6 +56,7 @@ def verify(
     path, options = Path(path), options or LoadOptions(device="cpu", dtype="float32")
     if not path.exists():
         raise UserError("verify", got=f"{path}, which does not exist", rule="it is an export", do="check the path")
+    path = path.parent if path.name == "config.json" else path
     files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     if files and files[0].suffix == ".gguf":
         beside = files[0].parent / FACTORS_FILE
