@@ -14,6 +14,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from commands import Ran, contents, longrope
+from models import config
 
 SECONDS = 30.0
 """No command may take longer to refuse a small file, on a busy machine."""
@@ -32,6 +33,24 @@ VALUES: list[Any] = [
     *([], {}, [[]], [None], [1.0], [1.0] * 8, [math.nan] * 8, ["1"] * 8, [1.0] * 100_000),
     *({"": 0}, {"full_attention": 1}, {"full_attention": {}}, {"a": {"b": []}}, _DEEP),
 ]
+
+
+FACTORS_KEYS = ("version", "up_to", "provenance", "start_tokens")
+CONFIG_KEYS = tuple(
+    "text_config rope_parameters rope_scaling layer_types head_dim sliding_window partial_rotary_factor type factor "
+    "quantization_config attn_implementation dtype auto_map kv_lora_rank mrope_section beta_fast mscale rotary_dim "
+    "long_mscale longrope_factors architectures".split()
+)
+PLAN: dict[str, Any] = {
+    "stages": [
+        {"do": "search", "to": "192", "on": "base", "evaluations": 9, "windows": 2},
+        {"do": "finetune", "to": "192", "recipe": "longrope-llama2", "steps": 3, "mixed": 0.5},
+        {"do": "second", "to": "8x", "start_tokens": 0},
+        {"do": "recovery", "to": ["1x", 96], "attention_factor": "search"},
+    ],
+    "measure": {"lengths": ["1x", "192"], "windows": 2, "passkey": 3},
+}
+PLAN_KEYS = ("method", "lora", "schedule", "search_length", "documents", "batch", "hours", "seed", "race")
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,41 @@ def damaged(draw: st.DrawFn, good: Mapping[str, Any], more: tuple[str, ...] = ()
         return Hostile(BYTES[how](json.dumps(data).encode()), how)
     done = [_change(draw, data, list(more)) for _ in range(draw(st.integers(1, 3)))]
     return Hostile(json.dumps(data).encode(), "; ".join(done))
+
+
+@st.composite
+def toml(draw: st.DrawFn, good: Mapping[str, Any], more: tuple[str, ...] = ()) -> Hostile:
+    """A document with changes, as far as TOML can say them."""
+    case = draw(damaged(good, more))
+    try:
+        data = json.loads(case.data)
+    except (ValueError, RecursionError):
+        return case
+    if not isinstance(data, dict):
+        return case
+    text = "\n".join(f"{json.dumps(key)} = {_in_toml(value)}" for key, value in data.items())
+    return Hostile(text.encode("utf-8", "replace"), case.done)
+
+
+def _in_toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_in_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_in_toml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return '"null"' if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def extended() -> dict[str, Any]:
+    """The config.json of `commands.write_checkpoint`, extended, with every place that a scaling is read from."""
+    rope: dict[str, Any] = {"rope_type": "longrope", "type": "longrope", "short_factor": [1.0] * 8, "rope_theta": 500.0}
+    rope |= {"long_factor": [2.0] * 8, "original_max_position_embeddings": 48, "factor": 4.0, "attention_factor": 1.1}
+    described = config("llama", architectures=["LlamaForCausalLM"]).to_dict()
+    described |= {"rope_scaling": rope, "rope_parameters": dict(rope), "rope_theta": 500.0, "model_type": "llama"}
+    described |= {"max_position_embeddings": 192, "original_max_position_embeddings": 48}
+    plain: dict[str, Any] = json.loads(json.dumps(described, default=str))
+    return plain
 
 
 def one_line(text: str) -> bool:

@@ -5,6 +5,7 @@ Imports of torch and everything heavy stay inside the functions, so that `longro
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -45,6 +46,7 @@ from longrope.lengths import parse_lengths
 logger = logging.getLogger(__name__)
 
 _AFTER_THE_FIRST = 5.0  # seconds
+_NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
 
 app = typer.Typer(
     add_completion=False,
@@ -280,13 +282,23 @@ def run(arguments: Sequence[str]) -> int:
         return _tell(str(error), 2)
     except BrokenPipeError:  # whoever read our output has enough of it
         return 1
+    except OSError as error:
+        if error.errno not in _NO_PATHS or error.filename is None:
+            return _failed(error)
+        rule, do = "a path is one that the system takes and lets you see", "give another path"
+        return _tell(str(UserError("path", got=f"{error.filename} ({error.strerror})", rule=rule, do=do)), 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command line's parser
             return _tell(_usage(error), 2)
-        if VERBOSITY["verbose"]:
-            raise
-        return _tell(f"{type(error).__name__}: {error} (run it again with -v for the traceback)", 1)
+        return _failed(error)
     return code if isinstance(code, int) else 0
+
+
+def _failed(error: Exception) -> int:
+    """What is not the user's fault."""
+    if VERBOSITY["verbose"]:
+        raise error
+    return _tell(f"{type(error).__name__}: {error} (run it again with -v for the traceback)", 1)
 
 
 def _usage(error: Any) -> str:

@@ -71,7 +71,7 @@ def read_factors(
         given = "--row" if row is not None else "--up-to"
         rule = "a JSON file of factors is one table and says its lengths"
         raise UserError("factors file", got=f"{given} for {path.name}", rule=rule, do=f"leave {given} out")
-    return _from_json(read_json(path, "factors file"), rope_theta, original_length)
+    return _from_json(read_json(path, "factors file", unique=True), rope_theta, original_length)
 
 
 def factors_file(given: str | Path) -> Path:

@@ -278,6 +278,9 @@ def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | No
                 raise _no_field(repr(str(path)), columns)
             rows = []
             for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
+                for place, column in enumerate(batch.columns):
+                    if pa.types.is_dictionary(column.type):  # where a text is there once for all rows that have it
+                        batch = batch.set_column(place, batch.schema.names[place], column.dictionary_decode())
                 room.take(max(batch.nbytes, _ROW_BYTES * batch.num_rows), repr(str(path)))
                 rows += batch.to_pylist()
     except UserError:

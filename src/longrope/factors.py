@@ -222,7 +222,7 @@ class FactorTable:
     @classmethod
     def load(cls, path: str | Path) -> FactorTable:
         """Read a factors.json. Raises UserError when it is missing or not one."""
-        return cls.from_dict(read_json(Path(path), "factors file"))
+        return cls.from_dict(read_json(Path(path), "factors file", unique=True))
 
     def save(self, path: str | Path) -> None:
         """Write a factors.json, whole or not at all."""

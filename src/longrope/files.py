@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from longrope import seals
-from longrope.errors import UserError
+from longrope.errors import UserError, shown
 
 TEMPORARY = ".longrope-*.tmp"
 LARGEST = 2**30
@@ -282,8 +282,11 @@ def check_regular(path: Path, what: str, largest: float = math.inf) -> None:
         raise UserError(what, got=got, rule=f"it has at most {largest:,.0f}", do="check the path")
 
 
-def read_json(path: Path, what: str) -> object:
-    """Parsed JSON of a file. Raises UserError when it is missing, unreadable, not JSON, or not as it was written."""
+def read_json(path: Path, what: str, *, unique: bool = False) -> object:
+    """Parsed JSON of a file. Raises UserError when it is missing, unreadable, not JSON, or not as it was written.
+
+    unique: a key that an object has twice is an error, too; by itself the last one would win.
+    """
     text = read_text(path, what)
     checked = seals.without_checksum(text.encode())
     if checked is None:
@@ -291,7 +294,15 @@ def read_json(path: Path, what: str) -> object:
         raise UserError(what, got=f"{path}, which has changed", rule=rule, do="restore the file or make it again")
     text = checked.decode()
     try:
-        return cast(object, json.loads(text))
+        return cast(object, json.loads(text, object_pairs_hook=_once if unique else None))
     except (ValueError, RecursionError) as error:
         got = f"{path} ({error})" if text.strip() else f"{path}, which is empty"
         raise UserError(what, got=got, rule="it is JSON", do="restore the file or make it again") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key in made if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {shown(twice)} is there twice")
+    return made

@@ -266,4 +266,4 @@ def shown(view: View, run: Path) -> Group:
     for name, text in view.facts.items():
         table.add_row(Text(_one_line(name)), Text(_one_line(text), style=colour if name == "state" else ""))
     lines = [Text(f"  {line}", style="dim", overflow="ellipsis", no_wrap=True) for line in view.last]
-    return Group(Text(shlex.quote(str(run)), style="bold"), table, *lines)
+    return Group(Text(_one_line(shlex.quote(str(run))), style="bold"), table, *lines)

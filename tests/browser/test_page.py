@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from longrope.report import write_report
 from report_runs import add_positions, further, make_run
 
 HOSTILE = "</script><img src=x onerror=\"document.title='run'\">'\"&lt;{{7*7}}"
+RUNS = "</script><script>window.hostile=1;alert(1)</script><svg onload=alert(2)><a href='javascript:alert(3)'>x</a>"
+RUNS += "<iframe src='http://127.0.0.1:9/x'></iframe><img src='http://127.0.0.1:9/y' onerror=alert(4)>"
 WIDTHS = (360, 768, 1400)
 
 
@@ -196,3 +199,38 @@ def test_hostile_names_run_nothing(show: Open, tmp_path: Path) -> None:
     assert page.locator("img").count() == 0
     names = [each.text_content() for each in page.query_selector_all("#plot-results .legendtext")]
     assert HOSTILE in names
+
+
+def test_a_run_full_of_hostile_texts_runs_nothing_and_asks_for_nothing(show: Open, tmp_path: Path) -> None:
+    run = further(make_run(tmp_path / "run", name=RUNS, document=RUNS, method=RUNS))
+    for path in run.rglob("*.json"):
+        data = path.read_text().replace("arc_easy", json.dumps(RUNS)[1:-1]).replace("my texts", json.dumps(RUNS)[1:-1])
+        path.write_text(data)
+    seen = show(write_report(run))
+    dialogs: list[str] = []
+    seen.page.on("dialog", lambda dialog: dialogs.append(dialog.message))
+    for place in seen.page.query_selector_all("summary"):
+        place.click()
+    seen.page.hover("#plot-results")
+    seen.page.wait_for_timeout(300)
+    assert RUNS in seen.page.inner_text("body")
+    assert dialogs == []
+    assert seen.page.evaluate("typeof window.hostile") == "undefined"
+    assert seen.page.locator("img, iframe, object, embed, form, base, link").count() == 0
+    assert not [href for href in seen.page.eval_on_selector_all("a", "all => all.map(each => each.href)") if href]
+
+
+def test_a_script_that_is_not_the_pages_own_is_not_run(browser: Browser, one: Path, tmp_path: Path) -> None:
+    page, changed = browser.new_page(), tmp_path / "changed.html"
+    changed.write_text(
+        one.read_text().replace(
+            "</main>", "</main><script>window.hostile = 1</script><img src=x onerror='hostile = 1'>"
+        )
+    )
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(changed.as_uri())
+    page.wait_for_selector(".plot .main-svg")
+    assert page.evaluate("typeof window.hostile") == "undefined"
+    assert any("Content Security Policy" in text for text in said)
+    page.close()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longrope.doctor.view import SWITCHING
+from longrope.errors import one_line
 from longrope.factors import FactorTable
 from longrope.lengths import format_length
 
@@ -55,7 +56,7 @@ def model_card(
     extended = last.up_to > table.original_length
     what = "extended to" if extended else "with rescaled RoPE for"
     lines = [
-        f"# {name.rsplit('/', 1)[-1]}, {what} {format_length(last.up_to)} tokens",
+        f"# {_plain(name.rsplit('/', 1)[-1])}, {what} {format_length(last.up_to)} tokens",
         "",
         f"Original length {format_length(table.original_length)}, "
         + (f"target {format_length(last.up_to)} ({last.up_to / table.original_length:g}x)" if extended else "kept")
@@ -73,7 +74,7 @@ def model_card(
         *_measured(measured or {}),
     ]
     if made:
-        lines += ["", "Made by: " + ", ".join(f"{key} {value}" for key, value in made.items()) + "."]
+        lines += ["", "Made by: " + ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in made.items()) + "."]
     return "\n".join([*lines, ""])
 
 
@@ -91,7 +92,7 @@ def extension_card(name: str, table: FactorTable, stages: Sequence[Mapping[str, 
     last = table.rows[-1]
     trained = any(stage["do"] == "finetune" for stage in stages)
     lines = [
-        f"# {name.rsplit('/', 1)[-1]}, extended to {format_length(last.up_to)} tokens",
+        f"# {_plain(name.rsplit('/', 1)[-1])}, extended to {format_length(last.up_to)} tokens",
         "",
         f"Original length {format_length(table.original_length)}, target {format_length(last.up_to)} "
         f"({last.up_to / table.original_length:g}x), LongRoPE factors (arXiv 2402.13753), made with longrope.",
@@ -105,6 +106,12 @@ def extension_card(name: str, table: FactorTable, stages: Sequence[Mapping[str, 
         *_rows(table),
     ]
     return "\n".join([*lines, ""])
+
+
+def _plain(text: object) -> str:
+    """A name or value of a file as text of a card: in one line, and no markup, link or element."""
+    told = "".join(f"\\{each}" if each in "\\`*[]|" else each for each in one_line(str(text)))
+    return told.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("://", ":\\//")
 
 
 def _how_to_load(engine: str, window: str, longest: int) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from longrope.errors import UserError, shown
 from longrope.factors import FactorTable
-from longrope.files import disk_errors
+from longrope.files import LARGEST, check_regular, disk_errors
 from longrope.lengths import LONGEST, format_length, parse_length
 from longrope.search.settings import SearchSettings
 from longrope.training.recipes import Recipe, recipe_of
@@ -126,6 +126,7 @@ def read_plan(source: str | Path, original_length: int) -> Plan:
         if not path.is_file():
             got, rule = f"{path}, which is no file", f"it is a TOML file, or one of {', '.join(PLANS)}"
             raise UserError("--stages", got=got, rule=rule, do="give the path of a plan")
+        check_regular(path, "plan", LARGEST)
         with disk_errors(path):
             text = path.read_text("utf-8", errors="replace")
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
+from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
@@ -32,6 +34,7 @@ def _content(runs: Sequence[RunData]) -> dict[str, Any]:
     sections, searched = measure_sections(runs), search_plots(runs)
     made = [*(plot for section in sections for plot in section.plots), *searched]
     alone = len(runs) == 1
+    scripts = {"script": _resource("page.js"), "plotly": _plotly()} if made else {}
     return {
         "runs": [_asked(run, rank) for rank, run in enumerate(runs)],
         "headline": facts.headline(runs[0]) if alone else f"{len(runs)} runs side by side",
@@ -51,9 +54,15 @@ def _content(runs: Sequence[RunData]) -> dict[str, Any]:
         "figures": {plot.name: plot.figure for plot in made},
         "version": __version__,
         "style": Markup(_resource("page.css")),
-        "script": Markup(_resource("page.js")),
-        "plotly": Markup(_plotly()) if made else None,
+        "script": Markup(scripts.get("script", "")),
+        "plotly": Markup(scripts["plotly"]) if made else None,
+        "allowed": " ".join(map(_hash_source, scripts.values())) or "'none'",
     }
+
+
+def _hash_source(script: str) -> str:
+    """How a page's policy names a script that may run: by its hash, so that no other one does."""
+    return f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'"
 
 
 def _asked(run: RunData, rank: int) -> dict[str, Any]:

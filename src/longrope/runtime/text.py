@@ -112,7 +112,7 @@ def ends_of_text(loaded: LoadedModel) -> list[int]:
     model: Any = loaded.model
     own = getattr(model.generation_config, "eos_token_id", None)
     named = own if isinstance(own, list) else [own]
-    return sorted({int(token) for token in (*named, loaded.tokenizer.eos_token_id) if token is not None})
+    return sorted({token for token in (*named, loaded.tokenizer.eos_token_id) if type(token) is int})
 
 
 def check_text(text: str) -> None:

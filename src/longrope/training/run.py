@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -356,7 +358,8 @@ def _fits(loaded: LoadedModel, trained: Any, given: Training, together: int) -> 
 def _told(path: Path, given: Training, last: str | None, watch: Watch) -> Iterator[None]:
     """What goes wrong in Trainer that is not ours: memory, disks, checkpoints that cannot be read."""
     try:
-        with disk_errors(path):
+        with disk_errors(path), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a file that torch then refuses
             yield
     except UserError:
         raise
@@ -365,7 +368,8 @@ def _told(path: Path, given: Training, last: str | None, watch: Watch) -> Iterat
         if isinstance(error, RuntimeError) and out_of_memory(error):
             rule, do = "a step fits into the device's memory", "use a shorter --length, or --lora"
             raise UserError("memory", got=f"windows of {given.length} tokens", rule=rule, do=do) from None
-        if last is not None and not watch.begun:  # whatever it was, it was reading that
+        # Whatever it was, it was reading that; the random state is read once the training has begun.
+        if last is not None and (not watch.begun or isinstance(error, UnpicklingError)):
             raise damaged(Path(last), said) from None
         raise
 
