@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,35 @@ def _in_toml(value: Any) -> str:
     return '"null"' if value is None else json.dumps(value, ensure_ascii=False)
 
 
+@st.composite
+def csv_file(draw: st.DrawFn, good: str) -> Hostile:
+    """A CSV of factors with up to three cells changed, or its bytes damaged."""
+    if draw(st.integers(0, 4)) == 0:
+        how = draw(st.sampled_from(sorted(BYTES)))
+        return Hostile(BYTES[how](good.encode()), how)
+    rows, done = [line.split(",") for line in good.splitlines()], []
+    for _ in range(draw(st.integers(1, 3))):
+        row = draw(st.sampled_from(rows))
+        place = draw(st.integers(0, len(row) - 1))
+        row[place] = str(draw(st.sampled_from([*VALUES, '"', "a,b", "1e999", "0x10", "\u0661\u0662", "1_0", " 2 "])))[
+            :10_000
+        ]
+        done.append(f"cell {place}")
+    return Hostile("\n".join(",".join(row) for row in rows).encode("utf-8", "replace"), "; ".join(done))
+
+
+@st.composite
+def document(draw: st.DrawFn) -> tuple[str, Hostile]:
+    """A document of any kind, as the ending of its name and its bytes."""
+    ending = draw(st.sampled_from([".txt", ".jsonl", ".jsonl.gz", ".parquet"]))
+    if draw(st.booleans()):
+        return ending, Hostile(draw(st.binary(max_size=200)), "any bytes")
+    row = {"text": "a", "messages": [{"role": "user", "content": "b"}]}
+    cases = draw(st.lists(damaged(row, ("text", "tools")), min_size=1, max_size=3))
+    data = b"\n".join(case.data for case in cases)
+    return ending, Hostile(gzip.compress(data) if ending.endswith(".gz") else data, cases[0].done)
+
+
 def extended() -> dict[str, Any]:
     """The config.json of `commands.write_checkpoint`, extended, with every place that a scaling is read from."""
     rope: dict[str, Any] = {"rope_type": "longrope", "type": "longrope", "short_factor": [1.0] * 8, "rope_theta": 500.0}
@@ -169,6 +200,56 @@ def extended() -> dict[str, Any]:
 def one_line(text: str) -> bool:
     """Whether a text is one line, which a terminal shows as it is."""
     return text.endswith("\n") and all(letter.isprintable() for letter in text[:-1])
+
+
+def is_table(data: bytes) -> bool:
+    """Whether bytes are a factors.json, said anew and apart from the code that is tested."""
+    twice = False
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal twice
+        twice |= len(dict(pairs)) < len(pairs)
+        return dict(pairs)
+
+    try:
+        found = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once)
+    except (ValueError, RecursionError):
+        return False
+    keys = {"format", "version", "rope_theta", "rotary_dim", "original_length", "table"}
+    if twice or not isinstance(found, dict) or not keys <= set(found) <= keys | {"model", "provenance"}:
+        return False
+    rows, pairs = found["table"], found["rotary_dim"]
+    if not isinstance(rows, list) or not rows or not _count(pairs, 2) or pairs % 2:
+        return False
+    good = found["format"] == "longrope-factors" and found["version"] == 1 and found["version"] is not True
+    good = good and _positive(found["rope_theta"]) and _count(found["original_length"], 1)
+    good = good and isinstance(found.get("model"), str | None) and isinstance(found.get("provenance", {}), dict)
+    return bool(good) and all(_is_row(row, pairs // 2) for row in rows) and _ascending([row["up_to"] for row in rows])
+
+
+def _is_row(row: Any, pairs: int) -> bool:
+    if not isinstance(row, dict) or set(row) != {"up_to", "rescale", "start_tokens", "attention_factor"}:
+        return False
+    values = row["rescale"]
+    return (
+        isinstance(values, list)
+        and len(values) == pairs
+        and all(map(_positive, [*values, row["attention_factor"]]))
+        and _count(row["up_to"], 1)
+        and _count(row["start_tokens"], 0)
+    )
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1.8e308 and value == value
+
+
+def _count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value <= 2**40
+
+
+def _ascending(values: list[int]) -> bool:
+    return all(low < high for low, high in pairwise(values))
 
 
 def tried(*arguments: object, folder: Path, ends: tuple[int, ...] = (0, 2)) -> tuple[Ran | None, str]:

@@ -28,6 +28,7 @@ from hostility import (
     tried,
 )
 from longrope.cli import run
+from longrope.convert import to_csv
 from longrope.errors import UserError
 from longrope.extension.plan import read_plan
 from models import ORIGINAL
@@ -60,8 +61,27 @@ def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @given(case=damaged(table().to_dict(), FACTORS_KEYS))
 def test_a_damaged_factors_file_is_read_or_refused(here: Path, case: Hostile) -> None:
     (here / "f.json").write_bytes(case.data)
-    for more in ((), ("--to", "csv", "--json")):
-        assert tried("factors", "f.json", *more, folder=here)[1] == "", case.done
+    ran, wrong = tried("factors", "f.json", folder=here)
+    assert wrong == "", case.done
+    assert ran is not None
+    assert (ran.code == 0) == is_table(case.data), case.done
+    assert tried("factors", "f.json", "--to", "csv", "--json", folder=here)[1] == "", case.done
+
+
+@examples(15)
+@given(case=csv_file(to_csv(table())))
+def test_a_damaged_csv_is_read_or_refused(here: Path, case: Hostile) -> None:
+    (here / "f.csv").write_bytes(case.data)
+    given = ("--rope-theta", 500, "--original-length", 48, "--row", "192_small")
+    assert tried("factors", "f.csv", *given, folder=here)[1] == "", case.done
+
+
+@examples(25)
+@given(case=document())
+def test_a_damaged_document_is_read_or_refused(here: Path, case: tuple[str, Hostile]) -> None:
+    ending, made = case
+    (here / f"d{ending}").write_bytes(made.data)
+    assert tried("documents", f"d{ending}", folder=here)[1] == "", made.done
 
 
 @pytest.mark.parametrize("how", BYTES)
