@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from commands import TARGET, longrope, refused, table, write_checkpoint, write_documents
 from longrope.errors import UserError
@@ -151,7 +151,7 @@ def test_a_training_that_nobody_touched_goes_on(here: Path) -> None:
 
 def write_shards(folder: Path, **items: Any) -> Path:
     state = {"moment": torch.ones(3, dtype=torch.bfloat16), "step": torch.tensor(3.0), "rate": 1e-3, **items}
-    shards.save({"state": state}, checkpoint_id=str(folder / "optimizer_0"), no_dist=True)
+    save_shards({"state": state}, checkpoint_id=str(folder / "optimizer_0"), no_dist=True)
     return folder / "optimizer_0" / ".metadata"
 
 
@@ -184,7 +184,7 @@ def test_shards_that_others_wrote_run_nothing_and_read_nothing_elsewhere(tmp_pat
         change_list(tmp_path / change.__name__ / "optimizer_0" / ".metadata", change)
         with pytest.raises(UserError, match="a training goes on from whole files"):
             check_shards(tmp_path / change.__name__)
-    for data in (b"", b"x", pickle.dumps(torch.load), pickle.dumps(shards.save), pickle.dumps({"a": 1})):
+    for data in (b"", b"x", pickle.dumps(torch.load), pickle.dumps(save_shards), pickle.dumps({"a": 1})):
         path.write_bytes(data)
         with pytest.raises(UserError, match="a training goes on from whole files"):
             check_shards(tmp_path / "good")
@@ -233,7 +233,7 @@ def test_code_of_a_checkpoint_runs_in_no_command(
         tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": ["own.OwnTokenizer"] * 2},
     )
-    commands = [
+    commands: list[list[object]] = [
         ["doctor", "model", "--fix", "mended"],
         ["documents", "texts", "--model", "model"],
         ["search", "model", "--to", TARGET, "-d", "texts", "--out", "searched", "--evaluations", 1],

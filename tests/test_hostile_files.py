@@ -22,8 +22,11 @@ from hostility import (
     PLAN,
     PLAN_KEYS,
     Hostile,
+    csv_file,
     damaged,
+    document,
     extended,
+    is_table,
     toml,
     tried,
 )
@@ -35,7 +38,7 @@ from models import ORIGINAL
 from report_runs import make_run
 
 
-def examples(count: int) -> Any:
+def examples(count: int) -> settings:
     """So many inputs, the same at every run; benchmarks/hostile.py tries more."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
@@ -169,12 +172,17 @@ def test_a_configuration_that_no_weights_belong_to_is_refused_at_once(here: Path
         assert told in refused(*command)
 
 
+def huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**40)
+
+
 FILES: dict[str, Callable[[Path], object]] = {
     "a pipe": os.mkfifo,
     "a device": lambda path: path.symlink_to("/dev/zero"),
     "a folder": lambda path: path.mkdir(),
     "a circle": lambda path: path.symlink_to(path),
-    "a terabyte": lambda path: (path.touch(), os.truncate(path, 2**40)),
+    "a terabyte": huge,
 }
 
 

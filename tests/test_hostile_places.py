@@ -116,6 +116,11 @@ def test_the_cache_of_the_hub_is_a_folder_of_links_and_is_copied(here: Path) -> 
     assert contents(here / "mended").keys() == {str(here / "mended" / name) for name in os.listdir(here / "model")}
 
 
+def huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**40)
+
+
 DOCUMENTS: dict[str, Callable[[Path], object]] = {
     "a.txt": lambda path: path.write_bytes(os.urandom(1000) + b"\xff"),
     "b.jsonl": lambda path: path.write_bytes(b'{"text": "\xff"}'),
@@ -131,7 +136,7 @@ DOCUMENTS: dict[str, Callable[[Path], object]] = {
         path,
     ),
     "i.jsonl": lambda path: path.write_text("[" * 100_000),
-    "j.txt": lambda path: (path.touch(), os.truncate(path, 2**40)),
+    "j.txt": huge,
     "k\x1b[31m\n$(touch x).txt": lambda path: path.write_bytes(b"\0"),
     "l<script>.jsonl": lambda path: path.write_text('{"' + "\\u001b[2J" + '": 1}'),
 }
