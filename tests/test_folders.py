@@ -86,6 +86,17 @@ def test_files_of_others_beside_what_was_killed_are_kept(tmp_path: Path) -> None
     assert not is_free(out)
 
 
+def test_what_was_whole_when_its_process_was_killed_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    unfinished = out / ".out.unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / ".names.json").write_text(json.dumps(["a", "config.json"]))
+    (out / "a").write_text("ours")
+    assert is_free(out)
+    (out / "config.json").write_text("ours")
+    assert not is_free(out)
+
+
 def test_a_second_process_is_told_and_the_first_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(out), "9", "wait"]

@@ -74,12 +74,13 @@ def _unfinished(out: Path) -> Path:
 
 
 def _moved(unfinished: Path, out: Path) -> list[Path]:
-    """Files of `out` that a process which was killed had put there."""
+    """Files of `out` that a process which was killed had put there; none where it had put all of them."""
     try:
         names = json.loads((unfinished / _NAMES).read_text())
-        return [out / name for name in names if (out / name).is_file()]
+        moved = [out / name for name in names if (out / name).is_file()]
     except (OSError, ValueError, TypeError):
         return []
+    return moved if len(moved) < len(names) else []
 
 
 def _put_in_place(unfinished: Path, out: Path) -> None:
