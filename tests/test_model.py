@@ -492,6 +492,7 @@ def pickled(folder: Path) -> None:
 
 
 SHARD = "model-00002-of-00006.safetensors"
+INDEX = "model.safetensors.index.json"
 RANDOM = torch.randint(0, 256, (4000,), generator=torch.Generator().manual_seed(0)).byte().numpy().tobytes()
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (remove("config.json"), "model: got folder {} without config.json; a model folder has one; give a "),
@@ -518,10 +519,13 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no weights": (remove("*.safetensors"), "model: got {} with no weights; weights are read from safetensors only; "),
     "pickled weights": (pickled, "model: got {} with pytorch_model.bin; weights are read from safetensors only; "),
-    "missing shard": (sharded(remove(SHARD)), "No such file or directory: {}/" + SHARD),
+    "missing shard": (
+        sharded(remove(SHARD)),
+        f"index of weights: got {{}}/{INDEX} with '{SHARD}', which does not exist; every file of weights is there; copy",
+    ),
     "shard cut off": (sharded(cut(SHARD)), "model: got {}/" + SHARD + " (Error while deserializing header"),
     "no index of shards": (sharded(remove("*.index.json")), "{} (OSError: Error no file named model.safetensors"),
-    "broken index": (sharded(write("model.safetensors.index.json", b"{")), "model: got {} (JSONDecodeError: "),
+    "broken index": (sharded(write(INDEX, b"{")), f"index of weights: got {{}}/{INDEX} ("),
     "more layers": (
         edit(num_hidden_layers=3),
         "model: got {} without 9 of its weights, the first model.layers.2.input_layernorm.weight; every weight is in "

@@ -45,7 +45,7 @@ from longrope.lengths import parse_lengths
 
 logger = logging.getLogger(__name__)
 
-_AFTER_THE_FIRST = 5.0  # seconds
+_AFTER_THE_FIRST = 15.0  # seconds; launchers end the others within one, but on a machine that is very busy
 _NO_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
 
 app = typer.Typer(
