@@ -521,7 +521,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled weights": (pickled, "model: got {} with pytorch_model.bin; weights are read from safetensors only; "),
     "missing shard": (
         sharded(remove(SHARD)),
-        f"index of weights: got {{}}/{INDEX} with '{SHARD}', which does not exist; every file of weights is there; copy",
+        f"index of weights: got {{}}/{INDEX} with '{SHARD}', which does not exist; every file of weights is there",
     ),
     "shard cut off": (sharded(cut(SHARD)), "model: got {}/" + SHARD + " (Error while deserializing header"),
     "no index of shards": (sharded(remove("*.index.json")), "{} (OSError: Error no file named model.safetensors"),
