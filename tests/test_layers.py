@@ -39,7 +39,7 @@ LAYERS = [
     ["extension"],
     ["planning"],
     ["api", "compare", "demo"],
-    ["console", "watch"],
+    ["console", "console_tables", "watch"],
     ["cli_options"],
     [
         "cli_search",
@@ -58,7 +58,7 @@ LAYERS = [
 WITHOUT_TORCH = (
     "watch errors lengths seals files room factors runs baselines configs convert search.tasks search.space "
     "search.critical "
-    "search.archive search.loop search.racing search.descent ray_cluster report console "
+    "search.archive search.loop search.racing search.descent ray_cluster report console console_tables "
     "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend "
     "cli_generate cli_doctor cli_export cli_plan doctor.examine doctor.run "
     "planning.shape planning.flops planning.activations planning.memory planning.precision planning.machines "

@@ -83,7 +83,8 @@ def demo(
     shared: Shared,
 ) -> None:
     """The whole story on the embedded model: search, compare, export, report; a few minutes on two cores."""
-    from longrope.console import err, print_json, results_table, resume_with, search_progress
+    from longrope.console import err, print_json, resume_with, search_progress
+    from longrope.console_tables import results_table
     from longrope.demo import demo as run_demo
     from longrope.runs import fresh_run_path
 
@@ -134,7 +135,7 @@ def documents(
     if as_json:
         print_json({"command": "documents", "model": model, "settings": {"documents": sources}, **_counted(described)})
     else:
-        from longrope.console import documents_table
+        from longrope.console_tables import documents_table
 
         err.print(documents_table(described))
 
@@ -182,7 +183,8 @@ def factors(
 ) -> None:
     """Print, check and convert factors."""
     begin(verbose, quiet)
-    from longrope.console import err, factors_table, print_json, print_out
+    from longrope.console import err, print_json, print_out
+    from longrope.console_tables import factors_table
     from longrope.convert import convert, read_factors
 
     table = read_factors(

@@ -84,14 +84,8 @@ def compare(
 ) -> None:
     """The table of methods by length, in any measure, on the same items."""
     from longrope.compare import compare as run_compare
-    from longrope.console import (
-        err,
-        measuring_progress,
-        print_json,
-        results_table,
-        resume_with,
-        tasks_by_method_table,
-    )
+    from longrope.console import err, measuring_progress, print_json, resume_with
+    from longrope.console_tables import results_table, tasks_by_method_table
     from longrope.evaluate.methods import DEFAULT_METHODS
 
     wanted = parse_lengths(lengths)

@@ -21,7 +21,8 @@ def doctor(
 ) -> None:
     """What is wrong with a RoPE configuration, and the mend; exit code 1 when something is an error."""
     begin(verbose, quiet)
-    from longrope.console import err, findings_table, print_json
+    from longrope.console import err, print_json
+    from longrope.console_tables import findings_table
     from longrope.doctor.examine import examine, files_of, read_config, write_mended
 
     given = files_of(model)

@@ -165,7 +165,8 @@ def evaluate_harness(
     shared: Shared,
 ) -> None:
     """lm-evaluation-harness's tasks, each request under the factors of its own length."""
-    from longrope.console import err, print_json, resume_with, tasks_table
+    from longrope.console import err, print_json, resume_with
+    from longrope.console_tables import tasks_table
     from longrope.evaluate.harness_run import evaluate_harness as run_harness
 
     if out is not None:
@@ -200,7 +201,8 @@ def _evaluate(
     shared: Shared,
     **given: Any,
 ) -> None:
-    from longrope.console import err, measuring_progress, print_json, results_table, resume_with
+    from longrope.console import err, measuring_progress, print_json, resume_with
+    from longrope.console_tables import results_table
     from longrope.evaluate.run import evaluate
 
     if out is not None:

@@ -78,7 +78,8 @@ def verify(
     shared: Shared,
 ) -> None:
     """Whether an export says what it should, and what its engine will do with it; exit code 1 when it does not."""
-    from longrope.console import err, print_json, said_table
+    from longrope.console import err, print_json
+    from longrope.console_tables import said_table
     from longrope.export.verify import verify as run_verify
 
     options = replace(shared.options(), device="cpu", dtype="float32")

@@ -48,17 +48,8 @@ def extend(
     shared: Shared,
 ) -> None:
     """All stages: search, fine-tune, interpolate again, recover the short window. The same command goes on."""
-    from longrope.console import (
-        costs_table,
-        err,
-        factors_table,
-        measuring_progress,
-        print_json,
-        results_table,
-        resume_with,
-        search_progress,
-        training_progress,
-    )
+    from longrope.console import err, measuring_progress, print_json, resume_with, search_progress, training_progress
+    from longrope.console_tables import costs_table, factors_table, results_table
     from longrope.extension.going import Watching
     from longrope.extension.run import dry
     from longrope.extension.run import extend as run_extend

@@ -46,7 +46,8 @@ def plan(
 ) -> None:
     """Memory, FLOPs and hours of every stage on machines that need not be there; no weights are read."""
     begin(verbose, quiet)
-    from longrope.console import err, plan_table, print_json
+    from longrope.console import err, print_json
+    from longrope.console_tables import plan_table
     from longrope.planning.run import plan as run_plan
     from longrope.planning.stages import Settings
 

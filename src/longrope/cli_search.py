@@ -97,7 +97,8 @@ def search(
     if factors not in (None, "none"):
         raise UserError("--factors", got=repr(factors), rule="a search takes only none here", do="give it as --init")
     seeds = [read_table(path) for path in init or []]
-    from longrope.console import err, factors_table, print_json, results_table, resume_with, search_progress
+    from longrope.console import err, print_json, resume_with, search_progress
+    from longrope.console_tables import factors_table, results_table
     from longrope.files import read_object
     from longrope.runs import METRICS, default_run_path
     from longrope.search.driver import search as run_search
