@@ -78,7 +78,7 @@ def places(data: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def _change(draw: st.DrawFn, data: Any, more: list[str]) -> str:
     """Change a document at one place; what was done."""
     paths = places(data)
-    path = draw(st.sampled_from(paths)) if paths else ()
+    path: tuple[Any, ...] = draw(st.sampled_from(paths)) if paths else ()
     inner = data
     for step in path[:-1]:
         inner = inner[step]
@@ -195,6 +195,12 @@ def extended() -> dict[str, Any]:
     described |= {"max_position_embeddings": 192, "original_max_position_embeddings": 48}
     plain: dict[str, Any] = json.loads(json.dumps(described, default=str))
     return plain
+
+
+def sparse(path: Path) -> None:
+    """A file of a terabyte that takes no place."""
+    with path.open("wb") as file:
+        file.truncate(2**40)
 
 
 def one_line(text: str) -> bool:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from commands import TARGET, longrope, refused, table, write_checkpoint, write_documents
 from longrope.errors import UserError
@@ -59,6 +60,14 @@ def calls(source: str) -> list[str]:
         if bad:
             found.append(ast.unparse(node))
     return found
+
+
+def test_the_tests_that_hold_the_promises_are_there() -> None:
+    page = (SOURCE.parents[1] / "SECURITY.md").read_text()
+    named = set(re.findall(r"`((?:tests|benchmarks)/[\w/]+\.py)`", page))
+    assert len(named) >= 7
+    assert [name for name in sorted(named) if not (SOURCE.parents[1] / name).is_file()] == []
+    assert {f"tests/{path.name}" for path in Path(__file__).parent.glob("test_hostile_*.py")} <= named
 
 
 def test_no_module_of_ours_runs_what_it_is_given() -> None:
@@ -151,7 +160,7 @@ def test_a_training_that_nobody_touched_goes_on(here: Path) -> None:
 
 def write_shards(folder: Path, **items: Any) -> Path:
     state = {"moment": torch.ones(3, dtype=torch.bfloat16), "step": torch.tensor(3.0), "rate": 1e-3, **items}
-    shards.save({"state": state}, checkpoint_id=str(folder / "optimizer_0"), no_dist=True)
+    save_shards({"state": state}, checkpoint_id=str(folder / "optimizer_0"), no_dist=True)
     return folder / "optimizer_0" / ".metadata"
 
 
@@ -184,7 +193,7 @@ def test_shards_that_others_wrote_run_nothing_and_read_nothing_elsewhere(tmp_pat
         change_list(tmp_path / change.__name__ / "optimizer_0" / ".metadata", change)
         with pytest.raises(UserError, match="a training goes on from whole files"):
             check_shards(tmp_path / change.__name__)
-    for data in (b"", b"x", pickle.dumps(torch.load), pickle.dumps(shards.save), pickle.dumps({"a": 1})):
+    for data in (b"", b"x", pickle.dumps(torch.load), pickle.dumps(save_shards), pickle.dumps({"a": 1})):
         path.write_bytes(data)
         with pytest.raises(UserError, match="a training goes on from whole files"):
             check_shards(tmp_path / "good")
@@ -233,7 +242,7 @@ def test_code_of_a_checkpoint_runs_in_no_command(
         tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": ["own.OwnTokenizer"] * 2},
     )
-    commands = [
+    commands: list[list[object]] = [
         ["doctor", "model", "--fix", "mended"],
         ["documents", "texts", "--model", "model"],
         ["search", "model", "--to", TARGET, "-d", "texts", "--out", "searched", "--evaluations", 1],

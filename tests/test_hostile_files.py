@@ -22,8 +22,12 @@ from hostility import (
     PLAN,
     PLAN_KEYS,
     Hostile,
+    csv_file,
     damaged,
+    document,
     extended,
+    is_table,
+    sparse,
     toml,
     tried,
 )
@@ -35,7 +39,7 @@ from models import ORIGINAL
 from report_runs import make_run
 
 
-def examples(count: int) -> Any:
+def examples(count: int) -> settings:
     """So many inputs, the same at every run; benchmarks/hostile.py tries more."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
@@ -174,7 +178,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "a device": lambda path: path.symlink_to("/dev/zero"),
     "a folder": lambda path: path.mkdir(),
     "a circle": lambda path: path.symlink_to(path),
-    "a terabyte": lambda path: (path.touch(), os.truncate(path, 2**40)),
+    "a terabyte": sparse,
 }
 
 
@@ -200,6 +204,15 @@ def test_what_is_no_file_is_never_waited_for(here: Path, case: str) -> None:
         code = run([*map(str, command), "-q"])
         assert code == 2, command
         assert sorted(os.listdir(here)) == before
+
+
+def test_a_pipe_that_a_shell_puts_there_is_read(here: Path) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as pipe:
+        pipe.write((here / "good.json").read_bytes())
+    ran = longrope("factors", f"/dev/fd/{reading}", "--json")
+    os.close(reading)
+    assert ran.document["factors"]["original_length"] == ORIGINAL
 
 
 @examples(8)
