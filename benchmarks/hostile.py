@@ -162,7 +162,6 @@ def _run(name: str) -> Callable[[Hostile], Iterator[Tried]]:
 
 def kinds() -> list[Kind]:
     """All kinds of input. What they are given to is in the current folder."""
-
     write_checkpoint(Path("model"))
     write_documents(Path("texts"), count=2)
     table().save("good.json")

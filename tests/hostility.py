@@ -197,6 +197,12 @@ def extended() -> dict[str, Any]:
     return plain
 
 
+def sparse(path: Path) -> None:
+    """A file of a terabyte that takes no place."""
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
 def one_line(text: str) -> bool:
     """Whether a text is one line, which a terminal shows as it is."""
     return text.endswith("\n") and all(letter.isprintable() for letter in text[:-1])

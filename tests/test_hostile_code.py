@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,14 @@ def calls(source: str) -> list[str]:
         if bad:
             found.append(ast.unparse(node))
     return found
+
+
+def test_the_tests_that_hold_the_promises_are_there() -> None:
+    page = (SOURCE.parents[1] / "SECURITY.md").read_text()
+    named = set(re.findall(r"`((?:tests|benchmarks)/[\w/]+\.py)`", page))
+    assert len(named) >= 7
+    assert [name for name in sorted(named) if not (SOURCE.parents[1] / name).is_file()] == []
+    assert {f"tests/{path.name}" for path in Path(__file__).parent.glob("test_hostile_*.py")} <= named
 
 
 def test_no_module_of_ours_runs_what_it_is_given() -> None:

@@ -27,6 +27,7 @@ from hostility import (
     document,
     extended,
     is_table,
+    sparse,
     toml,
     tried,
 )
@@ -172,17 +173,12 @@ def test_a_configuration_that_no_weights_belong_to_is_refused_at_once(here: Path
         assert told in refused(*command)
 
 
-def huge(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 2**40)
-
-
 FILES: dict[str, Callable[[Path], object]] = {
     "a pipe": os.mkfifo,
     "a device": lambda path: path.symlink_to("/dev/zero"),
     "a folder": lambda path: path.mkdir(),
     "a circle": lambda path: path.symlink_to(path),
-    "a terabyte": huge,
+    "a terabyte": sparse,
 }
 
 
@@ -208,6 +204,15 @@ def test_what_is_no_file_is_never_waited_for(here: Path, case: str) -> None:
         code = run([*map(str, command), "-q"])
         assert code == 2, command
         assert sorted(os.listdir(here)) == before
+
+
+def test_a_pipe_that_a_shell_puts_there_is_read(here: Path) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as pipe:
+        pipe.write((here / "good.json").read_bytes())
+    ran = longrope("factors", f"/dev/fd/{reading}", "--json")
+    os.close(reading)
+    assert ran.document["factors"]["original_length"] == ORIGINAL
 
 
 @examples(8)

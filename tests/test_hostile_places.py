@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from commands import TARGET, contents, longrope, refused, table, write_checkpoint, write_documents
-from hostility import tried
+from hostility import sparse, tried
 from longrope.documents import read_sources
 from longrope.errors import UserError
 from longrope.guard import check_files
@@ -116,11 +116,6 @@ def test_the_cache_of_the_hub_is_a_folder_of_links_and_is_copied(here: Path) -> 
     assert contents(here / "mended").keys() == {str(here / "mended" / name) for name in os.listdir(here / "model")}
 
 
-def huge(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 2**40)
-
-
 DOCUMENTS: dict[str, Callable[[Path], object]] = {
     "a.txt": lambda path: path.write_bytes(os.urandom(1000) + b"\xff"),
     "b.jsonl": lambda path: path.write_bytes(b'{"text": "\xff"}'),
@@ -136,7 +131,7 @@ DOCUMENTS: dict[str, Callable[[Path], object]] = {
         path,
     ),
     "i.jsonl": lambda path: path.write_text("[" * 100_000),
-    "j.txt": huge,
+    "j.txt": sparse,
     "k\x1b[31m\n$(touch x).txt": lambda path: path.write_bytes(b"\0"),
     "l<script>.jsonl": lambda path: path.write_text('{"' + "\\u001b[2J" + '": 1}'),
 }
