@@ -43,8 +43,8 @@ POINTS = [
     Point("lora", 4_096, **NARROW, again=True),
     Point("lora", 2_048, **GROUPED),
     Point("lora", 4_096, **WIDE, again=True),
-    Point("prefill", 16_384, **NARROW),
-    Point("prefill", 32_768, **GROUPED),
+    Point("prefill", 32_768, **NARROW),
+    Point("prefill", 16_384, **GROUPED),
     Point("prefill", 8_192, **WIDE),
 ]
 QUICK = [Point(kind, 256, 64, 1, 1, 1, 256) for kind in ("forward", "gradient", "train", "lora", "prefill")]

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from byte_tokenizer import byte_tokenizer
 from longrope.baselines import su_attention_factor, yarn_attention_factor
-from longrope.checkpoint import LoadOptions
+from longrope.checkpoint import TINY, LoadOptions
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.model import LoadedModel, load_model
@@ -622,3 +623,25 @@ def test_a_tokenizer_alone_that_cannot_be_read_is_refused(tmp_path: Path) -> Non
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_logits_of_one_window_by_chunks_are_plain_products(monkeypatch: pytest.MonkeyPatch, gradient: bool) -> None:
+    """A slice of one window would be multiplied as a batch, for which torch copies the output projection each time."""
+    loaded = load_model(TINY, LoadOptions(device="cpu"))
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    monkeypatch.setattr("longrope.model._CHUNK_LOGITS", {"cpu": 128 * vocabulary})
+
+    names: list[str] = []
+
+    class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func._overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    ids = torch.arange(512)[None] % vocabulary
+    with torch.set_grad_enabled(gradient), Products():  # type: ignore[no-untyped-call]
+        chunks = list(loaded.logits(ids))
+    assert len(chunks) == 4
+    assert "mm" in names
+    assert "bmm" not in names

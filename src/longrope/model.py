@@ -175,11 +175,20 @@ class LoadedModel:
         size = chunk_rows(self.model.config.get_text_config().vocab_size, hidden.device.type) // ids.shape[0] or 1
         with answering(self.decoder, outputs), cast_once(whole.get_output_embeddings()):
             for start in range(0, ids.shape[1], size):
-                piece = hidden[:, start : start + size]
+                piece = own_rows(hidden, start, start + size)
                 if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
                     piece = piece.detach().requires_grad_()
                 outputs.last_hidden_state = piece
                 yield start, piece, whole(input_ids=ids[:, start : start + size], use_cache=False).logits
+
+
+def own_rows(hidden: Tensor, start: int, end: int) -> Tensor:
+    """Hidden states (B, t, D) of some tokens of (B, T, D), as a tensor of their own.
+
+    Of one window a slice has the stride of the whole in its first dimension, and torch then multiplies it as a batch,
+    for which it copies the output projection, transposed, at every chunk: many times the product itself on a CPU.
+    """
+    return hidden[:, start:end].clone(memory_format=torch.contiguous_format)
 
 
 def decoder_of(model: Any) -> Any:

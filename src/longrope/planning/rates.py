@@ -16,12 +16,14 @@ from longrope.planning.speed import Rates
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _MOST_FLOPS = 4e10  # of one measured call
 _MOST_TOKENS, _MOST_HEADS = 8192, 4
+_LEAST_RUNS = 2
 
 
-def measured_rates(shape: ModelShape, p: Precision, tokens: int, *, seed: int = 0, repeats: int = 3) -> Rates:
+def measured_rates(shape: ModelShape, p: Precision, tokens: int, *, seed: int = 0, a_while: float = 0.3) -> Rates:
     """Rates in the dtypes of a precision on passes of so many tokens; a few seconds.
 
-    Each part by itself, on random numbers in the sizes of the shape; nothing of a model is run.
+    Each part by itself, on random numbers in the sizes of the shape; nothing of a model is run. a_while: seconds of
+    each at least.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = _DTYPES[p.compute]
@@ -33,12 +35,12 @@ def measured_rates(shape: ModelShape, p: Precision, tokens: int, *, seed: int = 
 
     def timed(run: Callable[[], object]) -> float:
         run()
-        times = []
-        for _ in range(repeats):
-            begun = time.perf_counter()
+        begun, count = time.perf_counter(), 0
+        # The mean of a while, not the best of some: what else the machine does slows a model down, too.
+        while count < _LEAST_RUNS or time.perf_counter() - begun < a_while:
             run()
-            times.append(time.perf_counter() - begun)
-        return sorted(times)[len(times) // 2]
+            count += 1
+        return (time.perf_counter() - begun) / count
 
     states, weight, back = draw(few, shape.hidden), draw(wide, shape.hidden), draw(shape.hidden, wide)
     product = timed(lambda: linear(linear(states, weight), back))
@@ -55,7 +57,7 @@ def measured_rates(shape: ModelShape, p: Precision, tokens: int, *, seed: int = 
     between = timed(lambda: ((stream * stream), stream.to(dtype) if p.recasts else stream + stream, silu(gate) * gate))
     wrote = few * (shape.hidden * (p.stream + (p.compute if p.recasts else p.stream)) + 2 * p.compute * wide)
 
-    rows = max(128, CHUNK_LOGITS["cpu"] // shape.vocabulary)
+    rows = min(tokens, max(128, CHUNK_LOGITS["cpu"] // shape.vocabulary))
     logits, targets = draw(rows, shape.vocabulary), torch.zeros(rows, dtype=torch.long)
 
     def loss(gradient: bool) -> None:
@@ -64,11 +66,14 @@ def measured_rates(shape: ModelShape, p: Precision, tokens: int, *, seed: int = 
         if gradient:
             torch.autograd.grad(found, leaf)
 
+    last, projection = draw(rows, shape.hidden), draw(shape.vocabulary, shape.hidden)
+    head = timed(lambda: linear(last, projection))
     with torch.no_grad():
         scored = timed(lambda: loss(False))
     differentiated = timed(lambda: loss(True))
     return Rates(
         matrices=4.0 * few * shape.hidden * wide / product,
+        head=2.0 * rows * shape.hidden * shape.vocabulary / head,
         attention=attended / ahead,
         attention_back=2.5 * attended / behind,
         written=wrote / between,

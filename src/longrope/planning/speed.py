@@ -16,12 +16,14 @@ _OPTIMIZER_WRITES = 40  # bytes that Adam writes for a weight, in some ten passe
 class Rates:
     """What a device does in a second.
 
-    matrices, attention, attention_back: FLOPs of products with weights, of attention, of its backward pass. written:
+    matrices, head, attention, attention_back: FLOPs of products with weights of layers, with the output projection by
+    chunks of few tokens, of attention, of its backward pass. written:
     bytes of results of what is done number by number (norms, rotation, gates, sums, casts). logits, logits_back:
     numbers of logits that the loss takes in, and that it differentiates, too.
     """
 
     matrices: float
+    head: float
     attention: float
     attention_back: float
     written: float = math.inf
@@ -31,7 +33,7 @@ class Rates:
     @classmethod
     def of_peak(cls, flops: float, utilisation: float) -> Rates:
         """Of a device with a peak in FLOP/s of which a share is used: everything but FLOPs is in that share."""
-        return cls(*(3 * (flops * utilisation,)))
+        return cls(*(4 * (flops * utilisation,)))
 
 
 def written(shape: ModelShape, p: Precision, kind: str = "forward", *, rank: int = 0, again: bool = False) -> float:
@@ -74,7 +76,8 @@ def seconds(
     trained = {"train": shape.parameters, "lora": rank * shape.adapters}.get(kind, 0)
     logits = through * shape.vocabulary if scored else 0
     return (
-        (flops.matrices + flops.head) / rates.matrices
+        flops.matrices / rates.matrices
+        + flops.head / rates.head
         + flops.attention / rates.attention
         + flops.attention_back / rates.attention_back
         + (bytes_written + _OPTIMIZER_WRITES * trained) / rates.written

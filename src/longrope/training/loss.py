@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
 from longrope.errors import UserError
-from longrope.model import answering, cast_once, chunk_rows, decoder_of
+from longrope.model import answering, cast_once, chunk_rows, decoder_of, own_rows
 
 NO_TARGET = -100
 # Fewer rows wait for the output projection and for its gradient, which is as large, rather than compute.
@@ -140,7 +140,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 chosen = targets[:, start : start + rows]
                 if not bool((chosen != NO_TARGET).any()):
                     continue
-                piece = hidden[:, start : start + rows].detach().requires_grad_(wanted)
+                piece = own_rows(hidden.detach(), start, start + rows).requires_grad_(wanted)
                 logits = logits_of(piece, start)
                 loss = cross_entropy(
                     logits.flatten(0, 1).float(), chosen.flatten(), ignore_index=NO_TARGET, reduction="sum"
