@@ -22,6 +22,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from commands import write_documents
+from longrope import ray_cluster
 from longrope.checkpoint import LoadOptions, _check_quantize
 from longrope.errors import UserError
 from longrope.factors import RopeFactors
@@ -323,6 +324,20 @@ def test_without_ray_one_line_says_how_to_install_it(monkeypatch: pytest.MonkeyP
     message = refusal("2")
     assert message.startswith("--workers: got no Ray here (")
     assert message.endswith('workers are Ray\'s; install it with: pip install "longrope[ray]"')
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray forgets processes of its own
+def test_a_ray_that_does_not_start_is_one_line_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = psutil.Process().children(recursive=True)
+    monkeypatch.setattr(ray_cluster, "_OBJECT_STORE", 1)  # bytes, fewer than it takes
+    with pytest.raises(
+        UserError, match=r"^--workers: got no start of Ray \(.+\); it starts; run the same command again"
+    ):
+        ray_cluster.Cluster(ray_cluster.import_ray(), parse_workers("1"), cpus=1, gpus=0, stored=0)
+    assert not ray_cluster.import_ray().is_initialized()
+    assert (
+        psutil.wait_procs([each for each in psutil.Process().children(recursive=True) if each not in before])[1] == []
+    )
 
 
 @pytest.mark.parametrize(

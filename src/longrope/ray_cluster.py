@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,17 @@ class Cluster:
             about |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
             about["object_store_memory"] = _OBJECT_STORE + 2 * stored
         with _kept():
-            ray.init(place.address or "local", **about)
+            before = set(psutil.Process().children(recursive=True))
+            try:
+                ray.init(place.address or "local", **about)
+            except Exception as error:  # of a machine that is too busy, of ports, of memory
+                ray.shutdown()
+                for child in set(psutil.Process().children(recursive=True)) - before:  # which that leaves
+                    with suppress(psutil.Error):
+                        child.kill()
+                why = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+                do = "run the same command again when the machine has less to do, or leave --workers out"
+                raise UserError("--workers", got=f"no start of Ray ({why})", rule="it starts", do=do) from None
         if place.address is None:
             self._guard = _start_guard()
 
