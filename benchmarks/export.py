@@ -28,14 +28,18 @@ from longrope.checkpoint import TINY, model_source
 from longrope.factors import FactorTable, unscaled
 
 RUN = """
-import json, resource, sys, time
+import json, os, sys, time
+import psutil, torch
 import longrope, longrope.export.run
 from longrope.factors import FactorTable
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sys.path.append(sys.argv[5])
+from memory import highest
+before = psutil.Process().memory_info().rss
 start = time.perf_counter()
 longrope.export(sys.argv[1], FactorTable.load(sys.argv[2]), sys.argv[3], engine=sys.argv[4], window="long", dtype="f16")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": time.perf_counter() - start, "before_bytes": 1024 * before, "peak_bytes": 1024 * peak}))
+os.sync()
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "before_bytes": before, "peak_bytes": highest(torch.device("cpu"))}))
 """
 
 
@@ -47,7 +51,7 @@ class Sizes:
     layers: int = 8
     vocabulary: int = 32_000
     shard: str = "512MB"
-    runs: int = 3
+    runs: int = 5
 
 
 QUICK = Sizes(hidden=128, layers=2, vocabulary=259, shard="1MB", runs=1)
@@ -73,7 +77,7 @@ def checkpoint(folder: Path, sizes: Sizes, seed: int) -> FactorTable:
 
 def exported(folder: Path, table: Path, out: Path, engine: str) -> dict[str, Any]:
     """Seconds and memory of an export, in a process of its own."""
-    command = [sys.executable, "-c", RUN, str(folder), str(table), str(out), engine]
+    command = [sys.executable, "-c", RUN, str(folder), str(table), str(out), engine, str(Path(__file__).parent)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     shutil.rmtree(out)
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -109,8 +113,10 @@ def measure_all(sizes: Sizes, seed: int) -> list[Figure]:
                 told.append(exported(ground / "model", ground / "factors.json", ground / "out", engine))
             seconds = [one["seconds"] for one in told]
             memory = max(one["peak_bytes"] - one["before_bytes"] for one in told)
-            details = {"seconds": spread(seconds), "copying": spread(bare), "bytes": memory, "shards": shards}
-            memory_limit, time_limit = (1.1, 1.2) if engine == "vllm" else (1.1, 60.0)
+            ratios = np.array(seconds) / np.array(bare)
+            details = {"ratios": spread(ratios), "seconds": seconds, "copying": bare, "bytes": memory, "shards": shards}
+            # What is converted is reported; its limits only say that something is broken.
+            memory_limit, time_limit = (1.1, 1.2) if engine == "vllm" else (2.0, 60.0)
             figures.append(
                 Figure(
                     "memory of an export / largest shard",
@@ -121,7 +127,7 @@ def measure_all(sizes: Sizes, seed: int) -> list[Figure]:
                     details,
                 )
             )
-            ratio = float(np.median(seconds) / np.median(bare))
+            ratio = float(np.median(ratios))
             figures.append(Figure("time of an export / copying it", f"{engine}, {on}", ratio, time_limit, "", details))
     return figures
 

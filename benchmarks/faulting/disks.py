@@ -39,7 +39,11 @@ def on_a_disk(undisturbed: Undisturbed, size: int, tally: Tally) -> None:
     """The command with its folder on a small disk: it has room, or says in one line that there is none."""
     folder, place = undisturbed.fresh(), undisturbed.command.makes[0]
     (folder / "disk").mkdir()
-    words = [f"disk/{place}" if word == place else word for word in undisturbed.command.arguments]
+    given = undisturbed.command.arguments
+    words = [
+        f"disk/{place}" if word == place and before in ("--out", "--fix") else word
+        for before, word in zip(["", *given], given, strict=False)
+    ]
     ran = Child(words, folder, first=partial(_mount, folder / "disk", size)).ended()
     if ran.code == _NOT_ALLOWED:
         return
