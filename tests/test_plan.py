@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -266,6 +267,21 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
     assert shown.out == ""
 
 
+def test_a_shorter_search_is_advised_where_there_can_be_one_and_fits_then(tmp_path: Path) -> None:
+    config, arguments = models()["Llama-3.1-8B"], ("--to", "256k", "--gpus", "1xH200-141GB", "--json")
+    (search, *_) = plan_of(config, tmp_path, *arguments).document["results"]
+    assert not search["fits"]
+    written = re.search(r'search_length = "\w+"', search["advice"])
+    assert written, search["advice"]
+    stages = tmp_path / "plan.toml"
+    stages.write_text(f'[[stages]]\ndo = "search"\nto = "256k"\n{written[0]}\n')
+    (search, *_) = plan_of(config, tmp_path, *arguments, "--stages", str(stages)).document["results"]
+    assert search["fits"]
+    assert (
+        "search_length" not in plan_of(config, tmp_path, "--to", "2m", *arguments[2:]).document["results"][4]["advice"]
+    )
+
+
 def test_adapters_take_less_and_a_higher_utilisation_less_time(tmp_path: Path) -> None:
     config = models()["Llama-3.1-8B"]
 
@@ -308,6 +324,7 @@ def test_this_machine_is_measured() -> None:
         ((TINY, "--to", "1k", "--gpus", "1xH100-80GB", "--dtype", "int8"), "--dtype: got 'int8'"),
         ((TINY, "--to", "1k", "--gpus", "1xH100-80GB", "--lora", "0"), "--lora: got 0"),
         ((TINY, "--to", "1k", "--gpus", "1xH100-80GB", "--quantize", "2bit"), "--quantize: got '2bit'"),
+        ((TINY, "--to", "8k", "--gpus", "1xH100-80GB", "--quantize", "4bit"), "--quantize: got 4bit without --lora"),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments: tuple[str, ...], said: str) -> None:

@@ -43,7 +43,8 @@ class Work:
 class Cost:
     """What a stage takes: its work, its token-passes, and of what they are made, in words.
 
-    batch: windows of a training step, 0 where nothing is trained.
+    batch: windows of a training step, 0 where nothing is trained. adapters: rank of LoRA, 0 for all weights. begins:
+    length beyond which a shorter search may be, 0 where there is none.
     """
 
     stage: str
@@ -52,6 +53,7 @@ class Cost:
     work: tuple[Work, ...]
     batch: int = 0
     adapters: int = 0
+    begins: int = 0
 
     @property
     def token_passes(self) -> int:
@@ -82,7 +84,9 @@ def costs(loaded: LoadedModel, plan: Plan) -> list[Cost]:
             if stage.settings.get("search_length"):
                 work += (Work("forward", stage.to, _DECIDED * stage.settings.get("windows", 1)),)
                 made_of = f"{made_of}, {_DECIDED} at the target"
-            found.append(Cost(stage.name, stage.to, made_of, work))
+            begins = reached if stage.do == "second" else loaded.rope.original_length
+            begins = 0 if stage.do == "recovery" else begins
+            found.append(Cost(stage.name, stage.to, made_of, work, begins=begins))
     lengths = measured_lengths(plan)
     for name, count, made_of in (
         ("perplexity", plan.measures.windows or 8, f"at {', '.join(map(format_length, lengths))}"),

@@ -45,9 +45,11 @@ def weight_bytes(shape: ModelShape, p: Precision, quantize: str | None = None) -
     return QUANTIZED[quantize] * shape.linear + 4.0 * (shape.parameters - shape.linear)
 
 
-def forward(shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = ALONE) -> dict[str, float]:
+def forward(
+    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = ALONE, *, quantize: str | None = None
+) -> dict[str, float]:
     """A loss without a gradient, of so many tokens in one pass."""
-    base = {"weights": weight_bytes(shape, p) / spread.weights}
+    base = {"weights": weight_bytes(shape, p, quantize) / spread.weights}
     states = working(shape, p) * tokens + tables(shape, p, tokens)
     inside = {"activations": states, "masks": masks(shape, tokens), "casts": _cast(p, shape.largest_matrix)}
     last = {"activations": 2.0 * p.stream * shape.hidden * tokens, "casts": _cast(p, shape.head)}
@@ -56,12 +58,12 @@ def forward(shape: ModelShape, p: Precision, tokens: int, device: str, spread: S
 
 def by_chunks(
     shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = ALONE, *, scored: bool = True,
-    cached: float = 1.0,
+    cached: float = 1.0, quantize: str | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """A text run by chunks into a cache, of which a share `cached` is on the device."""
     chunk = min(CHUNK, tokens)
     cache = shape.cache_bytes(tokens, p.compute) * cached / spread.weights
-    base = {"weights": weight_bytes(shape, p) / spread.weights, "cache": cache}
+    base = {"weights": weight_bytes(shape, p, quantize) / spread.weights, "cache": cache}
     # Attention to what is before and to the chunk itself are put together in float32.
     states = (working(shape, p) + 16 * shape.queries) * chunk + tables(shape, p, chunk)
     widest = max((window or 0) for window in shape.windows) if shape.local_layers(tokens) else 0
@@ -72,10 +74,11 @@ def by_chunks(
 
 
 def gradient(
-    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = ALONE, *, again: bool
-) -> dict[str, float]:
+    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = ALONE, *, again: bool,
+    quantize: str | None = None,
+) -> dict[str, float]:  # fmt: skip
     """The gradient of a window in the factors. again: every layer keeps its input only, and is computed twice."""
-    base = {"weights": weight_bytes(shape, p) / spread.weights}
+    base = {"weights": weight_bytes(shape, p, quantize) / spread.weights}
     base |= {"kept": _between(shape, p, "gradient", tokens, again) / spread.weights, "masks": masks(shape, tokens)}
     ends = 2.0 * p.stream * shape.hidden * tokens + 2 * tables(shape, p, tokens)
     norm = 4.0 * shape.hidden * tokens  # the last one's input, until it is differentiated

@@ -48,11 +48,16 @@ def plan(
     loaded = subject(model, LoadOptions(device="cpu", original_length=original_length))
     chosen = plan_for(loaded.rope.original_length, to, stages, train=train)
     shape = shape_of(loaded.model, model)
+    work = costs(loaded, chosen)
+    if settings.quantize is not None and any(each.batch and not (settings.lora or each.adapters) for each in work):
+        rule = "weights of so few bits are not trained"
+        got = f"{settings.quantize} without --lora"
+        raise UserError("--quantize", got=got, rule=rule, do="give --lora RANK, or --no-finetune")
     if machine is None:
         machine = Machine(CPU, 1, float(free_memory(torch.device("cpu"))), None, kind="cpu")
         rates = measured_rates(shape, precision_of(settings.dtype, cuda=False), min(to, 4096))
         settings = replace(settings, rates=rates)
-    found = stage_costs(shape, costs(loaded, chosen), machine, settings)
+    found = stage_costs(shape, work, machine, settings)
     return _document(model, to, machine, settings, found) | {"parameters": shape.parameters}
 
 

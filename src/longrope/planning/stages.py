@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from longrope.lengths import format_length
@@ -123,7 +123,7 @@ def _run(shape: ModelShape, cost: Cost, machine: Machine, settings: Settings) ->
             one = seconds(shape, p, each.length, rates, each.kind, windows=together, again=again)
             took += passes * one / min(chosen.groups, max(1, each.at_once // together))
     hours = None if _rates(machine, settings, "forward") is None else took / 3600
-    advice = "" if fits else _advice_to_search(shape, cost.work, machine, settings, p.compute)
+    advice = "" if fits else _advice_to_search(shape, cost, machine, settings)
     told = chosen.told if cost.work[0].at_once > 1 or "GPUs" in chosen.told else chosen.told.split("; workers")[0]
     return StageCost(
         cost.stage, cost.length, cost.token_passes, flops, chosen.parts, hours, fits, told, advice, cost.made_of
@@ -140,20 +140,21 @@ def _search_layout(
 ) -> _Layout:
     """A model over so many GPUs, its windows whole or by chunks, its layers computed once or twice."""
     p, kind, spread = precision_of(settings.dtype, cuda=machine.kind == "cuda"), machine.kind, Spread(devices)
-    free = machine.bytes_each - memory.weight_bytes(shape, p) / devices
+    bits = settings.quantize
+    free = machine.bytes_each - memory.weight_bytes(shape, p, bits) / devices
     again, phases, words = set[str](), list[Parts](), list[str]()
     for each in work:
         if each.kind == "forward":
-            parts = memory.forward(shape, p, each.length * _together(each), kind, spread)
+            parts = memory.forward(shape, p, each.length * _together(each), kind, spread, quantize=bits)
             if sum(parts.values()) > machine.bytes_each and each.length > CHUNK:
-                parts = memory.by_chunks(shape, p, each.length, kind, spread)
+                parts = memory.by_chunks(shape, p, each.length, kind, spread, quantize=bits)
                 words.append(f"windows by chunks of {CHUNK}")
         else:
             keeps = memory.whole_kept(shape, p, "gradient", each.length) / devices
-            parts = memory.gradient(shape, p, each.length, kind, spread, again=False)
+            parts = memory.gradient(shape, p, each.length, kind, spread, again=False, quantize=bits)
             if keeps > _KEEP_SEARCH * free or sum(parts.values()) > machine.bytes_each:
                 again.add("gradient")
-                parts = memory.gradient(shape, p, each.length, kind, spread, again=True)
+                parts = memory.gradient(shape, p, each.length, kind, spread, again=True, quantize=bits)
                 words.append("layers computed twice")
         phases.append(parts)
     groups = max(1, machine.count // devices)
@@ -165,27 +166,30 @@ def _search_layout(
     return _Layout(memory.fullest(*phases), told, groups, frozenset(again))
 
 
-def _advice_to_search(
-    shape: ModelShape, work: Sequence[Work], machine: Machine, settings: Settings, number: int
-) -> str:
-    """What would make a search fit: more GPUs in its machine, or a shorter length to search at."""
+def _advice_to_search(shape: ModelShape, cost: Cost, machine: Machine, settings: Settings) -> str:
+    """What would make a search fit: more GPUs in its machine, no gradient, or a shorter length to search at."""
+    work, found = cost.work, list[str]()
     for devices in (1, 2, 4, GPUS_A_NODE):
         larger = Machine(machine.name, devices, machine.bytes_each, machine.peak, machine.kind)
         more = devices > machine.count and machine.kind == "cuda"
         if more and _search_layout(shape, work, larger, settings, devices).peak <= machine.bytes_each:
-            return f"{devices} such GPUs with --device balanced"
+            found.append(f"{devices} such GPUs with --device balanced")
+            break
     length = max(each.length for each in work)
     devices = min(machine.count, GPUS_A_NODE)
     plain = [each for each in work if each.kind == "forward"]
     ways = [_search_layout(shape, plain, machine, settings, each) for each in _devices(machine)]
     without = len(plain) < len(work) and any(way.peak <= machine.bytes_each for way in ways)
-    found = "--method evolution, which takes no gradient, or " if without else ""
-    while length > CHUNK:
+    found += ['method = "evolution" in the stage, which takes no gradient'] if without else []
+    # A shorter search is decided at the target by losses alone, and is an extension, too.
+    decided = _search_layout(shape, plain, machine, settings, devices).peak <= machine.bytes_each
+    while decided and cost.begins and length // 2 > cost.begins:
         length //= 2
-        short = [type(each)(each.kind, min(length, each.length), each.windows, each.at_once) for each in work]
+        short = [replace(each, length=min(length, each.length)) for each in work]
         if _search_layout(shape, short, machine, settings, devices).peak <= machine.bytes_each:
-            return f"{found}--search-length {format_length(length)}"
-    return f"{found}GPUs with more memory"
+            found.append(f'search_length = "{format_length(length)}" in the stage')
+            break
+    return ", or ".join(found) or "GPUs with more memory"
 
 
 def _train_layouts(shape: ModelShape, cost: Cost, machine: Machine, settings: Settings, rank: int) -> Iterator[_Layout]:
@@ -193,7 +197,9 @@ def _train_layouts(shape: ModelShape, cost: Cost, machine: Machine, settings: Se
     cuda, count = machine.kind == "cuda", machine.count
     p = precision_of(settings.dtype, cuda=cuda, trained=rank == 0)
     whole = memory.weight_bytes(shape, p, settings.quantize)
-    options = [(False, 1)] + [(True, 2**power) for power in range(count.bit_length()) if count > 1]
+    options = [(False, 1)]
+    if count > 1 and settings.quantize is None:  # quantized weights are not sharded
+        options += [(True, 2**power) for power in range(count.bit_length())]
     for sharded, window in options:
         groups = count // window
         if count % window or cost.batch % groups or window > count:
@@ -271,8 +277,9 @@ def _prefill(shape: ModelShape, length: int, machine: Machine, settings: Setting
     """One prompt of so many tokens in `generate`, by chunks into a cache."""
     p = precision_of(settings.dtype, cuda=machine.kind == "cuda")
 
-    def on(devices: int, cached: float = 1.0, compute: Machine = machine) -> _Layout:
-        parts = memory.by_chunks(shape, p, length, compute.kind, Spread(devices), scored=False, cached=cached)
+    def on(devices: int, cached: float = 1.0) -> _Layout:
+        spread, bits = Spread(devices), settings.quantize
+        parts = memory.by_chunks(shape, p, length, machine.kind, spread, scored=False, cached=cached, quantize=bits)
         told = "one device" if devices == 1 else f"a model over {devices} GPUs (--device balanced)"
         return _Layout(parts, told)
 
