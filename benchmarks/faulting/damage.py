@@ -96,7 +96,9 @@ def _readers(undisturbed: Undisturbed, state: str, path: str) -> list[tuple[obje
     command, place = undisturbed.command, undisturbed.command.makes[0]
     if state == "exported":
         verified = ("verify", place, "--against", "model", "-q")
-        return [verified] if command.name.endswith("gguf") else [verified, ("evaluate", "perplexity", place, *_MEASURED)]
+        return (
+            [verified] if command.name.endswith("gguf") else [verified, ("evaluate", "perplexity", place, *_MEASURED)]
+        )
     found = [command.arguments]
     if state in ("finished", "going on") and path.startswith(f"{place}/"):
         found.append(("report", place, "--out", "page.html", "-q"))
