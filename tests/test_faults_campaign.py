@@ -15,7 +15,7 @@ COMMANDS = ["search evolution", "finetune full", "export into a folder"]
 
 
 def test_a_short_campaign_loses_nothing_and_ends_as_undisturbed(tmp_path: Path) -> None:
-    words = ["--quick", "--processes", "1", "--every", "25", "--out", str(tmp_path)]
+    words = ["--quick", "--processes", "2", "--every", "60", "--out", str(tmp_path)]
     words += ["--parts", "kills,writes,damage,signals", "--commands", ",".join(COMMANDS)]
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,11 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common import machine, today, versions, write_results
+from common import Figure, machine, today, versions, write_results
 from faulting import damage, disks, kills, signals, workers, writes
 from faulting.child import import_everything
 from faulting.ground import Undisturbed, undisturbed
 from faulting.pool import run_cases
+from faulting.shim import is_loaded
 from faulting.tally import LOST, TRACEBACK, WRONG, Case, Tally, summed
 
 Made = Mapping[str, Undisturbed]
@@ -77,6 +78,8 @@ _COLUMNS = (
 def campaign(args: argparse.Namespace, work: Path, begun: float) -> int:
     """Run what was asked for; the exit code, 1 when anything was lost, was told by a traceback, or ended wrong."""
     console = Console(stderr=True, highlight=False)
+    if not is_loaded():
+        console.print("no C compiler here: nothing is tried at single writes, and no run is left on its way")
     import_everything()
     made = undisturbed(args.commands.split(","), work)
     made = {name: each for name, each in made.items() if name in args.commands.split(",")}
@@ -101,7 +104,8 @@ def campaign(args: argparse.Namespace, work: Path, begun: float) -> int:
     name = "faults-quick" if args.quick else "faults"
     document: dict[str, Any] = {"benchmark": name, "date": today(), "seed": args.seed, "machine": machine()}
     document |= {"versions": versions(), "parts": seconds, "seconds": round(time.monotonic() - begun, 1)}
-    figures = [_figure(kind, whole) for kind in (LOST, TRACEBACK, WRONG)]
+    on = f"{len(made)} commands: {', '.join(made)}"
+    figures = [_figure(kind, whole, on).to_dict() for kind in (LOST, TRACEBACK, WRONG)]
     write_results(args.out / f"{name}.json", document | {"figures": figures, "commands": _told(tallies)})
     return 1 if whole.troubles else 0
 
@@ -110,10 +114,10 @@ def _told(tallies: Mapping[str, Tally]) -> dict[str, Any]:
     return {name: tally.to_dict() for name, tally in tallies.items()}
 
 
-def _figure(kind: str, whole: Tally) -> dict[str, Any]:
+def _figure(kind: str, whole: Tally, on: str) -> Figure:
     number = sum(each == kind for each, _ in whole.troubles)
     names = {LOST: "results lost", TRACEBACK: "tracebacks and unclear ends", WRONG: "wrong results"}
-    return {"figure": names[kind], "limit": 0, "value": number, "ok": number == 0, "details": dict(whole.counts)}
+    return Figure(names[kind], on, number, 0, "", dict(whole.counts))
 
 
 def _table(tallies: Mapping[str, Tally]) -> Table:
