@@ -518,10 +518,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no weights": (remove("*.safetensors"), "model: got {} with no weights; weights are read from safetensors only; "),
     "pickled weights": (pickled, "model: got {} with pytorch_model.bin; weights are read from safetensors only; "),
-    "missing shard": (sharded(remove(SHARD)), "No such file or directory: {}/" + SHARD),
+    "missing shard": (sharded(remove(SHARD)), f"with '{SHARD}', which does not exist; every file of weights is there; "),
     "shard cut off": (sharded(cut(SHARD)), "model: got {}/" + SHARD + " (Error while deserializing header"),
     "no index of shards": (sharded(remove("*.index.json")), "{} (OSError: Error no file named model.safetensors"),
-    "broken index": (sharded(write("model.safetensors.index.json", b"{")), "model: got {} (JSONDecodeError: "),
+    "broken index": (sharded(write("model.safetensors.index.json", b"{")), "index of weights: got {}/"),
     "more layers": (
         edit(num_hidden_layers=3),
         "model: got {} without 9 of its weights, the first model.layers.2.input_layernorm.weight; every weight is in "
