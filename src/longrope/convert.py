@@ -16,7 +16,7 @@ from longrope.baselines import attention_factor
 from longrope.configs import RopeConfig, language_part, rope_config, table_from_config
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
-from longrope.files import read_json, read_text
+from longrope.files import parse_json, read_text
 from longrope.lengths import format_length, parse_length
 
 __all__ = ["RopeConfig", "read_factors", "rope_config", "table_from_config", "to_csv", "to_transformers_config"]
@@ -71,7 +71,7 @@ def read_factors(
         given = "--row" if row is not None else "--up-to"
         rule = "a JSON file of factors is one table and says its lengths"
         raise UserError("factors file", got=f"{given} for {path.name}", rule=rule, do=f"leave {given} out")
-    return _from_json(read_json(path, "factors file", unique=True), rope_theta, original_length)
+    return _from_json(parse_json(text, path, "factors file", unique=True), rope_theta, original_length)
 
 
 def factors_file(given: str | Path) -> Path:

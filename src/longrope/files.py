@@ -287,7 +287,11 @@ def read_json(path: Path, what: str, *, unique: bool = False) -> object:
 
     unique: a key that an object has twice is an error, too; by itself the last one would win.
     """
-    text = read_text(path, what)
+    return parse_json(read_text(path, what), path, what, unique=unique)
+
+
+def parse_json(text: str, path: Path, what: str, *, unique: bool = False) -> object:
+    """`read_json` of a text that was read already: a pipe can be read once."""
     checked = seals.without_checksum(text.encode())
     if checked is None:
         rule = "it is as it was written"
