@@ -24,7 +24,7 @@ def cases(made: Mapping[str, Undisturbed], sizes: int = 6) -> list[Case]:
     return [
         Case(name, "writes", f"a disk of {size} bytes", partial(on_a_disk, each, size))
         for name, each in made.items()
-        if each.command.makes[0] in each.command.arguments and (each.made / each.command.makes[0]).is_dir()
+        if {"--out", "--fix"} & set(each.command.arguments) and (each.made / each.command.makes[0]).is_dir()
         for size in _sizes(each.made / each.command.makes[0], sizes)
     ]
 
@@ -39,11 +39,8 @@ def on_a_disk(undisturbed: Undisturbed, size: int, tally: Tally) -> None:
     """The command with its folder on a small disk: it has room, or says in one line that there is none."""
     folder, place = undisturbed.fresh(), undisturbed.command.makes[0]
     (folder / "disk").mkdir()
-    given = undisturbed.command.arguments
-    words = [
-        f"disk/{place}" if word == place and before in ("--out", "--fix") else word
-        for before, word in zip(["", *given], given, strict=False)
-    ]
+    words = list(undisturbed.command.arguments)
+    words[words.index("--fix" if "--fix" in words else "--out") + 1] = f"disk/{place}"
     ran = Child(words, folder, first=partial(_mount, folder / "disk", size)).ended()
     if ran.code == _NOT_ALLOWED:
         return
