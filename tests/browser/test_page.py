@@ -204,8 +204,12 @@ def test_hostile_names_run_nothing(show: Open, tmp_path: Path) -> None:
 def test_a_run_full_of_hostile_texts_runs_nothing_and_asks_for_nothing(show: Open, tmp_path: Path) -> None:
     run = further(make_run(tmp_path / "run", name=RUNS, document=RUNS, method=RUNS))
     for path in run.rglob("*.json"):
-        data = path.read_text().replace("arc_easy", json.dumps(RUNS)[1:-1]).replace("my texts", json.dumps(RUNS)[1:-1])
-        path.write_text(data)
+        data = json.loads(path.read_text())
+        data.pop("crc", None)  # as of a run of an earlier version, which anybody may write
+        text = json.dumps(data)
+        for own in ("arc_easy", "my texts"):
+            text = text.replace(own, json.dumps(RUNS)[1:-1])
+        path.write_text(text)
     seen = show(write_report(run))
     dialogs: list[str] = []
     seen.page.on("dialog", lambda dialog: dialogs.append(dialog.message))
