@@ -55,3 +55,23 @@ def test_recall_tasks_have_the_size_asked_for_and_can_be_answered(size: int) -> 
         text = recall._passkey(rng, size, prose)
         answer = text.rsplit(b" ", 1)[1].rstrip(b".")
         assert text.count(answer) >= 2
+
+
+@pytest.mark.parametrize("size", [160, 400, 4094])
+def test_windows_of_recall_have_the_size_asked_for_at_every_draw(size: int) -> None:
+    rng = np.random.default_rng(0)
+    prose = rng.integers(32, 127, size=size, dtype=np.uint8).tobytes()
+    windows = [recall.recall_window(rng, size, prose) for _ in range(200)]
+    assert {len(window) for window in windows} == {size}
+
+
+def test_copies_are_passages_from_near_and_from_far() -> None:
+    rng = np.random.default_rng(0)
+    prose = rng.integers(0, 256, size=20_000, dtype=np.uint8).tobytes()  # nothing repeats by itself
+    text = recall._copies(rng, 20_000, prose)
+    places: dict[bytes, int] = {}
+    distances = [at - places.setdefault(text[at : at + 8], at) for at in range(len(text) - 8)]
+    far = [distance for distance in distances if distance]
+    assert 0.3 < len(far) / len(text) < 0.6
+    assert max(far) > 15_000
+    assert min(far) < 100

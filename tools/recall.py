@@ -28,13 +28,14 @@ def recall_text(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
 def recall_window(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     """A window of exactly `size` bytes for fine-tuning: recall at every distance that fits into it.
 
-    One task as long as the window, tasks of all lengths one after another, or (mostly) many pairs of a statement and
-    its question, some near each other and some far apart, in the same text.
+    One task as long as the window, tasks of all lengths one after another, text that repeats itself from far back
+    (where half of all bytes teach to find what was before), or many pairs of a statement and its question, some near
+    each other and some far apart, in the same text.
     """
-    kind = rng.integers(5)
-    if kind == 0 or size < 2 * SHORTEST:
+    if size < 2 * SHORTEST:
         return recall_text(rng, size, prose)
-    return _in_a_row(rng, size, prose) if kind == 1 else _pairs(rng, size, prose)
+    kind = (recall_text, _in_a_row, _copies, _copies, _pairs, _pairs)[rng.integers(6)]
+    return kind(rng, size, prose)
 
 
 def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
@@ -50,6 +51,21 @@ def _in_a_row(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
         made.append(recall_text(rng, task, prose[start : start + task]) + b"\n")
         left -= task + 1
     return b"".join(made) + recall_text(rng, left, prose[size - left :])
+
+
+def _copies(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
+    """Text of which about half is passages from before, half of them from as far back as there is text."""
+    made, taken = bytearray(prose[:SHORTEST]), SHORTEST
+    while len(made) < size:
+        passage = _log_uniform(rng, 12, SHORTEST)
+        if rng.random() < 0.5:
+            made += prose[taken : taken + passage]
+            taken += passage
+        else:
+            far = rng.uniform(0, len(made)) if rng.random() < 0.5 else _log_uniform(rng, passage, len(made))
+            start = max(0, len(made) - max(passage, int(far)))
+            made += made[start : start + passage]
+    return bytes(made[:size])
 
 
 def _pairs(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
