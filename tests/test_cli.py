@@ -264,7 +264,11 @@ def test_a_list_with_something_else_than_lengths_is_refused(lengths: str, first:
         (["search"], "Missing argument 'MODEL'; see longrope search --help"),
         (["search", "model", "-d", "texts"], "Missing option '--to'; see longrope search --help"),
         (["search", "model", "--to", "96"], "Missing option '--documents' / '-d'; see longrope search --help"),
-        (["search", "model", "--to"], "Option '--to' requires an argument; see longrope --help"),
+        (["search", "model", "--to"], "Option '--to' requires an argument; see longrope search --help"),
+        (
+            ["evaluate", "passkey", "--tries"],
+            "Option '--tries' requires an argument; see longrope evaluate passkey --help",
+        ),
         (["compare", "model", "-d", "texts"], "Missing option '--lengths'; see longrope compare --help"),
         (["evaluate"], "Missing command; see longrope evaluate --help"),
         (["evaluate", "bogus"], "No such command 'bogus'; see longrope evaluate --help"),

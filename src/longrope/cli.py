@@ -291,7 +291,7 @@ def run(arguments: Sequence[str]) -> int:
         return _tell(str(UserError("path", got=f"{error.filename} ({error.strerror})", rule=rule, do=do)), 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command line's parser
-            return _tell(_usage(error), 2)
+            return _tell(_usage(error, arguments), 2)
         return _failed(error)
     return code if isinstance(code, int) else 0
 
@@ -303,9 +303,22 @@ def _failed(error: Exception) -> int:
     return _tell(f"{type(error).__name__}: {error} (run it again with -v for the traceback)", 1)
 
 
-def _usage(error: Any) -> str:
-    command = error.ctx.command_path if getattr(error, "ctx", None) else "longrope"
+def _usage(error: Any, arguments: Sequence[str]) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else " ".join(["longrope", *_named(arguments)])
     return f"{error.format_message().rstrip('.')}; see {command} --help"
+
+
+def _named(arguments: Sequence[str]) -> list[str]:
+    """The words that lead to a command: the parser's own errors about an option do not say whose it is."""
+    command: Any = typer.main.get_command(app)
+    words: list[str] = []
+    for word in arguments:
+        if word not in getattr(command, "commands", {}):
+            break
+        command = command.commands[word]
+        words.append(word)
+    return words
 
 
 def _tell(message: str, code: int) -> int:
