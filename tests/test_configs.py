@@ -284,6 +284,10 @@ NEEDED = "this RoPE needs it; complete config.json"
             {"rope_parameters": {"local": {"rope_type": "default"}, "global": {"rope_type": "default"}}},
             "rope_parameters: got layer types local, global; the layers to extend are called full_attention",
         ),
+        (  # as Beam's: its global layers do not rotate
+            {"rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": None}},
+            "got rope_parameters without any for full_attention; the layers that see the whole text rotate",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_extended_is_refused(keys: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,13 +66,11 @@ def test_windows_of_recall_have_the_size_asked_for_at_every_draw(size: int) -> N
     assert {len(window) for window in windows} == {size}
 
 
-def test_copies_are_passages_from_near_and_from_far() -> None:
+def test_every_question_of_a_window_of_pairs_can_be_answered_from_before_it() -> None:
     rng = np.random.default_rng(0)
-    prose = rng.integers(0, 256, size=20_000, dtype=np.uint8).tobytes()  # nothing repeats by itself
-    text = recall._copies(rng, 20_000, prose)
-    places: dict[bytes, int] = {}
-    distances = [at - places.setdefault(text[at : at + 8], at) for at in range(len(text) - 8)]
-    far = [distance for distance in distances if distance]
-    assert 0.3 < len(far) / len(text) < 0.6
-    assert max(far) > 15_000
-    assert min(far) < 100
+    text = recall._pairs(rng, 8190, b"plain text without any key in it; " * 300)
+    assert len(text) == 8190
+    answers = re.findall(rb"What is the (.*?)\? The \1 is (\w+)\.", text)
+    assert len(answers) > 10
+    for name, key in answers:
+        assert text.index(b"The %s is %s." % (name, key)) < text.index(b"What is the %s?" % name)

@@ -12,8 +12,8 @@ WORDS = (
 GRASS = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
 
-# A task needs so many bytes, and of a window of pairs more than half is the pairs.
-SHORTEST, BYTES_A_PAIR = 160, 220
+# A task needs so many bytes, and of a window of pairs more than half is the pairs: what is learned is one byte of each.
+SHORTEST, BYTES_A_PAIR = 160, 150
 
 
 def recall_text(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
@@ -28,14 +28,13 @@ def recall_text(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
 def recall_window(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     """A window of exactly `size` bytes for fine-tuning: recall at every distance that fits into it.
 
-    One task as long as the window, tasks of all lengths one after another, text that repeats itself from far back
-    (where half of all bytes teach to find what was before), or many pairs of a statement and its question, some near
-    each other and some far apart, in the same text.
+    One task as long as the window, tasks of all lengths one after another, or (mostly) many pairs of a statement and
+    its question, some near each other and some far apart, in the same text.
     """
-    if size < 2 * SHORTEST:
+    kind = rng.integers(6)
+    if kind == 0 or size < 2 * SHORTEST:
         return recall_text(rng, size, prose)
-    kind = (recall_text, _in_a_row, _copies, _copies, _pairs, _pairs)[rng.integers(6)]
-    return kind(rng, size, prose)
+    return _in_a_row(rng, size, prose) if kind == 1 else _pairs(rng, size, prose)
 
 
 def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
@@ -53,21 +52,6 @@ def _in_a_row(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     return b"".join(made) + recall_text(rng, left, prose[size - left :])
 
 
-def _copies(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
-    """Text of which about half is passages from before, half of them from as far back as there is text."""
-    made, taken = bytearray(prose[:SHORTEST]), SHORTEST
-    while len(made) < size:
-        passage = _log_uniform(rng, 12, SHORTEST)
-        if rng.random() < 0.5:
-            made += prose[taken : taken + passage]
-            taken += passage
-        else:
-            far = rng.uniform(0, len(made)) if rng.random() < 0.5 else _log_uniform(rng, passage, len(made))
-            start = max(0, len(made) - max(passage, int(far)))
-            made += made[start : start + passage]
-    return bytes(made[:size])
-
-
 def _pairs(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     """Keys of different names, each stated once and asked for once.
 
@@ -77,8 +61,10 @@ def _pairs(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     for number in rng.permutation(len(WORDS) * len(NOUNS))[: max(1, size // BYTES_A_PAIR)]:
         name = f"{WORDS[number % len(WORDS)]} {NOUNS[number // len(WORDS)]}".encode()
         key = _code(rng)
-        statement = b"\nThe %s is %s. Remember it. %s is the %s.\n" % (name, key, key, name)
-        question = b"\nWhat is the %s? The %s is %s.\n" % (name, name, key)
+        statement = short = b"\nThe %s is %s.\n" % (name, key)
+        if rng.random() < 0.5:
+            statement = b"\nThe %s is %s. Remember it. %s is the %s.\n" % (name, key, key, name)
+        question = short if rng.random() < 0.5 else b"\nWhat is the %s? The %s is %s.\n" % (name, name, key)
         distance = (_log_uniform(rng, 1, size) if rng.random() < 0.5 else rng.uniform(0, size)) / size
         place = rng.uniform(0, 1 - distance)
         said += [(place, statement), (place + distance, question)]

@@ -45,7 +45,7 @@ class Size:
     recall: float = 0.2
     learning_rate: float = 3e-3
     init: str = ""
-    recall_share: float = 0.5
+    recall_share: float = 0.75
     windows: int = 1
     tries: int = 20
 

@@ -136,6 +136,9 @@ def _of_extended_layers(value: object, key: str) -> Mapping[str, Any]:
         _bad(key, shown(value), "it is an object")
     if not _is_nested(value):
         return value
+    if value.get("full_attention", 0) is None:
+        rule = "the layers that see the whole text rotate, as it is they that longer windows are new to"
+        raise UserError("config", got=f"{key} without any for full_attention", rule=rule, do="choose another model")
     if not isinstance(value.get("full_attention"), Mapping):
         _bad(key, f"layer types {', '.join(map(str, value))}", "the layers to extend are called full_attention")
     chosen: Mapping[str, Any] = value["full_attention"]
