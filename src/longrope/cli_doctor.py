@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from longrope.cli_options import Json, Quiet, Verbose, begin
+from longrope.errors import plural
 
 
 def doctor(
@@ -43,5 +44,5 @@ def doctor(
 
 def _verdict(found: int, left: int | None, fix: Path | None) -> str:
     if left is None:
-        return f"{found} findings" if found else "nothing found"
-    return f"{found} findings, {left} left in {fix}"
+        return plural(found, "finding") if found else "nothing found"
+    return f"{plural(found, 'finding')}, {left} left in {fix}"

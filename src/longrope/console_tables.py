@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from longrope.errors import plural
 from longrope.lengths import format_length
 from longrope.runs import lower_is_better
 
@@ -178,7 +179,8 @@ def _assumed(settings: Mapping[str, Any]) -> str:
 
 def documents_table(described: Mapping[str, Any]) -> Table:
     """What `longrope documents` found: windows by length, and a histogram of lengths."""
-    title = f"{described['documents']} documents, {described['tokens']:,} tokens, the longest {described['longest']:,}"
+    title = plural(described["documents"], "document")
+    title += f", {described['tokens']:,} tokens, the longest {described['longest']:,}"
     shown = Table(title=title, title_justify="left")
     for name in ("at least", "documents", "windows"):
         shown.add_column(name, justify="right")

@@ -50,3 +50,8 @@ def printable(text: str, kept: str = "") -> str:
 
 def _written_out(letter: str) -> str:
     return letter.encode("unicode_escape").decode()
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 candidate`, `2 candidates`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

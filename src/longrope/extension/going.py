@@ -14,7 +14,7 @@ import torch
 
 from longrope.checkpoint import LoadOptions
 from longrope.documents import Document, hold_out, read_sources
-from longrope.errors import UserError
+from longrope.errors import UserError, plural
 from longrope.extension.done import Done, digest
 from longrope.extension.plan import Plan, measured_lengths
 from longrope.factors import FactorTable
@@ -120,7 +120,10 @@ def texts_of(
     used = {document.sha256 for document in (*read, *searched)}
     left = [document for document in held if document.sha256 not in used]
     if not left:
-        got, rule = f"{len(held)} documents, all of them used before", "they are measured on, and seen by no stage"
+        got, rule = (
+            f"{plural(len(held), 'document')}, all of them used before",
+            "they are measured on, and seen by no stage",
+        )
         raise UserError("--unseen", got=got, rule=rule, do="give other documents")
     return Texts(tuple(documents), False, read, searched, left)
 
@@ -144,7 +147,7 @@ def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
         sources = stage.settings.get("documents") or []
         own = read_sources(sources, share="search", tokenizer=loaded.tokenizer) if sources else []
         if shared := {each.sha256 for each in own} & {each.sha256 for each in texts.unseen}:
-            got, rule = f"{len(shared)} documents of {stage.name}", "no stage reads what is measured on"
+            got, rule = f"{plural(len(shared), 'document')} of {stage.name}", "no stage reads what is measured on"
             raise UserError("--unseen", got=got, rule=rule, do="give other documents")
         longest = max(token_lengths([*texts.trained, *own], loaded.tokenizer), default=0) + around
         if stage.to > longest:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longrope.errors import plural
 from longrope.report.figures import Figure, Plot, letters, make_axis, make_figure, make_trace
 from longrope.report.read import RunData
-from longrope.report.searched import counts, plural
+from longrope.report.searched import counts
 from longrope.report.style import DOTS, OURS_COLOUR, count_text, is_ours, look, run_colour, stage_of, value_text
 
 _MOST_DOTS = 2000  # a page stays readable and below 6 MB

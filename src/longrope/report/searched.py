@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from longrope.errors import plural
 from longrope.report.read import Evaluation, RunData
 from longrope.report.style import count_text
 
@@ -104,8 +105,3 @@ def _work(done: Counts) -> str:
     if done.recomputed:
         parts.append(f"{count_text(done.recomputed)} tokens run again to save memory, beside the token-passes")
     return ", ".join(parts)
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 candidate`, `2 candidates`."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -16,7 +16,7 @@ from longrope.baselines import attention_factor
 from longrope.checkpoint import LoadOptions, load_options
 from longrope.describe import describe_model, describe_options, describe_windows, metrics
 from longrope.documents import Document, read_sources
-from longrope.errors import UserError
+from longrope.errors import UserError, plural
 from longrope.evaluate.methods import Result
 from longrope.evaluate.recorded import measure_methods
 from longrope.factors import FactorTable, RopeFactors, last_row
@@ -108,7 +108,7 @@ def without(held: Sequence[Document], searched: Sequence[Document]) -> list[Docu
     seen = {document.sha256 for document in searched}
     left = [document for document in held if document.sha256 not in seen]
     if not left:
-        got = f"{len(held)} documents, all of them also in --documents"
+        got = f"{plural(len(held), 'document')}, all of them also in --documents"
         raise UserError("--unseen", got=got, rule="the search does not see them", do="give other documents")
     if len(left) < len(held):
         logger.info("%d of the unseen documents are searched on too, and left out", len(held) - len(left))

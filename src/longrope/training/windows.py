@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from longrope.documents import Document, distinct
-from longrope.errors import UserError
+from longrope.errors import UserError, plural
 from longrope.training.loss import NO_TARGET
 from longrope.windows import span_starts, tokenize
 
@@ -70,7 +70,7 @@ class LongWindows(Dataset[dict[str, Tensor]]):
         self._texts = [ids for ids in tokens if len(ids) >= self._span]
         if not self._texts:
             longest = max(map(len, tokens), default=0)
-            got = f"{len(ordered)} documents, the longest of {longest} tokens"
+            got = f"{plural(len(ordered), 'document')}, the longest of {longest} tokens"
             rule = f"a window of {length} tokens holds {self._span} of one document"
             raise UserError("--documents", got=got, rule=rule, do="give longer documents, or a shorter --length")
         self._epoch: tuple[int, list[tuple[int, int]]] = (-1, [])
