@@ -259,7 +259,7 @@ def test_the_command_says_what_it_finds_and_ends_with_1_on_errors(tmp_path: Path
     done = longrope("doctor", path)
     assert done.code == 1
     assert "su-name" in done.err
-    assert done.err.endswith("1 findings\n")
+    assert done.err.endswith("1 finding\n")
     document = longrope("doctor", path, "--json").document
     assert [each["name"] for each in document["findings"]] == ["su-name"]
     assert document["findings"][0]["severity"] == "error"

@@ -113,5 +113,5 @@ def test_a_model_that_moved_is_the_same_model(tmp_path: Path) -> None:
 def test_documents_that_are_searched_on_are_not_judged_on() -> None:
     first, second, third = (Document(name, name * 9) for name in "abc")
     assert without([first, second], [second, third]) == [first]
-    with pytest.raises(UserError, match=r"--unseen: got 1 documents, all of them also in --documents; the search does"):
+    with pytest.raises(UserError, match=r"--unseen: got 1 document, all of them also in --documents; the search does"):
         without([Document("renamed", third.text)], [third])

@@ -398,7 +398,7 @@ def test_documents_of_a_stage_are_checked_before_any() -> None:
     )
     Path("plan.toml").write_text(PLAN.replace("steps = 6", 'steps = 6\ndocuments = ["texts/1.txt"]'))
     words[words.index("short.txt")] = "texts/2.txt"
-    assert refused(*words, *far).startswith(f"--unseen: got 1 documents of 02-finetune-{TARGET}; no stage reads")
+    assert refused(*words, *far).startswith(f"--unseen: got 1 document of 02-finetune-{TARGET}; no stage reads")
 
 
 def test_the_shape_of_the_model_is_what_the_plans_count_from() -> None:
