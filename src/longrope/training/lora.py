@@ -49,6 +49,7 @@ def with_lora(model: Any, settings: LoraSettings, seed: int, *, quantized: bool 
         r=settings.rank,
         lora_alpha=2 * settings.rank,
         target_modules="all-linear",
+        exclude_modules=_read_by_kernels(model) or None,
         modules_to_save=whole or None,
         task_type="CAUSAL_LM",
     )
@@ -65,6 +66,12 @@ def merged(model: Any, adapter: Path) -> Any:
     if not hasattr(model, "merge_and_unload"):
         model = import_module("peft").PeftModel.from_pretrained(model, adapter)
     return model.merge_and_unload()
+
+
+def _read_by_kernels(model: Any) -> list[str]:
+    """Projections that state-space layers hand to their kernels as weights: an adapter on one would do nothing."""
+    mixers = [name for name, module in model.named_modules() if hasattr(module, "conv1d")]
+    return [f"{name}.out_proj" for name in mixers]
 
 
 def _name_of(model: Any, wanted: Any) -> str:
