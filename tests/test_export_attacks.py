@@ -12,8 +12,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, LagunaConfig
 
 import longrope as package
+from byte_tokenizer import BOS, EOS, PAD
 from commands import table, write_checkpoint
 from longrope.baselines import RopeShape, su_attention_factor
 from longrope.errors import UserError
@@ -22,7 +24,7 @@ from longrope.export.gguf_file import check_graph
 from longrope.export.gguf_tokenizer import Vocabulary
 from longrope.export.verify import verify
 from longrope.factors import FactorTable
-from models import ORIGINAL, config
+from models import ORIGINAL, config, save
 
 STANDARD = su_attention_factor(4.0, ORIGINAL)
 TARGET = 4 * ORIGINAL
@@ -87,6 +89,24 @@ def test_gemma_3_has_its_flat_keys_for_engines_that_know_no_others(tmp_path: Pat
     assert written["sliding_window_pattern"] == 2
     assert written["rope_parameters"]["sliding_attention"] == {"rope_type": "default", "rope_theta": 100.0}
     assert wrong(out) == set()
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")
+def test_a_class_that_cannot_read_its_engines_keys_is_refused(tmp_path: Path) -> None:
+    """Laguna's class wants a RoPE by layer type, and takes the flat keys of engines in the place of it."""
+    own = LagunaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_attention_heads_per_layer=[2, 2], num_key_value_heads=1, head_dim=16, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, num_experts=2, num_experts_per_tok=1, sliding_window=16,
+        max_position_embeddings=ORIGINAL, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    folder = save(AutoModelForCausalLM.from_config(own), tmp_path / "model")
+    rows = table(shape=RopeShape(500_000.0, 8, ORIGINAL))
+    message = r"^export: got KeyError \('full_attention'\) from LagunaRotaryEmbedding; .*use --engine transformers$"
+    with pytest.raises(UserError, match=message):
+        package.export(str(folder), rows, tmp_path / "out", engine="vllm", window="long")
+    package.export(str(folder), rows, tmp_path / "stock", window="long")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "stock"]
 
 
 def test_partial_rotation_is_at_the_top_level_too(tmp_path: Path) -> None:

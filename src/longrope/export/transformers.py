@@ -95,7 +95,13 @@ def verify_config(folder: Path, loaded: LoadedModel, served: FactorTable) -> Non
     original, longest = served.original_length, served.rows[-1].up_to
     for _, _, module in rotary_modules(loaded.model):
         ours = module if isinstance(module, ScaledRotary) else ScaledRotary(module, loaded.rope.shape)
-        stock = type(ours.stock)(config)
+        name = type(ours.stock).__name__
+        try:
+            stock = type(ours.stock)(config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a class of its own makes of its config
+            got, do = f"{type(error).__name__} ({error}) from {name}", "use --engine transformers"
+            rule = "its class must read the config.json that the engine does"
+            raise UserError("export", got=got, rule=rule, do=do) from error
         for length in sorted({1, original, min(original + 1, longest), longest}):
             if _rotates_by(stock, served.row_for(length), served.rope_theta, length, ours.layout):
                 continue
@@ -103,7 +109,7 @@ def verify_config(folder: Path, loaded: LoadedModel, served: FactorTable) -> Non
             raise UserError(
                 "export",
                 got=f"other factors from transformers at {length} tokens",
-                rule=f"{type(stock).__name__} must read back what was written",
+                rule=f"{name} must read back what was written",
                 do="this class cannot be exported for transformers; please report it"
                 if one_row
                 else "use --window long: this class does not change its factors with the length",
