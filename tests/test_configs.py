@@ -26,7 +26,8 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longrope.baselines import yarn_attention_factor
-from longrope.convert import RopeConfig, read_factors, rope_config, table_from_config, to_transformers_config
+from longrope.configs import RopeConfig, rope_config, table_from_config
+from longrope.convert import read_factors, to_transformers_config
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
 

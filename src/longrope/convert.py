@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from longrope.baselines import attention_factor
-from longrope.configs import RopeConfig, language_part, rope_config, table_from_config
+from longrope.configs import language_part, table_from_config
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.files import parse_json, read_text
 from longrope.lengths import format_length, parse_length
-
-__all__ = ["RopeConfig", "read_factors", "rope_config", "table_from_config", "to_csv", "to_transformers_config"]
 
 N = TypeVar("N", int, float)
 _Numbered = list[tuple[int, list[str]]]  # line number and cells

@@ -100,7 +100,6 @@ def shape_of(model: Any, name: str = "") -> ModelShape:
         active=round(active),
         linear=round(linear),
         adapters=round(adapters),
-        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         attention_norms=(heads + kv_heads) * head_dim if {"q_norm", "k_norm"} & names else 0,
     )
 

@@ -16,12 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import run_if_it_fits, window_too_long
 from longrope.factors import RopeFactors
-from longrope.memory import Kept, free_memory, peak_memory
+from longrope.memory import Kept, free_memory
 from longrope.model import LoadedModel
 from longrope.patch import Patch
 from longrope.windows import Window
-
-__all__ = ["activation_bytes", "decoder_layers", "free_memory", "loss_gradient", "peak_memory"]
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from longrope.baselines import attention_factor
-from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, last_row
 from longrope.model import LoadedModel
 from longrope.search.space import Space, check_seed
@@ -124,9 +123,3 @@ def with_attention(
                 known.add(factors_of.key)
                 found.append((f"{name}+{rule}" if len(tried) > 1 else name, factors_of))
     return found
-
-
-def check_distinct(seeds: Seeds) -> None:
-    """Raise UserError when there is nothing to start from."""
-    if not seeds:
-        raise UserError("search", got="no seed", rule="there is at least one", do="give one with --init")
