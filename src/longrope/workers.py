@@ -131,9 +131,7 @@ class _Worker:
             rule, do = "every worker holds the model", "use fewer --workers, --device balanced or --quantize 4bit"
             raise UserError("--workers", got=f"no memory for one on {host}", rule=rule, do=do) from None
         except UserError as error:
-            raise UserError(
-                f"{error.what} of a worker on {host}", got=error.got, rule=error.rule, do=error.do
-            ) from None
+            raise error.changed(what=f"{error.what} of a worker on {host}") from None
         if loaded.fingerprint != job.fingerprint:
             raise UserError(
                 f"model of a worker on {host}",

@@ -99,8 +99,7 @@ class NeedleMeasure:
                 self.documents, loaded.tokenizer, length=length - least + bos, count=self.tries, seed=self.seed
             )
         except UserError as error:
-            rule = f"{error.rule} (a needle's prompt takes the rest of {length})"
-            raise UserError(error.what, got=error.got, rule=rule, do=error.do) from None
+            raise error.changed(rule=f"{error.rule} (a needle's prompt takes the rest of {length})") from None
         return [(window.sha256, window.ids[bos:].tolist()) for window in windows]
 
     def run(self, loaded: LoadedModel, items: Sequence[Item]) -> Sequence[Record]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from longrope.errors import UserError
+from longrope.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
             turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
     except Exception as error:  # a template is a program, and it comes with the model
-        rendered, reason = "", (str(error).strip().splitlines() or [type(error).__name__])[0]
+        rendered, reason = "", first_line(error)
     before, _, after = str(rendered).partition(_CONTENT)
     if str(rendered).count(_CONTENT) != 1:
         got, rule = f"a chat template that cannot be used ({reason})", "it writes a user's turn once, as it is"

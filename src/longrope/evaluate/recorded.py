@@ -61,9 +61,9 @@ def _checked(lines: list[dict[str, Any]], measure: Measure, path: Path) -> list[
             value = record.get(name)
             good = isinstance(value, kind) and name in record and (kind is bool or not isinstance(value, bool))
             if not good or (name == "count" and value < 1):
-                rule = "every line is a record of this run; restore the file or start anew"
                 got = f"{path}, line {number} with no proper {name!r} in its record"
-                raise UserError("lines", got=got, rule=rule.partition(";")[0], do=rule.partition("; ")[2])
+                rule = "every line is a record of this run"
+                raise UserError("lines", got=got, rule=rule, do="restore the file or start anew")
     return lines
 
 

@@ -194,8 +194,7 @@ def _read(path: Path, kind: str, cls: type[Kind]) -> Kind:
     try:
         return cls(**values)
     except UserError as error:
-        what = f"{path}, {error.what}"
-        raise UserError(what, got=error.got, rule=error.rule, do=error.do) from None
+        raise error.changed(what=f"{path}, {error.what}") from None
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def read_plan(source: str | Path, original_length: int) -> Plan:
     try:
         return make_plan(data, original_length)
     except UserError as error:
-        raise UserError(f"--stages: {where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+        raise error.changed(what=f"--stages: {where}: {error.what}") from None
 
 
 def make_plan(data: Mapping[str, Any], original_length: int) -> Plan:
@@ -204,14 +204,14 @@ def _check_training(settings: Mapping[str, Any], where: str) -> None:
     try:
         recipe_of(settings.get("recipe"), numbers)
     except UserError as error:
-        raise UserError(f"{where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+        raise error.changed(what=f"{where}: {error.what}") from None
 
 
 def _check_search(settings: Mapping[str, Any], do: str, where: str) -> None:
     try:
         SearchSettings(to=1, stage=None if do == "search" else do, **settings).check_words()
     except UserError as error:
-        raise UserError(f"{where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+        raise error.changed(what=f"{where}: {error.what}") from None
     except TypeError:
         raise _wrong(where, shown(dict(settings)), "its settings are those of longrope search") from None
 
@@ -241,7 +241,7 @@ def _check_order(stages: Sequence[Stage], original_length: int) -> None:
             try:
                 search_settings(stage, 0).check(original_length, None if stage.do == "search" else trained)
             except UserError as error:
-                raise UserError(f"{where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+                raise error.changed(what=f"{where}: {error.what}") from None
     reached = max([stage.to for stage in stages if stage.do == "second"] or [trained or max(searched)])
     if unused := [stage for stage in stages if stage.to > reached]:
         rule = (

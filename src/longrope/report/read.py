@@ -241,7 +241,7 @@ def _table(path: Path) -> FactorTable | None:
         table = FactorTable.from_dict(data)
         shape_of(table)
     except UserError as error:
-        raise UserError(f"{path}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+        raise error.changed(what=f"{path}: {error.what}") from None
     return table
 
 

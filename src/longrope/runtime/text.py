@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from longrope.errors import UserError
+from longrope.errors import UserError, first_line
 from longrope.model import LoadedModel
 from longrope.runtime.applied import Applied
 from longrope.runtime.caches import RoomyCache, by_place
@@ -141,8 +141,8 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, st
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and it comes with the model
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError("chat template", got=why, rule="it writes these turns", do="use generate") from None
+        rule = "it writes these turns"
+        raise UserError("chat template", got=first_line(error), rule=rule, do="use generate") from None
     return list(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])
 
 

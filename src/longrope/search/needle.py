@@ -85,8 +85,7 @@ def needle_windows(
         else:
             spans = spare_windows(documents, tokenizer, **drawn, taken=taken)
     except UserError as error:
-        rule = f"{error.rule} (a needle's prompt takes the rest of {length})"
-        raise UserError(error.what, got=error.got, rule=rule, do=error.do) from None
+        raise error.changed(rule=f"{error.rule} (a needle's prompt takes the rest of {length})") from None
     windows = []
     for index, (span, prompt) in enumerate(zip(spans, pieces, strict=False)):
         text = span.ids[bos:][: length - prompt.size].tolist()

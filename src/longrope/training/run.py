@@ -23,7 +23,7 @@ from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_options
 from longrope.convert import factors_file, read_factors, to_transformers_config
 from longrope.describe import describe_model, describe_options
 from longrope.documents import Document, hold_out, read_sources
-from longrope.errors import UserError
+from longrope.errors import UserError, first_line
 from longrope.evaluate.perplexity import out_of_memory
 from longrope.export.transformers import extended_config
 from longrope.factors import FactorTable
@@ -364,7 +364,7 @@ def _told(path: Path, given: Training, last: str | None, watch: Watch) -> Iterat
     except UserError:
         raise
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        said = first_line(error)[:200]
         if isinstance(error, RuntimeError) and out_of_memory(error):
             rule, do = "a step fits into the device's memory", "use a shorter --length, or --lora"
             raise UserError("memory", got=f"windows of {given.length} tokens", rule=rule, do=do) from None
