@@ -23,13 +23,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longrope.errors import UserError
-from longrope.factors import FactorTable
+from longrope.factors import FACTORS, FactorTable
 from longrope.files import read_json
 from longrope.guard import check_attention, check_files, check_sizes
 from longrope.patch import CHOOSE_ROPE
 
 TINY = "tiny"
-FACTORS_FILE = "factors.json"
 CONFIG_ENTRY = "longrope_factors"
 """Of a configuration that was saved with a table on its model."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,7 +90,7 @@ def model_source(name: str) -> str:
 
 def beside_weights(source: str) -> FactorTable | None:
     """The factor table of a checkpoint of ours: factors.json beside its config.json."""
-    path = Path(source) / FACTORS_FILE
+    path = Path(source) / FACTORS
     return FactorTable.load(path) if path.is_file() else None
 
 

@@ -25,6 +25,7 @@ from longrope.errors import printable
 from longrope.files import disk_errors, finite
 from longrope.lengths import format_length
 from longrope.report.style import stage_of
+from longrope.runs import is_first_process
 
 if TYPE_CHECKING:
     from longrope.evaluate.execute import OnStep, Step
@@ -89,7 +90,7 @@ def end_at_once_on_signals() -> None:
         resume = f"; this goes on with it: {command}" if command else ""
         below_the_bar = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # with the cursor that the bar hides
         with suppress(OSError):
-            if os.environ.get("RANK", "0") == "0":  # of several processes that train together the first one talks
+            if is_first_process():
                 os.write(2, os.fsencode(f"{below_the_bar}longrope: interrupted{resume}\n"))  # paths are any bytes
         os._exit(INTERRUPTED)
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from longrope.baselines import attention_factor
 from longrope.configs import language_part, table_from_config
 from longrope.errors import UserError
-from longrope.factors import FactorTable, RopeFactors, unscaled
+from longrope.factors import FACTORS, FactorTable, RopeFactors, unscaled
 from longrope.files import parse_json, read_text
 from longrope.lengths import format_length, parse_length
 
@@ -74,7 +74,7 @@ def read_factors(
 
 def factors_file(given: str | Path) -> Path:
     """The file itself, or the factors.json of a run or checkpoint folder."""
-    return Path(given) / "factors.json" if Path(given).is_dir() else Path(given)
+    return Path(given) / FACTORS if Path(given).is_dir() else Path(given)
 
 
 def _from_json(data: object, rope_theta: float | None, original_length: int | None) -> FactorTable:

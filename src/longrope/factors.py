@@ -21,6 +21,8 @@ from longrope.errors import UserError, shown
 from longrope.files import read_json, write_atomically
 from longrope.lengths import LONGEST, format_length
 
+FACTORS = "factors.json"
+"""The file of a table: of a run, beside the weights of a checkpoint, in an export."""
 FORMAT = "longrope-factors"
 VERSION = 1
 _ROW_KEYS = {"up_to", "rescale", "start_tokens", "attention_factor"}

@@ -27,9 +27,8 @@ from longrope.report.results import length_of
 from longrope.report.searched import counts, evaluations_text
 from longrope.report.style import count_text, duration_text, slug, value_text
 from longrope.report.tensorboard_files import EventLog
-from longrope.runs import CONFIG, DONE, EVALUATIONS, METRICS, RESULTS, is_run
+from longrope.runs import CONFIG, DONE, EVALUATIONS, LOCK, METRICS, RESULTS, is_run
 
-_LOCK = ".lock"
 _LINES = 6  # the last lines that are shown
 _RECENT = 20  # evaluations that the rate is taken of
 
@@ -140,7 +139,7 @@ def _is_other(run: Path) -> bool:
 def holder(run: Path) -> str | None:
     """The process id in the lock of a run that a process of this machine holds, None when the lock is free."""
     try:
-        lock = os.open(run / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        lock = os.open(run / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_options
+from longrope.checkpoint import LoadOptions, load_options
 from longrope.convert import factors_file, read_factors, to_transformers_config
 from longrope.errors import UserError
 from longrope.export.card import model_card
@@ -31,7 +31,7 @@ from longrope.export.transformers import (
     lengthen_tokenizer,
     verify_config,
 )
-from longrope.factors import FactorTable
+from longrope.factors import FACTORS, FactorTable
 from longrope.files import disk_errors, read_json, write_atomically
 from longrope.folders import is_free, whole_folder
 from longrope.model import LoadedModel
@@ -69,7 +69,7 @@ def export(
     table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table
     if table is None:
         rule = "an export needs factors"
-        raise UserError("--factors", got=f"none, and no {FACTORS_FILE} in {loaded.name}", rule=rule, do="give a run")
+        raise UserError("--factors", got=f"none, and no {FACTORS} in {loaded.name}", rule=rule, do="give a run")
     out = Path(out).resolve()
     loaded.check(table)
     folder = checkpoint_folder(loaded)
@@ -107,7 +107,7 @@ def export(
                 written = engine_config(extended_config(config, keys, loaded), served, engine)
                 write_atomically(unfinished / "config.json", json.dumps(written, indent=2) + "\n")
                 lengthen_tokenizer(unfinished / "tokenizer_config.json", keys["max_position_embeddings"])
-            served.save(unfinished / FACTORS_FILE)
+            served.save(unfinished / FACTORS)
             card = model_card(
                 loaded.name,
                 served,

@@ -10,11 +10,10 @@ from typing import Any, cast
 
 from longrope.errors import UserError
 from longrope.files import read_json
-from longrope.runs import CONFIG, METRICS, is_run
+from longrope.runs import CHECKPOINT, CONFIG, METRICS, is_run
 
 RUN_SEPARATOR = "\x1f"  # between the name of a run and that of a method, where several runs are shown
 _LONGEST = 2**62  # tokens
-_CHECKPOINT = "checkpoint"  # of a run that makes one
 _STAGES = ("search", "finetune")
 _INTERVAL = 2  # an interval is its two ends
 # Details of each measure that are plotted: rows of numbers (n) and texts (s), or objects by task.
@@ -156,7 +155,7 @@ def _same_model(theirs: object, own: object, run: Path) -> bool:
     """
     if not isinstance(theirs, Mapping) or not isinstance(own, Mapping):
         return True
-    if Path(str(theirs.get("name", ""))).resolve() == (run / _CHECKPOINT).resolve():
+    if Path(str(theirs.get("name", ""))).resolve() == (run / CHECKPOINT).resolve():
         return True
     names = ("name", "rope_theta", "rotary_dim", "original_length")
     return all(theirs.get(name) == own.get(name) for name in names if name in theirs and name in own)

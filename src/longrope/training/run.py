@@ -19,14 +19,14 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from longrope import __version__
-from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_options
+from longrope.checkpoint import LoadOptions, load_options
 from longrope.convert import factors_file, read_factors, to_transformers_config
 from longrope.describe import describe_model, describe_options
 from longrope.documents import Document, hold_out, read_sources
 from longrope.errors import UserError, first_line
 from longrope.evaluate.perplexity import out_of_memory
 from longrope.export.transformers import extended_config
-from longrope.factors import FactorTable
+from longrope.factors import FACTORS, FactorTable
 from longrope.files import disk_errors, write_atomically
 from longrope.lengths import as_length, format_length
 from longrope.memory import Kept, free_memory
@@ -103,7 +103,7 @@ def finetune(
     table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table
     if table is None:
         rule = "a model is trained with the factors of the longer window"
-        raise UserError("--factors", got=f"none, and no {FACTORS_FILE} beside the weights", rule=rule, do="give a run")
+        raise UserError("--factors", got=f"none, and no {FACTORS} beside the weights", rule=rule, do="give a run")
     loaded.check(table)
     served = served_table(table, given, loaded.rope.original_length)
     windows, documents = _windows(loaded, given, chosen)
@@ -399,13 +399,13 @@ def write_checkpoint(
 
 def write_factors(folder: Path, loaded: LoadedModel, table: FactorTable) -> None:
     """The factors of a transformers folder: its factors.json, and config.json where that can express them."""
-    table.save(folder / FACTORS_FILE)
+    table.save(folder / FACTORS)
     last = table.rows[-1]
     long = replace(table, rows=(last.with_values(up_to=table.original_length), last)) if len(table.rows) == 1 else table
     try:
         keys = to_transformers_config(long)
     except UserError as error:
-        logger.info("config.json keeps the original window, %s is what counts: %s", FACTORS_FILE, error)
+        logger.info("config.json keeps the original window, %s is what counts: %s", FACTORS, error)
         return
     config = json.loads((folder / "config.json").read_text())
     write_atomically(folder / "config.json", json.dumps(extended_config(config, keys, loaded), indent=2) + "\n")
