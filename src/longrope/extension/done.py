@@ -11,9 +11,7 @@ from longrope.errors import UserError
 from longrope.factors import FACTORS
 from longrope.files import append_line, disk_errors, read_lines
 from longrope.runs import CHECKPOINT, DONE, STAGES
-
-_WHOLE = 64 * 2**20  # bytes; larger files are hashed by their size, beginning and end
-_EDGE = 2**20
+from longrope.seals import content_to_hash
 
 
 def digest(folder: Path) -> str:
@@ -23,15 +21,10 @@ def digest(folder: Path) -> str:
     # Not what lies in folders inside: a run may lie inside the model's own.
     paths = [path for path in sorted(folder.iterdir()) if path.name in names or path.suffix == ".safetensors"]
     for path in paths:
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(folder)}:{size}:".encode())
-        with disk_errors(path), path.open("rb") as file:
-            if size <= _WHOLE:
-                found.update(file.read())
-            else:
-                found.update(file.read(_EDGE))
-                file.seek(-_EDGE, 2)
-                found.update(file.read())
+        found.update(f"{path.relative_to(folder)}:{path.stat().st_size}:".encode())
+        with disk_errors(path):
+            for piece in content_to_hash(path):
+                found.update(piece)
     return f"sha256:{found.hexdigest()}"
 
 

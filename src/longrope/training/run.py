@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from longrope.evaluate.perplexity import out_of_memory
 from longrope.export.transformers import extended_config
 from longrope.factors import FACTORS, FactorTable
 from longrope.files import disk_errors, write_atomically
+from longrope.folders import replaced_folder
 from longrope.lengths import as_length, format_length
 from longrope.memory import Kept, free_memory
 from longrope.model import LoadedModel, load_model
@@ -260,7 +260,8 @@ def _train(
             whole = gathered(trainer.model) if world.sharded else None
         model.config.use_cache = True  # Trainer switched it off
         if given.lora is not None and world.main:
-            _save(path / ADAPTER, lambda folder: trained.save_pretrained(folder, state_dict=whole))
+            with replaced_folder(path / ADAPTER) as folder:
+                trained.save_pretrained(folder, state_dict=whole)
     if given.lora is not None and given.lora.merge and world.main:
         # Into shards and weights of few bits nothing can be merged: a model that is loaded anew takes what was saved.
         anew = world.sharded or loaded.options.quantize is not None
@@ -268,7 +269,8 @@ def _train(
         model = merged(load_model(loaded.name, whole_options).model if anew else trained, path / ADAPTER)
         whole = None
     if (given.lora is None or given.lora.merge) and world.main:
-        _save(path / CHECKPOINT, lambda folder: write_checkpoint(folder, model, loaded, table, whole))
+        with replaced_folder(path / CHECKPOINT) as folder:
+            write_checkpoint(folder, model, loaded, table, whole)
     world.wait()
     return watch.losses()
 
@@ -372,17 +374,6 @@ def _told(path: Path, given: Training, last: str | None, watch: Watch) -> Iterat
         if last is not None and (not watch.begun or isinstance(error, UnpicklingError)):
             raise damaged(Path(last), said) from None
         raise
-
-
-def _save(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    with disk_errors(folder):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
 
 
 def write_checkpoint(
