@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from longrope.checkpoint import LoadOptions, in_config
 from longrope.configs import rope_config
-from longrope.convert import factors_file, read_factors
+from longrope.convert import as_table
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
 from longrope.model import LoadedModel, load_model
@@ -31,7 +31,7 @@ def as_factors(given: Factors) -> FactorTable | RopeFactors:
         return given
     if isinstance(given, Mapping):
         return FactorTable.from_dict(given)
-    return read_factors(factors_file(given))
+    return as_table(given)
 
 
 def apply(

@@ -233,7 +233,7 @@ def tables_of(factors: list[str] | None, taken: Collection[str] = ()) -> dict[st
     """
     if factors is None or factors == ["none"]:
         return None if factors is None else {}
-    from longrope.convert import factors_file
+    from longrope.convert import as_table, factors_file
 
     tables: dict[str, FactorTable] = {}
     for given in factors:
@@ -242,15 +242,8 @@ def tables_of(factors: list[str] | None, taken: Collection[str] = ()) -> dict[st
         name, number = stem, 2
         while name in tables or name in taken:
             name, number = f"{stem}-{number}", number + 1
-        tables[name] = read_table(path)
+        tables[name] = as_table(path)
     return tables
-
-
-def read_table(given: str | Path) -> FactorTable:
-    """A table from any file of factors, or from the factors.json of a folder."""
-    from longrope.convert import factors_file, read_factors
-
-    return read_factors(factors_file(given))
 
 
 def one_table(factors: list[str] | None) -> FactorTable | None:

@@ -14,7 +14,6 @@ from longrope.cli_options import (
     Shared,
     Windows,
     Workers,
-    read_table,
     runs_a_model,
 )
 from longrope.errors import UserError
@@ -96,7 +95,9 @@ def search(
     target = parse_length(to)
     if factors not in (None, "none"):
         raise UserError("--factors", got=repr(factors), rule="a search takes only none here", do="give it as --init")
-    seeds = [read_table(path) for path in init or []]
+    from longrope.convert import as_table
+
+    seeds = [as_table(path) for path in init or []]
     from longrope.console import err, print_json, resume_with, search_progress
     from longrope.console_tables import factors_table, results_table
     from longrope.files import read_object

@@ -77,6 +77,11 @@ def factors_file(given: str | Path) -> Path:
     return Path(given) / FACTORS if Path(given).is_dir() else Path(given)
 
 
+def as_table(given: FactorTable | str | Path) -> FactorTable:
+    """A factor table as it is, or of any file that `read_factors` reads without further words, or of a folder's."""
+    return given if isinstance(given, FactorTable) else read_factors(factors_file(given))
+
+
 def _from_json(data: object, rope_theta: float | None, original_length: int | None) -> FactorTable:
     if isinstance(data, Mapping) and "format" not in data and _CONFIG_KEYS & set(data):
         text = language_part(data)

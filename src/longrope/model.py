@@ -19,15 +19,13 @@ from longrope.baselines import baseline
 from longrope.checkpoint import (
     PRECISIONS,
     LoadOptions,
-    beside_weights,
-    check_has_rope,
-    in_config,
     load_config,
     load_tokenizer,
     load_weights,
     model_source,
+    read_rope,
 )
-from longrope.configs import RopeConfig, rope_config, table_from_config
+from longrope.configs import RopeConfig
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, last_row, unscaled
 from longrope.patch import Patch, check_frequencies, global_layers_turn, widen_window
@@ -239,12 +237,7 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
         torch.set_num_threads(options.threads)
     source = model_source(name)
     config = load_config(name, source, options)
-    table = (beside_weights(source) or in_config(config)) if options.own_factors else None
-    original = options.original_length or (table.original_length if table else None)
-    described = config.get_text_config().to_dict()
-    check_has_rope(name, described)
-    rope = rope_config(described, original_length=original)
-    own = table_from_config(described, original_length=original)
+    rope, own, table = read_rope(name, source, config, options)
     model, notes = load_weights(name, source, config, options)
     check_frequencies(model, rope.rope_theta, own.rows[0])
     loaded = LoadedModel(
@@ -262,6 +255,11 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
         loaded.check(table)
     check_answers(loaded)  # refuses now, not after minutes, a class that cannot be extended
     return loaded
+
+
+def as_loaded(model: str | LoadedModel, options: LoadOptions | None = None) -> LoadedModel:
+    """A model that is loaded already as it is, whatever the options, and any other MODEL loaded with them."""
+    return model if isinstance(model, LoadedModel) else load_model(model, options)
 
 
 def _fingerprint(model: PreTrainedModel, options: LoadOptions, table: FactorTable | None) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from longrope import __version__
-from longrope.checkpoint import LoadOptions, load_options
+from longrope.checkpoint import LoadOptions, load_options, taken
 from longrope.describe import describe_model, describe_options, metrics, tokenizer_hash
 from longrope.evaluate.harness import Prepared, check_tasks, harness, prepare
 from longrope.evaluate.methods import Result
 from longrope.evaluate.run import table_of
 from longrope.factors import FactorTable
-from longrope.model import LoadedModel, load_model
+from longrope.model import LoadedModel, as_loaded
 from longrope.runs import METRICS, RunFolder, command_line
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class HarnessSettings:
     @classmethod
     def taken(cls, keywords: dict[str, Any]) -> HarnessSettings:
         """Those that are among some keywords, which are taken out of them. Raises UserError for tasks not known."""
-        given = cls(**{field.name: keywords.pop(field.name) for field in fields(cls) if field.name in keywords})
+        given = cls(**taken(cls, keywords))
         check_tasks(given.tasks, given.include_path)
         return given
 
@@ -73,7 +73,7 @@ def evaluate_harness(
     options = load_options(options, keywords)
     if factors == "none":
         options = replace(options, own_factors=False)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    loaded = as_loaded(model, options)
     table = table_of(loaded, factors)
     told = {"factors": [row.key for row in table.rows] if table else None}
     return harness_run("evaluate harness", loaded, {"factors" if table else "none": table}, given, told, out=out)

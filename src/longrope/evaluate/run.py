@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longrope.checkpoint import LoadOptions, load_options
-from longrope.convert import factors_file, read_factors
+from longrope.checkpoint import LoadOptions, load_options, taken
+from longrope.convert import as_table
 from longrope.describe import describe_options
 from longrope.documents import read_sources
 from longrope.errors import UserError
@@ -25,7 +25,7 @@ from longrope.evaluate.ruler import SAMPLES, Ruler
 from longrope.evaluate.templates import read_needle_template, read_passkey_template
 from longrope.factors import FactorTable
 from longrope.lengths import as_length
-from longrope.model import LoadedModel, load_model
+from longrope.model import LoadedModel, as_loaded
 from longrope.windows import Window, whole_documents, windows_of
 from longrope.workers import options_for
 
@@ -163,7 +163,7 @@ def evaluate(
             rule = "every prompt has its own length, and one process asks them"
             raise UserError("harness", got="lengths or workers", rule=rule, do="leave them out")
         return evaluate_harness(model, factors=factors, out=out, options=options, **keywords)
-    given = MeasureSettings(**{name: keywords.pop(name) for name in vars(MeasureSettings()) if name in keywords})
+    given = MeasureSettings(**taken(MeasureSettings, keywords))
     check_measure(measure, given)
     wanted = sorted({as_length(length) for length in lengths})
     if not wanted:
@@ -172,7 +172,7 @@ def evaluate(
     options = options_for(place, load_options(options, keywords))
     if factors == "none":
         options = replace(options, own_factors=False)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    loaded = as_loaded(model, options)
     table = table_of(loaded, factors)
     if measure == "nonuniformity":
         return study(loaded, wanted, table, given, out=out, workers=place, on_step=on_step)
@@ -239,6 +239,6 @@ def table_of(loaded: LoadedModel, factors: FactorTable | str | Path | None) -> F
         return loaded.table  # checked when it was loaded
     if factors == "none":
         return None
-    table = factors if isinstance(factors, FactorTable) else read_factors(factors_file(factors))
+    table = as_table(factors)
     loaded.check(table)
     return table

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.checkpoint import LoadOptions, load_options
-from longrope.convert import factors_file, read_factors, to_transformers_config
+from longrope.convert import as_table, factors_file, to_transformers_config
 from longrope.errors import UserError
 from longrope.export.card import model_card
 from longrope.export.costs import measured_costs
@@ -66,7 +66,7 @@ def export(
     check_names(engine, window)
     options = load_options(options, load)
     loaded = model if isinstance(model, LoadedModel) else skeleton(model, options)
-    table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table
+    table = loaded.table if factors is None else as_table(factors)
     if table is None:
         rule = "an export needs factors"
         raise UserError("--factors", got=f"none, and no {FACTORS} in {loaded.name}", rule=rule, do="give a run")

@@ -184,9 +184,8 @@ def _gguf(path: Path, served: FactorTable | None, against: str | None, options: 
     yield Said("original length", not both or original == served.original_length, f"{original}")
     kind = value("rope.scaling.type")
     yield Said("scaling", kind == ("longrope" if both else None), f"type {kind}")
-    forbidden = [name for name in ("rope.scaling.factor",) if value(name) is not None] + (
-        ["rope_freqs.weight beside the lists"] if both and always is not None else []
-    )
+    forbidden = [] if value("rope.scaling.factor") is None else ["rope.scaling.factor"]
+    forbidden += ["rope_freqs.weight beside the lists"] if both and always is not None else []
     yield Said("configuration", not forbidden, ", ".join(forbidden) or "nothing that scales a second time")
     told = _REGIMES["gguf"].format(original=original) if both else "llama.cpp uses these factors at every length"
     yield Said("regime", None, told)

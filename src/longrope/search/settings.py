@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from longrope.baselines import attention_factor
@@ -202,5 +202,4 @@ class SearchSettings:
         return {name: value for name, value in vars(self.resolved()).items() if name != "windows"}
 
 
-SETTINGS = tuple(each.name for each in fields(SearchSettings) if each.name != "to")
 BUDGET = ("evaluations", "token_passes", "hours")

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from longrope import __version__
-from longrope.checkpoint import LoadOptions, load_options
-from longrope.convert import factors_file, read_factors, to_transformers_config
-from longrope.describe import describe_model, describe_options
+from longrope.checkpoint import LoadOptions, load_options, taken
+from longrope.convert import as_table, to_transformers_config
+from longrope.describe import describe_documents, describe_model, describe_options
 from longrope.documents import Document, hold_out, read_sources
 from longrope.errors import UserError, first_line
 from longrope.evaluate.perplexity import out_of_memory
@@ -30,7 +30,7 @@ from longrope.files import disk_errors, write_atomically
 from longrope.folders import replaced_folder
 from longrope.lengths import as_length, format_length
 from longrope.memory import Kept, free_memory
-from longrope.model import LoadedModel, load_model
+from longrope.model import LoadedModel, as_loaded, load_model
 from longrope.runs import ADAPTER, CHECKPOINT, LOSSES, METRICS, RunFolder, command_line, default_run_path
 from longrope.training.callbacks import Progress, Watch
 from longrope.training.lora import LoraSettings, merged, with_lora
@@ -99,8 +99,8 @@ def finetune(
     world = World.told()
     world.check(batch=chosen.batch, length=given.length, mixed=given.mixed is not None)
     options = world.placed(options)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
-    table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table
+    loaded = as_loaded(model, options)
+    table = loaded.table if factors is None else as_table(factors)
     if table is None:
         rule = "a model is trained with the factors of the longer window"
         raise UserError("--factors", got=f"none, and no {FACTORS} beside the weights", rule=rule, do="give a run")
@@ -113,7 +113,7 @@ def finetune(
         "longrope": __version__,
         "model": describe_model(loaded),
         "settings": settings,
-        "documents": {"train": [{"name": each.name, "sha256": each.sha256} for each in documents]},
+        "documents": {"train": describe_documents(documents)},
         "ignored": {"command_line": command_line()},
     }
     path = Path(out) if out is not None else default_run_path("finetune", loaded.name, given.length)
@@ -168,16 +168,13 @@ def served_table(table: FactorTable, given: Training, original_length: int) -> F
 def _settings(
     length: int, recipe: str | None, lora: int | None, options: LoadOptions | None, keywords: dict[str, Any]
 ) -> tuple[Training, Recipe, LoadOptions]:
-    def taken(kind: Any) -> dict[str, Any]:
-        return {each.name: keywords.pop(each.name) for each in fields(kind) if each.name in keywords}
-
-    chosen = recipe_of(recipe, taken(Recipe))
-    of_lora = taken(LoraSettings)
+    chosen = recipe_of(recipe, taken(Recipe, keywords))
+    of_lora = taken(LoraSettings, keywords)
     if lora is None and any(of_lora.values()):
         name = next(name for name, value in of_lora.items() if value)
         raise UserError(f"--{name}", got="no --lora", rule="it is a setting of LoRA", do="give --lora RANK")
     adapters = None if lora is None else LoraSettings(rank=lora, **of_lora)
-    given = Training(length=length, lora=adapters, **taken(Training))
+    given = Training(length=length, lora=adapters, **taken(Training, keywords))
     if not given.documents:
         raise UserError("--documents", got="none", rule="a model is trained on documents", do="give at least one")
     for flag, value in (("--save-every", given.save_every), ("--keep", given.keep)):
