@@ -23,10 +23,10 @@ from commands import SHAPE, TARGET, contents, longrope, longrope_process, refuse
 from commands import write_documents as write_documents_to
 from longrope import __version__
 from longrope.baselines import RopeShape
-from longrope.console import describe_progress, format_seconds, measuring_progress, search_progress
+from longrope.console import describe_progress, measuring_progress, search_progress
 from longrope.evaluate.execute import Step
 from longrope.factors import FactorTable, RopeFactors
-from longrope.search.loop import Progress
+from longrope.search.loop import Progress, format_seconds
 from models import ORIGINAL, build, save
 
 LENGTH_RULE = (

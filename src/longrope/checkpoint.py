@@ -216,8 +216,8 @@ def read_rope(
 ) -> tuple[RopeConfig, FactorTable, FactorTable | None]:
     """(RoPE, the checkpoint's own scaling as a table, the table that it was saved with), before weights are read.
 
-    source: the folder of its files, where there is one. config: of transformers. Raises UserError for a model without a RoPE
-    that can be extended, and for a table that is damaged.
+    source: the folder of its files, where there is one. config: of transformers. Raises UserError for a model without
+    a RoPE that can be extended, and for a table that is damaged.
     """
     described = config.get_text_config().to_dict()
     _check_has_rope(name, described)

@@ -26,6 +26,7 @@ from longrope.files import disk_errors, finite
 from longrope.lengths import format_length
 from longrope.report.style import stage_of
 from longrope.runs import is_first_process
+from longrope.search.loop import format_seconds
 
 if TYPE_CHECKING:
     from longrope.evaluate.execute import OnStep, Step
@@ -235,9 +236,3 @@ def describe_progress(progress: Progress) -> str:
     left = format_seconds((progress.total - progress.done) / progress.rate) if progress.rate else "-"
     stage, number = _round(progress)
     return f"{stage}, round {number}: best {best}, {progress.rate:.2f} evaluations/s, {left} left"
-
-
-def format_seconds(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

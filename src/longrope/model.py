@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -32,6 +32,8 @@ from longrope.patch import Patch, check_frequencies, global_layers_turn, widen_w
 
 logger = logging.getLogger(__name__)
 
+NO_TARGET = -100
+"""In place of a token whose loss does not count, as torch's cross-entropy has it."""
 # What a configuration says of where and by what it was read; a run resumes after a move or an upgrade.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_attn_implementation_internal")
 # Logits of one chunk stay near this many numbers. On a CPU few, which stay in its cache and are not paged in anew for
@@ -196,17 +198,22 @@ def decoder_of(model: Any) -> Any:
     return model.model if decoder is model else decoder
 
 
-@contextmanager
-def answering(decoder: nn.Module, outputs: Any) -> Iterator[None]:
+def answering(decoder: nn.Module, outputs: Any) -> AbstractContextManager[None]:
     """Let a decoder answer with outputs that are there, so that the rest of the class's own forward runs alone."""
-    own = vars(decoder).get("forward")  # accelerate puts one beside that of the class
-    vars(decoder)["forward"] = lambda *args, **kwargs: outputs
+    return with_forward(decoder, lambda *args, **kwargs: outputs)
+
+
+@contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward pass for a while."""
+    own = vars(module).get("forward")  # accelerate puts one beside that of the class
+    vars(module)["forward"] = forward
     try:
         yield
     finally:
-        del vars(decoder)["forward"]
+        del vars(module)["forward"]
         if own is not None:
-            vars(decoder)["forward"] = own
+            vars(module)["forward"] = own
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:

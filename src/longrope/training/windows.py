@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from longrope.documents import Document, distinct
 from longrope.errors import UserError, plural
-from longrope.training.loss import NO_TARGET
+from longrope.model import NO_TARGET
 from longrope.windows import span_starts, tokenize
 
 if TYPE_CHECKING:
