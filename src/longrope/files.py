@@ -242,6 +242,11 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def finite_or_none(value: float) -> float | None:
+    """A number, or None where it is not finite, which JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
 def _plain(value: object) -> object:
     """numpy's numbers and arrays as Python's, paths as text."""
     if isinstance(value, np.generic | np.ndarray):

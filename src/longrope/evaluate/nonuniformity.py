@@ -7,7 +7,6 @@ measured as those of any method are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
+from longrope.files import finite_or_none
 from longrope.model import LoadedModel
 
 START_TOKENS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -102,7 +102,6 @@ def collect(lines: Sequence[Entry], values: Mapping[str, float]) -> dict[str, li
     by_key = {row.key: values[label] for label, row in rows(lines).items()}
     details: dict[str, list[Line]] = {}
     for entry in lines:
-        measured = [by_key[row.key] for row in entry.factors.values()]
-        finite = [value if math.isfinite(value) else None for value in measured]
-        details.setdefault(entry.study, []).append([*entry.place, *finite])
+        measured = [finite_or_none(by_key[row.key]) for row in entry.factors.values()]
+        details.setdefault(entry.study, []).append([*entry.place, *measured])
     return details

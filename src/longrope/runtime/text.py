@@ -16,6 +16,7 @@ from longrope.errors import UserError, first_line
 from longrope.model import LoadedModel
 from longrope.runtime.applied import Applied
 from longrope.runtime.caches import RoomyCache, by_place
+from longrope.windows import bos_of, token_ids
 
 CACHES = ("device", "offloaded", "quantized")
 # New tokens where nothing is asked for
@@ -126,8 +127,7 @@ def check_text(text: str) -> None:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt, with BOS where the tokenizer has one, as windows have it. Raises UserError for none."""
     check_text(text)
-    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = head + list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = bos_of(tokenizer) + token_ids(tokenizer, text)
     if not ids:
         raise UserError("prompt", got="an empty text", rule="a text goes on from something", do="write something")
     return ids
@@ -143,7 +143,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, st
     except Exception as error:  # a template is a program, and it comes with the model
         rule = "it writes these turns"
         raise UserError("chat template", got=first_line(error), rule=rule, do="use generate") from None
-    return list(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])
+    return token_ids(tokenizer, str(text))
 
 
 def write_text(
