@@ -22,7 +22,8 @@ class UserError(ValueError):
 
     def changed(self, **parts: Any) -> UserError:
         """The same error with some of its parts (what, got, rule, do) in other words: those of whoever asked."""
-        return UserError(**{"what": self.what, "got": self.got, "rule": self.rule, "do": self.do} | parts)
+        own: dict[str, Any] = {"what": self.what, "got": self.got, "rule": self.rule, "do": self.do}
+        return UserError(**own | parts)
 
     def __reduce__(self) -> tuple[Any, ...]:  # it comes back from a worker in another process
         return partial(UserError, self.what, got=str(self.got), rule=self.rule, do=self.do), ()

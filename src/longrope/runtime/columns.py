@@ -77,6 +77,47 @@ def positions_of(position_ids: Tensor | None, attended: Flags, last: Whole) -> W
     return np.array(np.broadcast_to(positions, (batch, new)))
 
 
+def next_positions(history: History, position_ids: Tensor | None, flat: Tensor | None, batch: int) -> list[int] | None:
+    """Positions (B,) of one further token of each sequence that goes on right behind its last; None for any other.
+
+    What nearly every token of a text is, so that it is cheap: without arrays.
+    """
+    column, last = history.columns, history.at
+    if len(last) != batch or (flat is not None and flat.shape[1] <= column):
+        return None
+    if position_ids is None:
+        if history.padded:
+            return None
+        positions = [column] * batch
+    elif position_ids.ndim == 2 and position_ids.shape[1] == 1:
+        positions = [int(position) for position in position_ids[:, 0].tolist()]
+    else:
+        return None
+    positions = positions if len(positions) == batch else positions * batch
+    if positions != [each + 1 for each in last] or (flat is not None and not all(flat[:, column].tolist())):
+        return None
+    return positions
+
+
+def lengths_of(last: Whole, positions: Whole, attended: Flags) -> Whole:
+    """Lengths (B, t) of each sequence up to each new token. Raises UserError for positions that do not ascend.
+
+    last: (B,) positions of the tokens before, -1 where there are none.
+    """
+    reached = np.where(attended, positions, -1)
+    highest = np.maximum.accumulate(np.concatenate([last[:, None], reached], 1), 1)
+    earlier = highest[:, :-1]
+    if (attended & (positions <= earlier)).any():
+        row, column = np.argwhere(attended & (positions <= earlier))[0]
+        raise UserError(
+            "position_ids",
+            got=f"position {positions[row, column]} after {earlier[row, column]}",
+            rule="positions of a sequence ascend",
+            do="give one text a row, padded on the left, and no position_ids or those of its tokens",
+        )
+    return np.asarray(highest[:, 1:] + 1)
+
+
 def columns_of(given: Mapping[str, Any], new: int, cached: int, start: int, end: int) -> dict[str, Any]:
     """What a forward pass was given, for its tokens start to end alone, with the logits of all of these."""
     piece = dict(given) | {"return_dict": True, "logits_to_keep": 0}

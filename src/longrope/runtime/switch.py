@@ -34,6 +34,8 @@ from longrope.runtime.columns import (
     check_holes,
     columns_of,
     is_flat,
+    lengths_of,
+    next_positions,
     positions_of,
 )
 from longrope.runtime.generate import generate
@@ -177,16 +179,15 @@ class Switch:
         if mask is None and history is not None and history.padded:
             whole = np.concatenate([history.seen(), attended], 1)
             given["attention_mask"] = torch.tensor(whole.astype(np.int64), device=inputs.device)
-        lengths = self._lengths(last, positions, attended)
+        lengths = lengths_of(last, positions, attended)
+        self.table.row_for(int(lengths.max()))  # refuses a sequence that is longer than the table
         rows = self._rows(lengths, cache is not None, cached, least)
         cuts = [0, *(np.flatnonzero((rows[:, 1:] != rows[:, :-1]).any(0)) + 1).tolist(), inputs.shape[1]]
         keep, before = given.get("logits_to_keep") or 0, list[Any]()
         as_tuple = given.get("return_dict") is False
         at_once = len(cuts) == 2
-        for name in ("labels", "output_attentions"):
-            if not at_once and given.get(name) is not None and given[name] is not False:
-                rule = "of tokens under several rows there are none"
-                raise UserError(name, got="tokens across a boundary", rule=rule, do="run them without a cache")
+        if not at_once:
+            _check_pieces(given)
         for start, end in pairwise(cuts):
             now = rows[:, start]
             if history is not None and (history.rows != now).any():
@@ -247,24 +248,6 @@ class Switch:
             )
         return history
 
-    def _lengths(self, last: Whole, positions: Whole, attended: Flags) -> Whole:
-        """Lengths (B, t) of each sequence up to each new token. Raises UserError for positions that are none."""
-        reached = np.where(attended, positions, -1)
-        highest = np.maximum.accumulate(np.concatenate([last[:, None], reached], 1), 1)
-        earlier = highest[:, :-1]
-        if (attended & (positions <= earlier)).any():
-            row, column = np.argwhere(attended & (positions <= earlier))[0]
-            raise UserError(
-                "position_ids",
-                got=f"position {positions[row, column]} after {earlier[row, column]}",
-                rule="positions of a sequence ascend",
-                do="give one text a row, padded on the left, and no position_ids or those of its tokens",
-            )
-        lengths = highest[:, 1:] + 1
-        if (longest := int(lengths.max())) > self._up_to[-1]:
-            self.table.row_for(longest)  # raises
-        return np.asarray(lengths)
-
     def _rows(self, lengths: Whole, goes_on: bool, cached: int, least: Whole | None) -> Whole:
         """Regimes (B, t) of new tokens: each of its length so far, those of a prompt of the prompt's."""
         if self.policy == "fixed":
@@ -278,23 +261,9 @@ class Switch:
     def _next(
         self, history: History, position_ids: Tensor | None, flat: Tensor | None, batch: int, least: Whole | None
     ) -> list[int] | None:
-        """Positions (B,) of the next token of each sequence where nothing changes; None where more is to be looked at.
-
-        What holds for nearly every token of a text, so that it is cheap: without arrays.
-        """
-        column, last = history.columns, history.at
-        if len(last) != batch or (flat is not None and flat.shape[1] <= column):
-            return None
-        if position_ids is None:
-            if history.padded:
-                return None
-            positions = [column] * batch
-        elif position_ids.ndim == 2 and position_ids.shape[1] == 1:
-            positions = [int(position) for position in position_ids[:, 0].tolist()]
-        else:
-            return None
-        positions = positions if len(positions) == batch else positions * batch
-        if positions != [each + 1 for each in last] or (flat is not None and not all(flat[:, column].tolist())):
+        """Positions (B,) of the next token of each sequence where its row stays; None where more is to be looked at."""
+        positions = next_positions(history, position_ids, flat, batch)
+        if positions is None or max(positions) >= self._ends[-1]:  # beyond the table, which the arrays refuse
             return None
         if self.policy != "fixed":
             lengths = [each + 1 for each in positions]
@@ -391,6 +360,14 @@ class Switch:
             yield
         finally:
             self._least = own
+
+
+def _check_pieces(given: dict[str, Any]) -> None:
+    """Raise UserError for what a pass was asked for that cannot be put together of pieces."""
+    for name in ("labels", "output_attentions"):
+        if given.get(name) is not None and given[name] is not False:
+            rule = "of tokens under several rows there are none"
+            raise UserError(name, got="tokens across a boundary", rule=rule, do="run them without a cache")
 
 
 def _exhaust(chunks: Iterator[object]) -> None:
