@@ -65,14 +65,7 @@ def compare(
         options = replace(options, own_factors=False)
     loaded = as_loaded(model, options)
     if stage == "second":
-        loaded = loaded.fine_tuned()
-        if max(wanted, default=0) <= loaded.trained.up_to:
-            got, rule = (
-                f"at most {max(wanted, default=0)} tokens",
-                f"the checkpoint's factors reach {loaded.trained.up_to}",
-            )
-            do = "give longer ones, or of an extension the checkpoint of its last fine-tuning"
-            raise UserError("--lengths", got=got, rule=rule, do=do)
+        loaded = _second(loaded, max(wanted, default=0))
     if factors is None:
         beyond = stage == "second" and min(wanted, default=0) > loaded.meaning.rows[-1].up_to
         factors = {} if loaded.table is None or beyond else {"checkpoint": loaded.table}
@@ -96,6 +89,17 @@ def compare(
     return measure_run(
         command, loaded, made, rows, settings, documents=documents, out=out, workers=place, on_step=on_step
     )
+
+
+def _second(loaded: LoadedModel, longest: int) -> LoadedModel:
+    """The model for a second interpolation. Raises UserError for lengths that its own factors reach."""
+    loaded = loaded.fine_tuned()
+    reach = loaded.trained.up_to
+    if longest <= reach:
+        got, rule = f"at most {longest} tokens", f"the checkpoint's factors reach {reach}"
+        do = "give longer ones, or of an extension the checkpoint of its last fine-tuning"
+        raise UserError("--lengths", got=got, rule=rule, do=do)
+    return loaded
 
 
 def _table_of(loaded: LoadedModel, method: str, rows: Rows) -> FactorTable | None:

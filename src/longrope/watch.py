@@ -24,7 +24,7 @@ from longrope.lengths import format_length
 from longrope.report.facts import command_line
 from longrope.report.read import RunData, read_run
 from longrope.report.results import length_of
-from longrope.report.searched import counts, evaluations_text
+from longrope.report.searched import counts, evaluations_text, plural
 from longrope.report.style import count_text, duration_text, slug, value_text
 from longrope.report.tensorboard_files import EventLog
 from longrope.runs import CONFIG, DONE, EVALUATIONS, LOCK, METRICS, RESULTS, is_run
@@ -237,9 +237,7 @@ def _results(run: Path, data: RunData) -> dict[str, str]:
     for measure, results in data.measures.items():
         lengths = sorted({result.length for result in results})
         names = ", ".join(format_length(length) for length in lengths)
-        methods = len({result.method for result in results})
-        noun = "method" if methods == 1 else "methods"
-        facts[measure] = f"{methods} {noun} at {names}"
+        facts[measure] = f"{plural(len({result.method for result in results}), 'method')} at {names}"
     if not (run / METRICS).is_file() and (run / RESULTS).is_file():
         ignored = data.config.get("ignored")
         total = _real(ignored.get("items")) if isinstance(ignored, Mapping) else None

@@ -45,6 +45,10 @@ class Part:
     items: tuple[int, ...]
 
 
+Waiting = tuple[tuple[str, int], Part]
+"""A part that is not done, with the method and length that it is of."""
+
+
 class Measuring:
     """Does parts of a measurement on a model, under their factors; items are given by length."""
 
@@ -82,7 +86,7 @@ def execute(
     """
     lines = {(line["method"], line["length"], line.get("windows"), line["item"]): line for line in known}
     records: dict[tuple[str, int], dict[int, Record]] = {key: {} for key in rows}
-    waiting: list[tuple[tuple[str, int], Part]] = []
+    waiting: list[Waiting] = []
     for (method, length), row in rows.items():
         of_length = items[length]
         found = {n: lines.get((method, length, windows, item.key)) for n, item in enumerate(of_length)}
@@ -119,9 +123,6 @@ def _summed(measure: Measure, records: Mapping[tuple[str, int], Sequence[Record]
         found = against_best(values, of_length, lower=lower_is_better(measure.name))
         behind |= {(method, length): each for method, each in found.items()}
     return [Result.summing(*key, summary, windows, behind.get(key)) for key, summary in summaries.items()]
-
-
-Waiting = tuple[tuple[str, int], Part]
 
 
 def _finished(rows: Rows, items: Mapping[int, Sequence[Item]], waiting: Sequence[Waiting]) -> int:

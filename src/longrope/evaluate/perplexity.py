@@ -23,7 +23,7 @@ from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def in_batches(
     return torch.cat(results)
 
 
-def run_if_it_fits(run: Callable[[Tensor], Result], batch: Tensor) -> Result | None:
+def run_if_it_fits(run: Callable[[Tensor], Returned], batch: Tensor) -> Returned | None:
     """run(batch), None when memory runs out."""
     try:
         return run(batch)
