@@ -23,6 +23,7 @@ from longrope.runtime.switch import check_class
 logger = logging.getLogger(__name__)
 
 Factors = FactorTable | RopeFactors | Mapping[str, Any] | str | Path
+"""What `apply` and `load` take: a table, a row, a parsed factors.json, or a path."""
 
 
 def as_factors(given: Factors) -> FactorTable | RopeFactors:

@@ -30,11 +30,14 @@ from longrope.guard import check_attention, check_files, check_sizes
 from longrope.patch import CHOOSE_ROPE
 
 TINY = "tiny"
+"""The MODEL that is embedded."""
 CONFIG_ENTRY = "longrope_factors"
 """Of a configuration that was saved with a table on its model."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of weights, by the words of --dtype other than auto."""
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-QUANTIZATIONS = ("8bit", "4bit")
+"""Of angles, by the words of --rope-precision."""
+_QUANTIZATIONS = ("8bit", "4bit")
 _PLACEMENTS = ("balanced", "balanced_low_0", "sequential")
 
 
@@ -128,7 +131,7 @@ def _check_device(device: str) -> None:
 
 
 def _check_quantize(quantize: str, *, on_cuda: bool) -> None:
-    _one_of("--quantize", quantize, QUANTIZATIONS)
+    _one_of("--quantize", quantize, _QUANTIZATIONS)
     if not on_cuda:
         rule = "bitsandbytes quantizes on CUDA"
         raise UserError("--quantize", got=f"{quantize} without CUDA", rule=rule, do="leave it out, or use a GPU")

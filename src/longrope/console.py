@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = 130
+_INTERRUPTED = 130
 
 
 class Plain(Console):
@@ -55,6 +55,7 @@ class _PlainLines(logging.Formatter):
 
 
 err = Plain()
+"""What people see goes there, so that stdout is for results."""
 
 _resumed_with: list[tuple[str, ...]] = []  # one at most
 
@@ -93,7 +94,7 @@ def end_at_once_on_signals() -> None:
         with suppress(OSError):
             if is_first_process():
                 os.write(2, os.fsencode(f"{below_the_bar}longrope: interrupted{resume}\n"))  # paths are any bytes
-        os._exit(INTERRUPTED)
+        os._exit(_INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -123,11 +124,11 @@ def print_out(text: str) -> None:
         sys.stdout.flush()
 
 
-Show = Callable[[int, int, str], None]
+_Show = Callable[[int, int, str], None]
 
 
 @contextmanager
-def _bar(*, transient: bool = False) -> Iterator[Show]:
+def _bar(*, transient: bool = False) -> Iterator[_Show]:
     """A progress bar with a text, to be given how much is done of how much, and the text.
 
     It appears when first given something: what fails before, fails in one line.

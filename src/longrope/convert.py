@@ -19,7 +19,7 @@ from longrope.factors import FACTORS, FactorTable, RopeFactors, unscaled
 from longrope.files import parse_json, read_text
 from longrope.lengths import format_length, parse_length
 
-N = TypeVar("N", int, float)
+_N = TypeVar("_N", int, float)
 _Numbered = list[tuple[int, list[str]]]  # line number and cells
 
 _CONFIG_KEYS = {
@@ -314,7 +314,7 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _given(value: N | None, flag: str, rule: str) -> N:
+def _given(value: _N | None, flag: str, rule: str) -> _N:
     if value is None:
         raise UserError("CSV of factors", got=f"no {flag}", rule=rule, do=f"give {flag}")
     if not 0 < value < math.inf:

@@ -29,10 +29,13 @@ from longrope.windows import choose_windows
 logger = logging.getLogger(__name__)
 
 RATIO = 8
+"""Of the length that is extended to, to the original one."""
 SEARCH_WINDOWS, UNSEEN_WINDOWS = 8, 24
+"""Of the target length, and of each measured one."""
 # The same operations on the same device: only a half-precision kernel may differ between two calls.
 MOST_LOGIT_GAP = {"torch.float32": 1e-5}
 METHODS = ("none", "pi", "ntk", "dynamic-ntk", "yarn", "yarn+su")
+"""What the search is compared with."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Share = Literal["all", "search", "unseen", "train"]
+"""Of `stdlib`: all of it, what a search reads, what is only measured, or what trained the embedded model."""
 
 HUB_DOCUMENTS = 1000  # rows read of one hf: source, at most
 _ROWS = 256  # of a table that are unfolded at once
@@ -186,10 +187,10 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-Reader = Callable[[Path, str, "PreTrainedTokenizerBase | None", Room], list[Document]]
+_Reader = Callable[[Path, str, "PreTrainedTokenizerBase | None", Room], list[Document]]
 
 
-def _reader(path: Path) -> Reader | None:
+def _reader(path: Path) -> _Reader | None:
     name = path.name.lower()
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
 
@@ -287,7 +288,7 @@ def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | No
     return [Document(short, _row_text(row, where, tokenizer)) for short, where, row in named]
 
 
-_READERS: dict[str, Reader] = {
+_READERS: dict[str, _Reader] = {
     ".txt": _read_text,
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,

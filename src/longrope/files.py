@@ -22,6 +22,7 @@ from longrope import seals
 from longrope.errors import UserError, shown
 
 TEMPORARY = ".longrope-*.tmp"
+"""Names of files that are being written."""
 LARGEST = 2**30
 """Bytes of a file that is read whole, other than documents and weights."""
 _GIVEN_BY_A_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")

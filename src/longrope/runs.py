@@ -37,9 +37,13 @@ from longrope.lengths import format_length
 from longrope.seals import DONE as DONE
 
 CONFIG, METRICS, REPORT = "config.json", "metrics.json", "report.html"
+"""What was asked, what came of it in figures, and the page."""
 EVALUATIONS, RESULTS, LOSSES = "evaluations.jsonl", "results.jsonl", "training.jsonl"
+"""Files of one line a candidate evaluation, a measurement, a training step."""
 STAGES = "stages.jsonl"
+"""Of an extension: one line a stage that is done."""
 CHECKPOINT, ADAPTER = "checkpoint", "adapter"
+"""Folders that a training writes."""
 _SEALED = (CONFIG, FACTORS, METRICS, EVALUATIONS, RESULTS, LOSSES, STAGES)
 _NUMBER = int | float | None
 _EVALUATION_KEYS: dict[str, type | UnionType] = {"key": str, "value": _NUMBER}

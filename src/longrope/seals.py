@@ -18,6 +18,7 @@ from typing import Any
 from longrope.errors import UserError
 
 DONE = "DONE"
+"""The last file of a run that is finished."""
 _WHOLE = 64 * 2**20  # bytes; larger files are hashed by their size, beginning and end
 _EDGE = 2**20
 _CHECKSUM = re.compile(rb'(?s)(.*?),\s*"crc": "([0-9a-f]{8})"\s*\}\s*')

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from longrope.model import LoadedModel
 
 Ids = NDArray[np.int64]
+"""Token ids."""
 
 _TOKENIZED_AT_ONCE = 32  # documents a call, so that the tokens of a large collection are never in memory together
 

@@ -21,7 +21,7 @@ from longrope.runs import METRICS, RunFolder, command_line
 
 logger = logging.getLogger(__name__)
 
-ANSWERS = "answers"
+_ANSWERS = "answers"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def harness_run(
     def measured(answers: Path | None) -> dict[str, Any]:
         results = []
         for number, (name, table) in enumerate(tables.items()):
-            kept = None if answers is None else answers if len(tables) == 1 else answers.with_name(f"{ANSWERS}-{name}")
+            kept = None if answers is None else answers if len(tables) == 1 else answers.with_name(f"{_ANSWERS}-{name}")
             # lm-eval's tasks hold what was asked of them: others for each table.
             tasks = given.prepared() if number else prepared
             found = harness(loaded, table, answers=kept, max_length=length, prepared=tasks, **vars(given))
@@ -124,6 +124,6 @@ def harness_run(
             measured_before = run.metrics()
             logger.info("%s is finished: its measurements are in %s", out, Path(out) / METRICS)
             return measured_before
-        run.save_metrics(measured(run.path / ANSWERS))
+        run.save_metrics(measured(run.path / _ANSWERS))
         run.finish()
         return run.metrics()

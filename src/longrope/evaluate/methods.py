@@ -14,6 +14,7 @@ from longrope.files import finite_or_none
 from longrope.model import LoadedModel
 
 DEFAULT_METHODS = ("none", "pi", "ntk", "ntk+su", "ntk-cd", "dynamic-ntk", "yarn", "yarn+su", "yarn-rcd", "llama3")
+"""What `compare` compares where nothing is named."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
 
-Returned = TypeVar("Returned")
+_Returned = TypeVar("_Returned")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def in_batches(
     return torch.cat(results)
 
 
-def run_if_it_fits(run: Callable[[Tensor], Returned], batch: Tensor) -> Returned | None:
+def run_if_it_fits(run: Callable[[Tensor], _Returned], batch: Tensor) -> _Returned | None:
     """run(batch), None when memory runs out."""
     try:
         return run(batch)

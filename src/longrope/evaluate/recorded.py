@@ -21,10 +21,10 @@ from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
 
-RECORDS = 1
+_RECORDS = 1
 """Version of what a line of results.jsonl holds: a run of another is not gone on with."""
 
-Conclude = Callable[[list[Result]], list[Result]]
+_Conclude = Callable[[list[Result]], list[Result]]
 
 
 def measure_methods(
@@ -75,7 +75,7 @@ def measure_run(
     settings: Mapping[str, Any],
     *,
     name: str | None = None,
-    conclude: Conclude = list,
+    conclude: _Conclude = list,
     documents: Sequence[Window] = (),
     out: str | Path | None = None,
     workers: str | None = None,
@@ -103,7 +103,7 @@ def measure_run(
         "model": describe_model(loaded),
         "settings": told,
         "items": hashes,  # a run goes on with the very prompts that it began with
-        "records": RECORDS,
+        "records": _RECORDS,
         "documents": {"unseen": describe_windows(documents)},
         "ignored": {"command_line": command_line(), "items": sum(len(items[length]) for _, length in rows)},
     }

@@ -15,6 +15,7 @@ from longrope.evaluate.ruler_tasks import TOKENS, builders
 from longrope.windows import bos_of, token_ids
 
 Encode = Callable[[Text], list[int]]
+"""Token ids of a prompt with the beginning of its answer."""
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Encode:

@@ -88,6 +88,7 @@ ENGLISH: Texts = {
         ).split(),
     },
 }
+"""Our own wording."""
 
 # Placeholders of each text: those it may have, then those that it must have.
 _NIAH = ({"type_needle_v", "query", "context"}, {"query", "context"})

@@ -55,11 +55,11 @@ class MeasureSettings:
     seed: int = 0
 
 
-Made = tuple[Measure, list[Window]]
+_Made = tuple[Measure, list[Window]]
 """A measure, and the windows of documents it is on, where it is on windows."""
 
 
-def _perplexity(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+def _perplexity(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> _Made:
     found = read_sources(given.documents, share="unseen", tokenizer=loaded.tokenizer)
     chosen: dict[int, list[Window]] = {}
     for length in lengths:
@@ -71,19 +71,19 @@ def _perplexity(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSetti
     return PerplexityMeasure(chosen, given.stride), [window for length in chosen for window in chosen[length]]
 
 
-def _passkey(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+def _passkey(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> _Made:
     template = None if given.template is None else read_passkey_template(given.template)
     return PasskeyMeasure(tries=given.tries or 10, seed=given.seed, template=template, chat=given.chat), []
 
 
-def _needle(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+def _needle(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> _Made:
     template = None if given.template is None else read_needle_template(given.template)
     found = read_sources(given.documents, share="unseen", tokenizer=loaded.tokenizer)
     numbers = {"depths": given.depths, "tries": given.tries or 3, "digits": given.digits, "seed": given.seed}
     return NeedleMeasure(found, template=template, chat=given.chat, **numbers), []
 
 
-def _ruler(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+def _ruler(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> _Made:
     found = read_sources(given.documents, share="unseen", tokenizer=loaded.tokenizer) if given.documents else []
     made = Ruler.of(
         given.tasks,
@@ -97,24 +97,24 @@ def _ruler(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) 
     return made, []
 
 
-_MAKERS: Mapping[str, Callable[[LoadedModel, Sequence[int], MeasureSettings], Made]] = {
+_MAKERS: Mapping[str, Callable[[LoadedModel, Sequence[int], MeasureSettings], _Made]] = {
     "perplexity": _perplexity,
     "passkey": _passkey,
     "needle": _needle,
     "ruler": _ruler,
 }
 COMPARED = (*_MAKERS, "harness")  # what methods can be compared in
-MEASURES = (*_MAKERS, "nonuniformity", "harness")
+_MEASURES = (*_MAKERS, "nonuniformity", "harness")
 _MOST_DIGITS = 18  # numbers are drawn as 64-bit integers
 _OF_DOCUMENTS = ("perplexity", "needle", "nonuniformity")
 
 
-def make_measure(name: str, loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+def make_measure(name: str, loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> _Made:
     """The measure of a name with its settings. Raises UserError when it cannot be made."""
     return _MAKERS[name](loaded, lengths, given)
 
 
-def check_measure(name: str, given: MeasureSettings, known: Sequence[str] = MEASURES) -> None:
+def check_measure(name: str, given: MeasureSettings, known: Sequence[str] = _MEASURES) -> None:
     """Raise UserError, before a model is loaded, for a measure that does not exist or lacks its documents."""
     if name not in known:
         rule = f"it is one of {', '.join(known)}"

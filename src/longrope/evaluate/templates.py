@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 INTRO_FROM = 1024
 """Tokens of a window from which on our own prompts have an introduction; a shorter one has better use for its space."""
 FIRST = "amber bold calm distant early gentle hollow idle jolly keen lonely mellow narrow patient quiet rusty".split()
+"""First halves of the names that needles are told for."""
 SECOND = "anchor bridge candle dolphin engine forest garden hammer island jacket kettle ladder mirror needle".split()
+"""Their second halves."""
 _NAMES = tuple(f"{first}-{second}" for first in FIRST for second in SECOND)
 _KINDS = ("passkey", "needle")
 
-Kind = TypeVar("Kind", "PasskeyTemplate", "NeedleTemplate")
+_Kind = TypeVar("_Kind", "PasskeyTemplate", "NeedleTemplate")
 
 
 def _check(
@@ -129,14 +131,18 @@ PAPER = PasskeyTemplate(
     question="\nWhat is the pass key?",
     lead=" The pass key is",
 )
+"""The wording of the LongRoPE paper."""
 SHORT = replace(PAPER, intro="")
+"""The same without its introduction, for short windows."""
 NEEDLE = NeedleTemplate(
     intro="In the text below a magic number is given for a name. Remember both: you will be asked for it at the end.\n",
     needle="\nFor {key} the magic number is {number}. Remember it.\n",
     question="\nWhat is the magic number for {key}?",
     lead=" For {key} the magic number is",
 )
+"""Our own wording of a needle."""
 SHORT_NEEDLE = replace(NEEDLE, intro="")
+"""The same without its introduction, for short windows."""
 
 
 def read_passkey_template(path: str | Path) -> PasskeyTemplate:
@@ -158,7 +164,7 @@ def _plain(value: str | Sequence[str]) -> str | list[str]:
     return value if isinstance(value, str) else list(value)
 
 
-def _read(path: Path, kind: str, cls: type[Kind]) -> Kind:
+def _read(path: Path, kind: str, cls: type[_Kind]) -> _Kind:
     tables = read_toml(path)
     unknown = [name for name in tables if name not in _KINDS]
     if unknown:

@@ -19,7 +19,8 @@ from longrope.search.settings import SearchSettings
 from longrope.training.recipes import Recipe, recipe_of
 
 PLANS = ("longrope", "longrope2")
-KINDS = ("search", "finetune", "second", "recovery")
+"""Plans of ours by name: the two papers'."""
+_KINDS = ("search", "finetune", "second", "recovery")
 WITHOUT_TRAINING = 8
 """Up to this ratio factors alone are enough (LongRoPE, section 4.2: 8 times without fine-tuning)."""
 _FIRST, _LAST = 32, 64  # ratios of the two fine-tunings
@@ -160,8 +161,8 @@ def make_plan(data: Mapping[str, Any], original_length: int) -> Plan:
 def _stages(data: Mapping[str, Any], number: int, original_length: int) -> list[Stage]:
     """The stages of one table; a recovery may have several lengths, each a stage of its own."""
     where, do = f"stage {number}", data.get("do")
-    if do not in KINDS:
-        raise _wrong(f"{where}: do", shown(do), f"it is one of {', '.join(KINDS)}")
+    if do not in _KINDS:
+        raise _wrong(f"{where}: do", shown(do), f"it is one of {', '.join(_KINDS)}")
     settings = {key: value for key, value in data.items() if key not in ("do", "to", "on")}
     _known(where, settings, _OF_TRAINING if do == "finetune" else _OF_SEARCH)
     on = data.get("on", "base" if do == "search" else "last")

@@ -17,6 +17,7 @@ from longrope.runs import REPORT
 __all__ = ["write_csv", "write_png", "write_report", "write_tensorboard"]
 
 Runs = Path | Sequence[Path]
+"""One run folder, or several to be shown side by side."""
 
 
 def write_report(runs: Runs, out: Path | None = None) -> Path:

@@ -26,7 +26,8 @@ _DETAILS: dict[str, dict[str, str]] = {
     "nonuniformity": {"whole": "sn", "groups": "nnnn", "start_tokens": "nsn", "attention": "ssn"},
 }
 MEASURES = tuple(_DETAILS)
-Details = Mapping[str, Any]
+"""Those the page knows, in its order."""
+_Details = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Result:
     tokens: int | None
     ci: tuple[float, float] | None
     seen: bool
-    details: Details = field(default_factory=dict)
+    details: _Details = field(default_factory=dict)
     against: Against | None = None
 
     @property
@@ -239,7 +240,7 @@ def _against(data: object, path: Path) -> Against | None:
     return Against(str(given["method"]).replace(RUN_SEPARATOR, " "), value, _interval(given.get("ci"), path))
 
 
-def _details(data: object, measure: str, path: Path) -> Details:
+def _details(data: object, measure: str, path: Path) -> _Details:
     """Those that are known; any other is of a version that knows more, and is left out."""
     check(isinstance(data, Mapping), path, "details is an object")
     made: dict[str, Any] = {}

@@ -18,9 +18,9 @@ from longrope.runtime.applied import Applied
 from longrope.runtime.caches import RoomyCache, by_place
 from longrope.windows import bos_of, token_ids
 
-CACHES = ("device", "offloaded", "quantized")
+_CACHES = ("device", "offloaded", "quantized")
 # New tokens where nothing is asked for
-DEFAULT_NEW = 256
+_DEFAULT_NEW = 256
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,13 @@ def write_text(
     """Let a model with factors go on from token ids.
 
     new: the most new tokens; by default 256, or as many as the table has room for. cache: where keys and values lie,
-    one of CACHES. earlier: the cache of a text that these ids go on from. write: takes the text as it comes.
-    Raises UserError for what does not fit into the table or the memory.
+    device, offloaded or quantized. earlier: the cache of a text that these ids go on from. write: takes the text as it
+    comes. Raises UserError for what does not fit into the table or the memory.
     """
     sampling, model = sampling or Sampling(), loaded.model
     end = applied.reach
     if new is None:
-        new = max(1, min(DEFAULT_NEW, end - len(ids)))
+        new = max(1, min(_DEFAULT_NEW, end - len(ids)))
     ends = ends_of_text(loaded)
     own: Any = model
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -205,8 +205,8 @@ def write_text(
 
 
 def _cache(kind: str, loaded: LoadedModel) -> dict[str, Any]:
-    if kind not in CACHES:
-        raise UserError("--cache", got=repr(kind), rule=f"it is one of {', '.join(CACHES)}", do="choose one of them")
+    if kind not in _CACHES:
+        raise UserError("--cache", got=repr(kind), rule=f"it is one of {', '.join(_CACHES)}", do="choose one of them")
     if kind == "offloaded" and loaded.device.type == "cpu":
         rule = "on a CPU the cache is in host memory anyway"
         raise UserError("--cache", got=repr(kind), rule=rule, do="leave it out, or use quantized")

@@ -40,7 +40,7 @@ from longrope.workers import open_workers, options_for
 logger = logging.getLogger(__name__)
 
 _DECIDING = 1  # windows of the target length, where another one is searched
-METHODS_BESIDE = ("pi", "ntk", "yarn", "yarn+su", "llama3+su")
+_METHODS_BESIDE = ("pi", "ntk", "yarn", "yarn+su", "llama3+su")
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ def measure_result(
     results = []
     for name, chosen in (("search", windows.measured or windows.search), ("unseen", windows.unseen)):
         if chosen:
-            beside: Sequence[str] = METHODS_BESIDE
+            beside: Sequence[str] = _METHODS_BESIDE
             tables = {"longrope": table}
             if windows.shorter is not None and name == "search":
                 beside = ()  # a target that is too dear to search at; what it was decided between is known

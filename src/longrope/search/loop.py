@@ -36,6 +36,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+"""Called after each task of a search."""
 
 
 @dataclass(frozen=True)

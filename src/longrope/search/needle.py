@@ -23,10 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Depth = Literal["start", "spread"]
+"""Where needles are; `needle_windows` says what each is."""
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
+"""All of them."""
 
 INTRO, NEEDLE, QUESTION = NEEDLE_PROMPT.intro, NEEDLE_PROMPT.needle, NEEDLE_PROMPT.question + NEEDLE_PROMPT.lead
+"""The texts of a prompt."""
 DIGITS = 7
+"""Of the number, as in LongRoPE2."""
 
 
 def needle_windows(

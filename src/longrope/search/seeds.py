@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longrope.baselines import attention_factor
+from longrope.baselines import RULES, attention_factor
 from longrope.factors import FactorTable, RopeFactors, last_row
 from longrope.model import LoadedModel
 from longrope.search.space import Space, check_seed
@@ -15,10 +15,12 @@ from longrope.search.space import Space, check_seed
 logger = logging.getLogger(__name__)
 
 PAPER = ("pi", "ntk", "yarn")
+"""The baselines that LongRoPE starts from."""
 ALL = ("pi", "ntk", "ntk-cd", "yarn", "llama3")
-RULES = ("none", "su", "yarn")
+"""Those that our own searches start from."""
 
 Seeds = list[tuple[str, RopeFactors]]
+"""Factors by name."""
 
 
 def vectors(

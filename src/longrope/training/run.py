@@ -43,7 +43,7 @@ from longrope.training.world import World
 
 logger = logging.getLogger(__name__)
 
-STATE = "checkpoints"
+_STATE = "checkpoints"
 
 
 def finetune(
@@ -109,7 +109,7 @@ def _begin(run: RunFolder | None, table: FactorTable) -> tuple[dict[str, Any] | 
     if run.finished:
         return run.metrics(), None
     run.save_factors(table)
-    last = last_whole(run.path / STATE)
+    last = last_whole(run.path / _STATE)
     check_shards(last)
     keep_losses(run.path / LOSSES, last)
     return None, None if last is None else str(last)
@@ -185,7 +185,7 @@ def _train(
             else with_lora(model, given.lora, given.seed, quantized=loaded.options.quantize is not None)
         )
         with chunked_loss(model):
-            arguments = arguments_of(loaded, trained, given, recipe, path / STATE, world)
+            arguments = arguments_of(loaded, trained, given, recipe, path / _STATE, world)
             watch = Watch(path / LOSSES, total=cast(int, recipe.steps), on_progress=on_progress)
             trainer = (ShardingTrainer if world.sharded else Trainer)(
                 model=trained, args=arguments, train_dataset=windows, data_collator=collate, callbacks=[watch]

@@ -12,6 +12,7 @@ from longrope.training.lora import LoraSettings
 from longrope.training.recipes import Recipe, recipe_of
 
 DEFAULT_TRACKER = "tensorboard"
+"""What Trainer reports to where nothing is asked for."""
 
 
 @dataclass(frozen=True)
