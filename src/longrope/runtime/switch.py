@@ -31,12 +31,11 @@ from longrope.runtime.chunks import CHUNK, by_chunks, whole_text
 from longrope.runtime.columns import (
     attended_columns,
     cache_of,
-    check_holes,
     columns_of,
     is_flat,
     lengths_of,
     next_positions,
-    positions_of,
+    placed,
 )
 from longrope.runtime.generate import generate
 from longrope.runtime.history import Flags, History, Whole, history_of, keep_history
@@ -170,19 +169,23 @@ class Switch:
                 return (), given
         attended = attended_columns(inputs, flat, mask, cached)
         last = np.full(len(attended), -1) if history is None else history.last
-        if len(last) != len(attended):
-            got, rule = f"{len(attended)}, {len(last)} in the cache", "a cache goes on with as many sequences as it has"
-            raise UserError("batch", got=got, rule=rule, do="use a cache of its own")
-        check_holes(attended, history, flat)
-        positions = positions_of(position_ids, attended, last)
-        if position_ids is None and (positions != np.arange(cached, cached + inputs.shape[1]))[attended].any():
-            given["position_ids"] = torch.tensor(positions, device=inputs.device)
-        if mask is None and history is not None and history.padded:
-            whole = np.concatenate([history.seen(), attended], 1)
-            given["attention_mask"] = torch.tensor(whole.astype(np.int64), device=inputs.device)
+        positions = placed(given, attended, cached, history, last, flat, inputs.device)
         lengths = lengths_of(last, positions, attended)
         self.table.row_for(int(lengths.max()))  # refuses a sequence that is longer than the table
         rows = self._rows(lengths, cache is not None, cached, least)
+        return (), self._last_piece(given, inputs, positions, attended, rows, cached, history)
+
+    def _last_piece(
+        self,
+        given: dict[str, Any],
+        inputs: Tensor,
+        positions: Whole,
+        attended: Flags,
+        rows: Whole,
+        cached: int,
+        history: History | None,
+    ) -> dict[str, Any]:
+        """Run a pass piece by piece, each of tokens in the same rows (B,), but the last, which is what is returned."""
         cuts = [0, *(np.flatnonzero((rows[:, 1:] != rows[:, :-1]).any(0)) + 1).tolist(), inputs.shape[1]]
         keep, before = given.get("logits_to_keep") or 0, list[Any]()
         as_tuple = given.get("return_dict") is False
@@ -192,18 +195,18 @@ class Switch:
         for start, end in pairwise(cuts):
             now = rows[:, start]
             if history is not None and (history.rows != now).any():
-                self._remake(cache, history, now)
+                self._remake(given["past_key_values"], history, now)
             self._use(now)
             piece = given if at_once else columns_of(given, inputs.shape[1], cached, start, end)
             part = slice(start, end)
             done = inputs[:, part], positions[:, part], attended[:, part], now
             if end == inputs.shape[1]:
                 self._pass = _Pass(history, *done, before, keep, as_tuple)
-                return (), piece
+                return piece
             history = history or History(self._key)
             before.append(self.model.forward(**piece))
             history.add(*done)
-            keep_history(cache, history)
+            keep_history(given["past_key_values"], history)
         raise AssertionError("the last piece is the caller's")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
