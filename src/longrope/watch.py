@@ -19,12 +19,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from longrope.errors import UserError
+from longrope.errors import UserError, plural
 from longrope.lengths import format_length
 from longrope.report.facts import command_line
 from longrope.report.read import RunData, read_run
 from longrope.report.results import length_of
-from longrope.report.searched import counts, evaluations_text, plural
+from longrope.report.searched import counts, evaluations_text
 from longrope.report.style import count_text, duration_text, slug, value_text
 from longrope.report.tensorboard_files import EventLog
 from longrope.runs import CONFIG, DONE, EVALUATIONS, LOCK, METRICS, RESULTS, is_run
