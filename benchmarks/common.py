@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from longrope.checkpoint import TINY, LoadOptions, load_tokenizer
-from longrope.convert import rope_config, table_from_config
+from longrope.configs import rope_config, table_from_config
 from longrope.files import write_atomically
 from longrope.model import LoadedModel
 from longrope.windows import Window

@@ -100,6 +100,12 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
+def evaluation_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of evaluations.jsonl without what differs from run to run."""
+    found = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "elapsed", "crc")} for line in found]
+
+
 def write_checkpoint(folder: Path, name: str = "llama", **changes: Any) -> Path:
     """A Llama of two layers with the byte tokenizer, trained length ORIGINAL."""
     return save(build(name, **changes), folder)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from commands import TARGET, longrope, refused, write_checkpoint, write_documents
+from commands import TARGET, evaluation_lines, longrope, refused, write_checkpoint, write_documents
 from longrope.baselines import baseline
 from longrope.checkpoint import LoadOptions
 from longrope.factors import FactorTable
@@ -44,15 +44,10 @@ def searched(loaded: LoadedModel, out: Path, **keywords: Any) -> FactorTable:
     return search(loaded, to=TARGET, documents=documents, out=out, **chosen)
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "elapsed", "crc")} for line in found]
-
-
 def complete(run: Path) -> dict[tuple[Any, ...], float]:
     """The perplexity of every candidate that all windows were run for, by the losses in evaluations.jsonl."""
     known: dict[tuple[Any, ...], dict[int, float]] = {}
-    for line in lines(run):
+    for line in evaluation_lines(run):
         if "gradient" not in line and "unrounded" not in line["origin"]:
             key = (*line["rescale"], line["start_tokens"], line["attention_factor"])
             known.setdefault(key, {}).update(zip(line["windows"], line["losses"], strict=True))
@@ -92,20 +87,20 @@ def test_at_its_limit_of_evaluations_a_search_returns_the_best_so_far(
 ) -> None:
     table = searched(loaded, tmp_path / "run", evaluations=evaluations, **METHODS[method])
     assert is_best_of(table, tmp_path / "run")
-    spent = sum(line["tokens"] for line in lines(tmp_path / "run"))
+    spent = sum(line["tokens"] for line in evaluation_lines(tmp_path / "run"))
     assert evaluations * EVALUATION - 3 * EVALUATION < spent <= evaluations * EVALUATION
     if method == "evolution":
-        assert len(lines(tmp_path / "run")) == evaluations
+        assert len(evaluation_lines(tmp_path / "run")) == evaluations
 
 
 def test_the_first_that_is_evaluated_is_a_good_baseline_on_all_windows(loaded: LoadedModel, tmp_path: Path) -> None:
     table = searched(loaded, tmp_path / "run", evaluations=1)
-    (line,) = lines(tmp_path / "run")
+    (line,) = evaluation_lines(tmp_path / "run")
     assert (line["origin"], line["windows"]) == ("yarn+su", [0, 1, 2])
     assert table.rows[-1] == baseline("yarn+su", loaded.rope.shape, TARGET)
     grown, direct = (searched(loaded, tmp_path / name, evaluations=25) for name in ("run", "direct"))
     assert grown == direct
-    assert lines(tmp_path / "run") == lines(tmp_path / "direct")
+    assert evaluation_lines(tmp_path / "run") == evaluation_lines(tmp_path / "direct")
 
 
 @pytest.mark.parametrize("extra", [0, 1, TARGET - 1, TARGET, 5 * TARGET + 7])
@@ -114,13 +109,13 @@ def test_token_passes_are_never_more_than_allowed(loaded: LoadedModel, tmp_path:
     limit = EVALUATION + extra
     table = searched(loaded, tmp_path / "run", token_passes=limit, **METHODS[method])
     assert is_best_of(table, tmp_path / "run")
-    assert sum(line["tokens"] for line in lines(tmp_path / "run")) <= limit
+    assert sum(line["tokens"] for line in evaluation_lines(tmp_path / "run")) <= limit
 
 
 def test_the_smaller_of_two_limits_counts(loaded: LoadedModel, tmp_path: Path) -> None:
     for name, evaluations, passes in (("a", 2, 10**9), ("b", 99, 2 * EVALUATION)):
         searched(loaded, tmp_path / name, method="evolution", evaluations=evaluations, token_passes=passes)
-        assert len(lines(tmp_path / name)) == 2
+        assert len(evaluation_lines(tmp_path / name)) == 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -143,7 +138,7 @@ def test_a_larger_limit_continues_the_same_search(loaded: LoadedModel, tmp_path:
     grown = searched(loaded, tmp_path / "grown", **rest, **{limit: larger})
     direct = searched(loaded, tmp_path / "direct", **rest, **{limit: larger})
     assert (tmp_path / "grown" / "evaluations.jsonl").read_bytes().startswith(before)
-    assert lines(tmp_path / "grown") == lines(tmp_path / "direct")
+    assert evaluation_lines(tmp_path / "grown") == evaluation_lines(tmp_path / "direct")
     assert grown == direct
     assert (tmp_path / "grown" / "factors.json").read_bytes() == (tmp_path / "direct" / "factors.json").read_bytes()
 
@@ -168,7 +163,7 @@ def test_the_default_evolution_is_the_papers(loaded: LoadedModel, tmp_path: Path
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     wanted = {"start_tokens": "search", "attention_factor": "su", "race": False, "space": "longrope"}
     assert {key: config["settings"][key] for key in wanted} == wanted
-    found = lines(tmp_path / "run")
+    found = evaluation_lines(tmp_path / "run")
     assert [line["origin"] for line in found[:4]] == ["pi", "ntk", "yarn", "mutation"]
     assert {tuple(line["windows"]) for line in found} == {tuple(range(WINDOWS))}
     assert {line["attention_factor"] for line in found} == {math.sqrt(1 + math.log(4) / math.log(TARGET / 4))}

@@ -23,10 +23,10 @@ from commands import SHAPE, TARGET, contents, longrope, longrope_process, refuse
 from commands import write_documents as write_documents_to
 from longrope import __version__
 from longrope.baselines import RopeShape
-from longrope.console import describe_progress, format_seconds, measuring_progress, search_progress
+from longrope.console import describe_progress, measuring_progress, search_progress
 from longrope.evaluate.execute import Step
 from longrope.factors import FactorTable, RopeFactors
-from longrope.search.loop import Progress
+from longrope.search.loop import Progress, format_seconds
 from models import ORIGINAL, build, save
 
 LENGTH_RULE = (
@@ -1047,7 +1047,7 @@ def is_what_a_search_found(run: Path, complete: list[dict[str, Any]]) -> None:
 
 
 def test_a_search_by_default_is_hybrid_and_writes_a_line_a_task(here: Path) -> None:
-    from longrope.report.plots import plots
+    from longrope.report.plots import plots_of
     from longrope.report.read import read_run
 
     assert longrope(*search("--out", "run")).code == 0
@@ -1078,7 +1078,7 @@ def test_a_search_by_default_is_hybrid_and_writes_a_line_a_task(here: Path) -> N
     seeds = [line["value"] for line in complete if line["iteration"] == 0 and "+" in line["origin"]]
     assert min(line["value"] for line in complete) < min(seeds)
 
-    (plot,) = (plot for plot in plots(read_run(here / "run")) if plot.name == "convergence")
+    (plot,) = (plot for plot in plots_of([read_run(here / "run")]) if plot.name == "convergence")
     best = plot.figure["data"][-1]
     assert best["x"][-1] == sum(line["tokens"] for line in evaluations)
     assert best["y"][-1] == min(line["value"] for line in complete)

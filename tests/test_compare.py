@@ -82,7 +82,6 @@ def plain_perplexity(model: Any, windows: list[list[int]]) -> float:
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
-DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import (
     Gemma3Config,
@@ -26,9 +25,11 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longrope.baselines import yarn_attention_factor
-from longrope.convert import RopeConfig, read_factors, rope_config, table_from_config, to_transformers_config
+from longrope.configs import RopeConfig, rope_config, table_from_config
+from longrope.convert import read_factors, to_transformers_config
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
+from tables import long_table, two_row_tables
 
 QUICK = settings(max_examples=40, deadline=None, database=None)
 
@@ -296,16 +297,6 @@ def test_a_config_that_cannot_be_extended_is_refused(keys: dict[str, Any], messa
     assert message in str(error.value)
 
 
-@st.composite
-def two_row_tables(draw: st.DrawFn) -> FactorTable:
-    """Tables that the longrope format can express, of 16 pairs."""
-    original, attention = draw(st.integers(2, 2**17)), draw(st.floats(0.5, 2.0))
-    longer = draw(st.integers(original + 1, 2**21))
-    vectors = st.lists(st.floats(0.5, 600.0), min_size=16, max_size=16)
-    rows = tuple(RopeFactors(up_to, tuple(draw(vectors)), 0, attention) for up_to in (original, longer))
-    return FactorTable(draw(st.floats(2.0, 1e8)), 32, original, rows)
-
-
 @QUICK
 @given(two_row_tables())
 def test_a_table_survives_the_config_file(table: FactorTable) -> None:
@@ -315,11 +306,6 @@ def test_a_table_survives_the_config_file(table: FactorTable) -> None:
         assert again == FactorTable(
             table.rope_theta, 32, table.original_length, table.rows, provenance={"method": "longrope"}
         )
-
-
-def long_table() -> FactorTable:
-    rows = tuple(RopeFactors(up_to, tuple(np.linspace(1, up_to / 256, 16)), 0, 1.125) for up_to in (256, 2048))
-    return FactorTable(10000.0, 32, 256, rows)
 
 
 def test_the_config_keys_are_those_that_engines_read() -> None:

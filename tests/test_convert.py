@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from longrope.baselines import su_attention_factor, yarn_attention_factor
 from longrope.convert import read_factors, to_csv
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
+from tables import long_table, two_row_tables
 
 QUICK = settings(max_examples=40, deadline=None, database=None)
 
@@ -193,16 +193,6 @@ def test_a_bare_csv_that_says_too_little_or_too_much_is_refused(
     assert message in str(error.value)
 
 
-@st.composite
-def two_row_tables(draw: st.DrawFn) -> FactorTable:
-    """Tables of 16 pairs and two rows."""
-    original, attention = draw(st.integers(2, 2**17)), draw(st.floats(0.5, 2.0))
-    longer = draw(st.integers(original + 1, 2**21))
-    vectors = st.lists(st.floats(0.5, 600.0), min_size=16, max_size=16)
-    rows = tuple(RopeFactors(up_to, tuple(draw(vectors)), 0, attention) for up_to in (original, longer))
-    return FactorTable(draw(st.floats(2.0, 1e8)), 32, original, rows)
-
-
 @QUICK
 @given(two_row_tables(), st.none() | st.sampled_from(["A-7B", 'odd, "name"', "user@host"]))
 def test_a_table_survives_the_csv(
@@ -241,21 +231,16 @@ def test_start_tokens_are_never_lost_in_a_csv() -> None:
 # --- which form a file has ------------------------------------------------------------------------
 
 
-def small_table() -> FactorTable:
-    rows = tuple(RopeFactors(up_to, tuple(np.linspace(1, up_to / 256, 16)), 0, 1.125) for up_to in (256, 2048))
-    return FactorTable(10000.0, 32, 256, rows)
-
-
 def test_our_own_file_is_read_whatever_it_is_called(tmp_path: Path) -> None:
     for name in ("factors.json", "factors", "factors.txt"):
-        small_table().save(tmp_path / name)
-        assert read_factors(tmp_path / name) == small_table()
+        long_table().save(tmp_path / name)
+        assert read_factors(tmp_path / name) == long_table()
 
 
 def test_a_file_that_disagrees_with_the_arguments_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "factors.json"
-    small_table().save(path)
-    assert read_factors(path, rope_theta=10000.0, original_length=256) == small_table()
+    long_table().save(path)
+    assert read_factors(path, rope_theta=10000.0, original_length=256) == long_table()
     with pytest.raises(UserError, match="factors: got rope_theta 10000; the model has rope_theta 500000;"):
         read_factors(path, rope_theta=500000.0)
     with pytest.raises(UserError, match="factors: got original_length 256; the model has original_length 512;"):
@@ -307,7 +292,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "flag"), [({"row": "a"}, "--row"), ({"up_to": 512}, "--up-to")])
 def test_flags_of_a_csv_are_refused_with_json(options: dict[str, Any], flag: str, tmp_path: Path) -> None:
     path = tmp_path / "factors.json"
-    small_table().save(path)
+    long_table().save(path)
     with pytest.raises(UserError, match=f"factors file: got {flag} for factors.json; .*; leave {flag} out"):
         read_factors(path, **options)
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from longrope.baselines import RopeShape, ntk, yarn
+from longrope.baselines import RopeShape, Vector, ntk, yarn
 from longrope.errors import UserError
 from longrope.factors import RopeFactors
 from longrope.search.critical import LongRope2
-from longrope.search.space import STEP, Chart, LongRope, Space, Vector, check_seed, isotonic
+from longrope.search.space import STEP, Chart, LongRope, Space, check_seed, isotonic
 
 SHAPE = RopeShape(500.0, 32, 256)  # 16 pairs, of which 4 .. 10 may be critical
 SPACES = [LongRope2(SHAPE, 8.0), LongRope2(SHAPE, 21 + 1 / 3), LongRope2(SHAPE, 12.0)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from longrope.baselines import RopeShape, baseline
+from longrope.baselines import RopeShape, Vector, baseline
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.factors import RopeFactors
@@ -25,7 +25,7 @@ from longrope.search.critical import LongRope2
 from longrope.search.descent import DescentSettings, batch_size, descend, fine_enough, refine, step_sizes
 from longrope.search.driver import search
 from longrope.search.methods import PolishSettings, Problem, hybrid
-from longrope.search.space import LongRope, Space, Vector
+from longrope.search.space import LongRope, Space
 from longrope.search.tasks import Gradient, Outcome, Task
 from longrope.windows import Window
 from models import ARCHITECTURES, build, save, tokens

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from commands import write_checkpoint, write_documents
+from commands import evaluation_lines, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
 from longrope.documents import read_sources
 from longrope.evaluate.perplexity import measure
@@ -74,11 +74,6 @@ def runs(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: folder / name for name in CASES}
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "elapsed", "crc")} for line in found]
-
-
 def chosen(loaded: LoadedModel, name: str) -> SearchWindows:
     documents = read_sources([texts(loaded)], share="search", tokenizer=loaded.tokenizer)
     return choose_search_windows(loaded, CASES[name].all, documents)
@@ -126,7 +121,7 @@ def test_the_same_search_again_is_the_same_to_the_last_byte(
     loaded: LoadedModel, runs: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     searched(loaded, name, tmp_path / "again")
-    assert lines(tmp_path / "again") == lines(runs[name])
+    assert evaluation_lines(tmp_path / "again") == evaluation_lines(runs[name])
     for file in ("factors.json", "metrics.json"):
         assert (tmp_path / "again" / file).read_bytes() == (runs[name] / file).read_bytes()
 
@@ -146,28 +141,22 @@ def goes_on(loaded: LoadedModel, name: str, whole: Path, folder: Path, count: in
     assert (folder / "factors.json").read_bytes() == (whole / "factors.json").read_bytes()
     assert (folder / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
     assert (folder / "evaluations.jsonl").read_bytes().startswith(b"".join(kept)), "nothing was done again"
-    assert lines(folder) == lines(whole), "and only what was missing"
+    assert evaluation_lines(folder) == evaluation_lines(whole), "and only what was missing"
 
 
 # Shares of a search: among the seeds, in the descent, in the polish, before its last task, at its end.
 CUTS = (0.0, 0.03, 0.1, 0.3, 0.5, 0.8, 0.95, 1.0)
+FEW_CUTS = (0.2, 0.6, 0.97)
+OTHERS = ("gradient", "start tokens", "needle", "su", "race")
 
 
-@pytest.mark.parametrize("share", CUTS)
-@pytest.mark.parametrize("name", ["hybrid", "longrope2"])
+@pytest.mark.parametrize(
+    ("name", "share"), [*product(("hybrid", "longrope2"), CUTS), *product(OTHERS, FEW_CUTS)], ids=str
+)
 def test_a_search_cut_anywhere_goes_on_to_the_same_end(
     loaded: LoadedModel, runs: dict[str, Path], tmp_path: Path, name: str, share: float
 ) -> None:
-    count = round(share * len(lines(runs[name])))
-    goes_on(loaded, name, runs[name], cut(runs[name], count, tmp_path / "cut"), count)
-
-
-@pytest.mark.parametrize("share", [0.2, 0.6, 0.97])
-@pytest.mark.parametrize("name", ["gradient", "start tokens", "needle", "su", "race"])
-def test_every_method_and_objective_goes_on_to_the_same_end(
-    loaded: LoadedModel, runs: dict[str, Path], tmp_path: Path, name: str, share: float
-) -> None:
-    count = round(share * len(lines(runs[name])))
+    count = round(share * len(evaluation_lines(runs[name])))
     goes_on(loaded, name, runs[name], cut(runs[name], count, tmp_path / "cut"), count)
 
 
@@ -179,7 +168,7 @@ def test_a_line_that_was_being_written_is_done_again(
 
 
 def test_a_hybrid_search_descends_polishes_and_races(runs: dict[str, Path]) -> None:
-    found = lines(runs["hybrid"])
+    found = evaluation_lines(runs["hybrid"])
     origins = [line["origin"] for line in found]
     assert {"pi+none", "yarn+su", "yarn+yarn", "polish"} <= set(origins)
     descent = next(origin for origin in origins if origin.startswith("descent from"))
@@ -195,13 +184,15 @@ def test_a_hybrid_search_descends_polishes_and_races(runs: dict[str, Path]) -> N
 
 
 def test_start_tokens_are_tried_when_they_are_asked_for(runs: dict[str, Path]) -> None:
-    asked = {line["start_tokens"] for line in lines(runs["start tokens"]) if line["origin"] == "start tokens"}
+    asked = {
+        line["start_tokens"] for line in evaluation_lines(runs["start tokens"]) if line["origin"] == "start tokens"
+    }
     assert len(asked) >= 12
-    assert {line["start_tokens"] for line in lines(runs["hybrid"])} == {0}
+    assert {line["start_tokens"] for line in evaluation_lines(runs["hybrid"])} == {0}
 
 
 def test_a_raced_evolution_runs_only_some_windows_of_some_and_all_of_the_winner(runs: dict[str, Path]) -> None:
-    found = lines(runs["race"])
+    found = evaluation_lines(runs["race"])
     tried: dict[tuple[float, ...], set[int]] = {}
     for line in found:
         tried.setdefault((*line["rescale"], line["start_tokens"]), set()).update(line["windows"])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longrope.errors import UserError
+from longrope.errors import UserError, first_line
 from longrope.lengths import format_length, parse_length, parse_lengths
 
 
@@ -57,3 +57,9 @@ def test_a_user_error_is_one_line_of_what_got_rule_and_do() -> None:
     error = UserError("thing", got="this\n  and that", rule="it is\tso", do="do so")
     assert str(error) == "thing: got this and that; it is so; do so"
     assert (error.what, error.got, error.rule, error.do) == ("thing", "this\n  and that", "it is\tso", "do so")
+    assert str(error.changed(what="file: thing", do="go")) == "file: thing: got this and that; it is so; go"
+
+
+def test_the_first_line_of_what_a_library_says_is_never_empty() -> None:
+    assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"

@@ -17,8 +17,8 @@ from commands import TARGET, contents, longrope, refused, start, table, write_ch
 from longrope.checkpoint import LoadOptions
 from longrope.compare import compare
 from longrope.evaluate.execute import Step
-from longrope.evaluate.passkey import SHORT
 from longrope.evaluate.run import evaluate
+from longrope.evaluate.templates import SHORT
 from longrope.report import write_report
 from longrope.report.read import read_run
 

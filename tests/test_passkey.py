@@ -17,7 +17,8 @@ from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.evaluate.intervals import share_interval
 from longrope.evaluate.measures import Measure
-from longrope.evaluate.passkey import PAPER, SHORT, PasskeyMeasure, PasskeyTemplate, passkey
+from longrope.evaluate.passkey import PasskeyMeasure, passkey
+from longrope.evaluate.templates import PAPER, SHORT, PasskeyTemplate
 from longrope.model import LoadedModel, load_model
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")

@@ -51,18 +51,22 @@ def test_a_prompt_by_chunks_goes_on_as_one_that_was_run_whole(family: str) -> No
         assert generate(model, ids, 12) == reference.greedy(ids, 12)
 
 
-def test_a_chunk_is_attended_to_without_a_mask_and_into_a_cache_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    import longrope.runtime.attention as attention
-
-    model: Any = build("llama").requires_grad_(False)
-    longrope.apply(model, table_of(model), chunk=11)
+def attended_lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many keys each call of the attention of a chunk is given, from now on."""
     seen: list[int] = []
 
     def noted(query: Any, key: Any, value: Any, scale: Any = None) -> Any:
         seen.append(key.shape[2])
         return attend(query, key, value, scale)
 
-    monkeypatch.setattr(attention, "attend", noted)
+    monkeypatch.setattr("longrope.runtime.attention.attend", noted)
+    return seen
+
+
+def test_a_chunk_is_attended_to_without_a_mask_and_into_a_cache_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build("llama").requires_grad_(False)
+    longrope.apply(model, table_of(model), chunk=11)
+    seen = attended_lengths(monkeypatch)
     ids = text(40)
     made = model.generate(torch.tensor([ids]), max_new_tokens=9, return_dict_in_generate=True, **GREEDY)
     assert seen == [22, 22, 33, 33, 39, 39], "of two layers; the first chunk is causal by itself, the last token alone"
@@ -175,17 +179,9 @@ def test_a_window_that_does_not_fit_whole_is_measured_by_chunks(
 
 def test_a_window_that_was_widened_is_room_for_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistral, every layer of which has a sliding window: neither its cache nor its masks are those of a window."""
-    import longrope.runtime.attention as attention
-
     model: Any = build("mistral").requires_grad_(False)
     longrope.apply(model, table_of(model), chunk=11)
-    seen: list[int] = []
-
-    def noted(query: Any, key: Any, value: Any, scale: Any = None) -> Any:
-        seen.append(key.shape[2])
-        return attend(query, key, value, scale)
-
-    monkeypatch.setattr(attention, "attend", noted)
+    seen = attended_lengths(monkeypatch)
     made = model.generate(torch.tensor([text(40)]), max_new_tokens=2, return_dict_in_generate=True, **GREEDY)
     assert seen == [22, 22, 33, 33, 39, 39]
     assert not any(made.past_key_values.is_sliding)

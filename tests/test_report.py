@@ -35,7 +35,7 @@ from longrope.report.facts import (
     table_rows,
     verdict,
 )
-from longrope.report.plots import plots
+from longrope.report.plots import plots_of
 from longrope.report.read import read_run
 from longrope.report.results import MEASURES
 from longrope.report.searched import search_facts
@@ -209,7 +209,7 @@ def test_a_name_that_is_no_unicode_text_is_still_written(tmp_path: Path) -> None
 
 
 def figures_of(path: Path) -> dict[str, Any]:
-    return {plot.name: plot.figure for plot in plots(read_run(path))}
+    return {plot.name: plot.figure for plot in plots_of([read_run(path)])}
 
 
 def test_the_results_plot_has_every_method_on_log_axes_and_ours_stands_out(run: Path) -> None:
@@ -244,7 +244,7 @@ def test_the_factors_plot_shows_ours_beside_pi_ntk_and_yarn_with_the_critical_di
 
 
 def test_the_convergence_is_the_best_so_far_against_token_passes(run: Path) -> None:
-    made = {plot.name: plot for plot in plots(read_run(run))}
+    made = {plot.name: plot for plot in plots_of([read_run(run)])}
     figure = made["convergence"].figure
     line = {trace["name"]: trace for trace in figure["data"]}
     assert line["best so far"]["x"] == [2048 * count for count in (1, 2, 5, 7, 7)]
@@ -297,7 +297,7 @@ def tasks(run: Path, tmp_path: Path) -> Path:
 
 
 def test_the_convergence_of_tasks_has_complete_candidates_by_stage_at_what_they_cost(tasks: Path) -> None:
-    made = {plot.name: plot for plot in plots(read_run(tasks))}["convergence"]
+    made = {plot.name: plot for plot in plots_of([read_run(tasks)])}["convergence"]
     traces = {trace["name"]: trace for trace in made.figure["data"]}
     assert list(traces) == ["seeds", "descent", "polish", "YaRN + su", "Llama 3 + su", "best so far"]
     points = {name: (trace["x"], trace["y"]) for name, trace in traces.items()}
@@ -531,7 +531,7 @@ def test_the_headline_is_computed_from_the_figures(
 ) -> None:
     run = read_run(written(tmp_path, values, measure=measure))
     assert headline(run) == f"tiny, 256 → 2048 tokens: {sentence}"
-    assert plots(run)
+    assert plots_of([run])
 
 
 def test_the_headline_of_a_search_without_measurements_is_its_best_value(run: Path, tmp_path: Path) -> None:
@@ -657,13 +657,13 @@ def test_perplexity_by_position_is_that_of_the_longest_windows(full: Path) -> No
 
 
 def test_a_heat_map_has_lengths_by_depth_with_the_share_in_each_cell(full: Path) -> None:
-    figures = {plot.title: plot.figure for plot in plots(read_run(full)) if plot.name.startswith("passkey-depth")}
+    figures = {plot.title: plot.figure for plot in plots_of([read_run(full)]) if plot.name.startswith("passkey-depth")}
     (trace,) = figures["YaRN, by length and depth"]["data"]
     assert (trace["x"], trace["y"]) == (["256", "1024", "2048"], ["0–50%", "50–100%"])
     assert trace["z"] == [[0.9, 0.5, 0.1], [1.0, 1.0, 1.0]]
     assert trace["text"] == [["90%", "50%", "10%"], ["100%", "100%", "100%"]]
     assert trace["customdata"][0][2] == "2048 tokens, depth 0–50%: 10% of 5 tries"
-    (needle,) = (plot for plot in plots(read_run(full)) if plot.name == "needle-depth-1")
+    (needle,) = (plot for plot in plots_of([read_run(full)]) if plot.name == "needle-depth-1")
     assert needle.figure["data"][0]["y"] == ["0%", "25%", "50%", "75%", "100%"]
     assert needle.figure["data"][0]["customdata"][0][0].endswith("depth 0%: 90% of 4 tries, mean loss 1.500")
 
@@ -685,7 +685,7 @@ def test_short_benchmarks_stand_beside_the_unscaled_model(full: Path, tmp_path: 
     page = Page(write_report(path))
     assert ["method", "arc_easy acc", "wiki ppl"] in page.rows
     assert "−0.062" in page.text
-    (plot,) = (plot for plot in plots(read_run(path)) if plot.name == "harness-short")
+    (plot,) = (plot for plot in plots_of([read_run(path)]) if plot.name == "harness-short")
     bars = {trace["name"]: trace for trace in plot.figure["data"]}
     assert bars["YaRN"]["y"] == [0.4375], "what is no share is in the table only"
     assert bars["YaRN"]["error_y"]["array"] == [0.01]
@@ -897,7 +897,7 @@ def test_several_runs_are_written_here_by_default(
 def test_tables_and_plots_are_written_as_csv(full: Path, tmp_path: Path) -> None:
     written = write_csv(full, tmp_path / "csv")
     names = {path.stem for path in written}
-    assert {f"plot-{plot.name}" for plot in plots(read_run(full))} <= names
+    assert {f"plot-{plot.name}" for plot in plots_of([read_run(full)])} <= names
     assert {"perplexity", "passkey", "needle", "ruler", "ruler-tasks", "harness-tasks"} <= names
     table = list(csv.reader((tmp_path / "csv" / "perplexity.csv").read_text().splitlines()))
     assert table[:2] == [
@@ -919,7 +919,7 @@ def test_a_name_that_a_spreadsheet_would_run_is_text_in_a_csv(tmp_path: Path) ->
 
 def test_every_plot_is_written_as_a_picture(full: Path, tmp_path: Path) -> None:
     written = write_png(full, tmp_path / "png")
-    assert [path.stem for path in written] == [f"plot-{plot.name}" for plot in plots(read_run(full))]
+    assert [path.stem for path in written] == [f"plot-{plot.name}" for plot in plots_of([read_run(full)])]
     for path in written:
         data = path.read_bytes()
         width, height = struct.unpack(">II", data[16:24])

@@ -494,7 +494,7 @@ def test_templates_replace_texts(tmp_path: Path, tiny: LoadedModel) -> None:
         ('[qa]\nprompt = "{query}"', r"qa.prompt without \{context\}"),
         ("[qa]\nprompt = 3", "qa.prompt of another kind; it is a text"),
         ('[words]\nnouns = ["a", 3]', "words.nouns of another kind; it is a list"),
-        ("[vt", "which cannot be read"),
+        ("[vt", "which is not TOML"),
     ],
 )
 def test_templates_that_are_wrong(tmp_path: Path, content: str, message: str) -> None:

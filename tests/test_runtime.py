@@ -372,6 +372,17 @@ def test_undo_restores_the_model_and_its_methods(tmp_path: Path) -> None:
     longrope.apply(model, table_of(model)).undo()
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_loop_that_grows_past_the_table_is_refused(policy: str) -> None:
+    model: Any = build("llama").requires_grad_(False)
+    longrope.apply(model, table_of(model), policy=policy)
+    cache = model(torch.tensor([text(ENDS[2] - 2)])).past_key_values
+    for _ in range(2):
+        cache = model(torch.tensor([[1]]), past_key_values=cache).past_key_values
+    with refused(r"^sequence: got 81 tokens; the factor table ends at 80; "):
+        model(torch.tensor([[1]]), past_key_values=cache)
+
+
 def refused(match: str) -> Any:
     return pytest.raises(UserError, match=match)
 

@@ -20,7 +20,7 @@ from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.model import load_model
-from longrope.training import run as training_run
+from longrope.training import arguments
 from longrope.training.lora import LoraSettings, with_lora
 from longrope.training.run import finetune
 from longrope.training.windows import LongWindows
@@ -314,7 +314,7 @@ def _weights(path: Path) -> list[torch.Tensor]:
 def test_a_window_longer_than_memory_is_told_before_the_first_step_with_what_would_fit(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_run, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(arguments, "free_memory", lambda device: 1_000_000)
     with pytest.raises(UserError) as caught:
         train(here)
     found = str(caught.value)

@@ -59,6 +59,22 @@ def test_without_labels_the_model_answers_as_before_and_afterwards_is_as_it_was(
     assert "forward" not in vars(model)
 
 
+def test_a_forward_pass_that_accelerate_put_on_the_model_is_there_again_afterwards() -> None:
+    model: Any = build("llama")
+    of_class, calls = model.forward, list[int]()
+
+    def hooked(**inputs: Any) -> Any:
+        calls.append(1)
+        return of_class(**inputs)
+
+    vars(model)["forward"] = hooked
+    with chunked_loss(model):
+        model(input_ids=tokens(20), labels=tokens(20))
+    calls.clear()
+    model(input_ids=tokens(20))
+    assert calls == [1]
+
+
 def test_half_precision_weights_have_gradients_of_their_dtype() -> None:
     made: Any = build("llama")
     model = made.to(torch.bfloat16).train().requires_grad_(True)

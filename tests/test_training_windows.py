@@ -14,8 +14,9 @@ from byte_tokenizer import BOS, EOS, byte_tokenizer
 from commands import SHAPE, TARGET, table
 from longrope.documents import Document
 from longrope.errors import UserError
+from longrope.model import NO_TARGET
 from longrope.patch import Patch
-from longrope.training.loss import NO_TARGET, chunked_loss
+from longrope.training.loss import chunked_loss
 from longrope.training.windows import LongWindows, MixedWindows, collate
 from models import ORIGINAL, build
 

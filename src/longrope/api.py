@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from longrope.checkpoint import LoadOptions, in_config
 from longrope.configs import rope_config
-from longrope.convert import factors_file, read_factors
+from longrope.convert import as_table
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
 from longrope.model import LoadedModel, load_model
@@ -23,6 +23,7 @@ from longrope.runtime.switch import check_class
 logger = logging.getLogger(__name__)
 
 Factors = FactorTable | RopeFactors | Mapping[str, Any] | str | Path
+"""What `apply` and `load` take: a table, a row, a parsed factors.json, or a path."""
 
 
 def as_factors(given: Factors) -> FactorTable | RopeFactors:
@@ -31,7 +32,7 @@ def as_factors(given: Factors) -> FactorTable | RopeFactors:
         return given
     if isinstance(given, Mapping):
         return FactorTable.from_dict(given)
-    return read_factors(factors_file(given))
+    return as_table(given)
 
 
 def apply(

@@ -17,6 +17,9 @@ from longrope.errors import UserError
 from longrope.factors import RopeFactors
 
 Vector = NDArray[np.float64]
+"""Rescale factors, or other numbers, one a pair."""
+RULES = ("none", "su", "yarn")
+"""Of the attention factor, beside a number: none is 1, su that of LongRoPE's code, yarn that of YaRN."""
 _LARGEST_BASE = 1e30
 
 
@@ -187,6 +190,7 @@ METHODS: dict[str, Method] = {
     "yarn-rcd": Method(yarn_critical, own_attention="yarn"),
     "llama3": Method(llama3),
 }
+"""The baselines by name."""
 
 
 def baseline(
@@ -200,7 +204,7 @@ def baseline(
     original length every method is the base model. Raises UserError for an unknown method.
     """
     stem, plus, rule = name.partition("+")
-    if stem not in METHODS or (plus and rule not in ("su", "yarn", "none")):
+    if stem not in METHODS or (plus and rule not in RULES):
         known = ", ".join(["none", *METHODS])
         raise UserError(
             "method", got=repr(name), rule=f"known are {known}, all but none also with +su", do="choose one of them"

@@ -22,19 +22,22 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from longrope.configs import RopeConfig, rope_config, table_from_config
 from longrope.errors import UserError
-from longrope.factors import FactorTable
+from longrope.factors import FACTORS, FactorTable
 from longrope.files import read_json
 from longrope.guard import check_attention, check_files, check_sizes
 from longrope.patch import CHOOSE_ROPE
 
 TINY = "tiny"
-FACTORS_FILE = "factors.json"
+"""The MODEL that is embedded."""
 CONFIG_ENTRY = "longrope_factors"
 """Of a configuration that was saved with a table on its model."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of weights, by the words of --dtype other than auto."""
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-QUANTIZATIONS = ("8bit", "4bit")
+"""Of angles, by the words of --rope-precision."""
+_QUANTIZATIONS = ("8bit", "4bit")
 _PLACEMENTS = ("balanced", "balanced_low_0", "sequential")
 
 
@@ -84,14 +87,19 @@ def load_options(options: LoadOptions | None, given: Mapping[str, Any]) -> LoadO
     return replace(options or LoadOptions(), **given)
 
 
+def taken(kind: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass that are among some keywords, which are taken out of them."""
+    return {each.name: keywords.pop(each.name) for each in fields(kind) if each.name in keywords}
+
+
 def model_source(name: str) -> str:
     """What transformers loads for a MODEL: the folder of `tiny`, or the name itself."""
     return str(files("longrope") / "assets" / TINY) if name == TINY else name
 
 
-def beside_weights(source: str) -> FactorTable | None:
+def _beside_weights(source: str) -> FactorTable | None:
     """The factor table of a checkpoint of ours: factors.json beside its config.json."""
-    path = Path(source) / FACTORS_FILE
+    path = Path(source) / FACTORS
     return FactorTable.load(path) if path.is_file() else None
 
 
@@ -123,7 +131,7 @@ def _check_device(device: str) -> None:
 
 
 def _check_quantize(quantize: str, *, on_cuda: bool) -> None:
-    _one_of("--quantize", quantize, QUANTIZATIONS)
+    _one_of("--quantize", quantize, _QUANTIZATIONS)
     if not on_cuda:
         rule = "bitsandbytes quantizes on CUDA"
         raise UserError("--quantize", got=f"{quantize} without CUDA", rule=rule, do="leave it out, or use a GPU")
@@ -206,8 +214,23 @@ def _hub_answers() -> bool:
     return True
 
 
-def check_has_rope(name: str, described: Mapping[str, Any]) -> None:
-    """Raise UserError for a configuration without a RoPE, before the weights are read."""
+def read_rope(
+    name: str, source: str, config: Any, options: LoadOptions
+) -> tuple[RopeConfig, FactorTable, FactorTable | None]:
+    """(RoPE, the checkpoint's own scaling as a table, the table that it was saved with), before weights are read.
+
+    source: the folder of its files, where there is one. config: of transformers. Raises UserError for a model without
+    a RoPE that can be extended, and for a table that is damaged.
+    """
+    described = config.get_text_config().to_dict()
+    _check_has_rope(name, described)
+    table = (_beside_weights(source) or in_config(config)) if options.own_factors else None
+    original = options.original_length or (table.original_length if table else None)
+    rope = rope_config(described, original_length=original)
+    return rope, table_from_config(described, original_length=original), table
+
+
+def _check_has_rope(name: str, described: Mapping[str, Any]) -> None:
     if not any(described.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base")):
         got = f"{name}, a {described.get('model_type')} model whose configuration has no RoPE"
         raise UserError("model", got=got, rule="only a model with RoPE can be extended", do=CHOOSE_ROPE)

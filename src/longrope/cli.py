@@ -42,6 +42,7 @@ from longrope.cli_plan import plan
 from longrope.cli_search import search
 from longrope.errors import UserError, one_line
 from longrope.lengths import parse_lengths
+from longrope.runs import is_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -322,7 +323,7 @@ def _named(arguments: Sequence[str]) -> list[str]:
 
 
 def _tell(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         # Where all processes of a training end by the same error, the first one's line is enough: the launcher ends
         # the others meanwhile.
         time.sleep(_AFTER_THE_FIRST)

@@ -54,7 +54,7 @@ def extend(
     from longrope.extension.run import dry
     from longrope.extension.run import extend as run_extend
     from longrope.factors import FactorTable
-    from longrope.runs import FACTORS, default_run_path
+    from longrope.runs import CHECKPOINT, FACTORS, REPORT, default_run_path
 
     options = shared.options()
     target = parse_length(to)
@@ -93,5 +93,5 @@ def extend(
         return
     err.print(factors_table(FactorTable.load(path / FACTORS)))
     err.print(results_table(made["results"], title="perplexity on documents that no stage has seen"))
-    err.print(f"checkpoint: {path / 'checkpoint'}", soft_wrap=True)
-    err.print(f"report: {path / 'report.html'}", soft_wrap=True)
+    err.print(f"checkpoint: {path / CHECKPOINT}", soft_wrap=True)
+    err.print(f"report: {path / REPORT}", soft_wrap=True)

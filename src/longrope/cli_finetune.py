@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any
 
 import typer
@@ -65,7 +64,7 @@ def finetune(
 ) -> None:
     """Train a model on long windows under its factors; a checkpoint with its factors.json comes of it."""
     from longrope.console import err, print_json, resume_with, training_progress
-    from longrope.runs import ADAPTER, CHECKPOINT, default_run_path
+    from longrope.runs import ADAPTER, CHECKPOINT, default_run_path, is_first_process
     from longrope.training.run import finetune as run_finetune
 
     given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup}
@@ -96,7 +95,7 @@ def finetune(
             tracker=tracker,
             **given,
         )
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     if shared.as_json:
         print_json(made)

@@ -14,6 +14,7 @@ import typer
 
 from longrope.errors import UserError
 from longrope.lengths import parse_length
+from longrope.runs import FACTORS, is_first_process
 
 if TYPE_CHECKING:
     from longrope.checkpoint import LoadOptions
@@ -202,7 +203,7 @@ def runs_a_model(*without: str) -> Callable[[Callable[..., None]], Callable[...,
             shared = Shared(
                 **{name: given.pop(name) if name not in without else default for name, (_, default) in _SHARED.items()}
             )
-            if os.environ.get("RANK", "0") != "0":  # of several processes that a launcher started, one talks
+            if not is_first_process():
                 shared = replace(shared, quiet=True)
             begin(shared.verbose, shared.quiet)
             command(**given, shared=shared)
@@ -232,24 +233,17 @@ def tables_of(factors: list[str] | None, taken: Collection[str] = ()) -> dict[st
     """
     if factors is None or factors == ["none"]:
         return None if factors is None else {}
-    from longrope.convert import factors_file
+    from longrope.convert import as_table, factors_file
 
     tables: dict[str, FactorTable] = {}
     for given in factors:
         path = factors_file(given)
-        stem = path.absolute().parent.name if path.name == "factors.json" else path.stem
+        stem = path.absolute().parent.name if path.name == FACTORS else path.stem
         name, number = stem, 2
         while name in tables or name in taken:
             name, number = f"{stem}-{number}", number + 1
-        tables[name] = read_table(path)
+        tables[name] = as_table(path)
     return tables
-
-
-def read_table(given: str | Path) -> FactorTable:
-    """A table from any file of factors, or from the factors.json of a folder."""
-    from longrope.convert import factors_file, read_factors
-
-    return read_factors(factors_file(given))
 
 
 def one_table(factors: list[str] | None) -> FactorTable | None:

@@ -14,7 +14,6 @@ from longrope.cli_options import (
     Shared,
     Windows,
     Workers,
-    read_table,
     runs_a_model,
 )
 from longrope.errors import UserError
@@ -96,11 +95,13 @@ def search(
     target = parse_length(to)
     if factors not in (None, "none"):
         raise UserError("--factors", got=repr(factors), rule="a search takes only none here", do="give it as --init")
-    seeds = [read_table(path) for path in init or []]
+    from longrope.convert import as_table
+
+    seeds = [as_table(path) for path in init or []]
     from longrope.console import err, print_json, resume_with, search_progress
     from longrope.console_tables import factors_table, results_table
     from longrope.files import read_object
-    from longrope.runs import METRICS, default_run_path
+    from longrope.runs import FACTORS, METRICS, default_run_path
     from longrope.search.driver import search as run_search
 
     path = out or default_run_path("search", model, target)
@@ -141,7 +142,7 @@ def search(
     for name in ("search", "unseen"):
         if chosen := [result for result in measured["results"] if result["windows"] == name]:
             err.print(results_table(chosen, title=f"perplexity, {name} windows"))
-    err.print(f"factors: {path / 'factors.json'}", soft_wrap=True)
+    err.print(f"factors: {path / FACTORS}", soft_wrap=True)
 
 
 def _token_passes(text: str | None) -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from longrope.checkpoint import LoadOptions, load_options
+from longrope.checkpoint import LoadOptions, load_options, taken
 from longrope.describe import describe_options
 from longrope.errors import UserError
 from longrope.evaluate.execute import OnStep, Rows
@@ -17,7 +17,7 @@ from longrope.evaluate.recorded import measure_run
 from longrope.evaluate.run import COMPARED, MeasureSettings, check_measure, make_measure
 from longrope.factors import FactorTable
 from longrope.lengths import as_length
-from longrope.model import LoadedModel, load_model
+from longrope.model import LoadedModel, as_loaded
 from longrope.runs import default_run_path
 from longrope.workers import options_for
 
@@ -53,7 +53,7 @@ def compare(
         rule = "it is second: methods on top of the checkpoint's own factors"
         raise UserError("--stage", got=repr(stage), rule=rule, do="give that, or leave it out")
     suite = HarnessSettings.taken(keywords) if measure == "harness" else None
-    given = MeasureSettings(**{name: keywords.pop(name) for name in vars(MeasureSettings()) if name in keywords})
+    given = MeasureSettings(**taken(MeasureSettings, keywords))
     if suite is None:
         check_measure(measure, given, COMPARED)
     elif workers is not None:
@@ -63,16 +63,9 @@ def compare(
     options = options_for(place, load_options(options, keywords))
     if factors is not None and not factors:
         options = replace(options, own_factors=False)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    loaded = as_loaded(model, options)
     if stage == "second":
-        loaded = loaded.fine_tuned()
-        if max(wanted, default=0) <= loaded.trained.up_to:
-            got, rule = (
-                f"at most {max(wanted, default=0)} tokens",
-                f"the checkpoint's factors reach {loaded.trained.up_to}",
-            )
-            do = "give longer ones, or of an extension the checkpoint of its last fine-tuning"
-            raise UserError("--lengths", got=got, rule=rule, do=do)
+        loaded = _second(loaded, max(wanted, default=0))
     if factors is None:
         beyond = stage == "second" and min(wanted, default=0) > loaded.meaning.rows[-1].up_to
         factors = {} if loaded.table is None or beyond else {"checkpoint": loaded.table}
@@ -96,6 +89,17 @@ def compare(
     return measure_run(
         command, loaded, made, rows, settings, documents=documents, out=out, workers=place, on_step=on_step
     )
+
+
+def _second(loaded: LoadedModel, longest: int) -> LoadedModel:
+    """The model for a second interpolation. Raises UserError for lengths that its own factors reach."""
+    loaded = loaded.fine_tuned()
+    reach = loaded.trained.up_to
+    if longest <= reach:
+        got, rule = f"at most {longest} tokens", f"the checkpoint's factors reach {reach}"
+        do = "give longer ones, or of an extension the checkpoint of its last fine-tuning"
+        raise UserError("--lengths", got=got, rule=rule, do=do)
+    return loaded
 
 
 def _table_of(loaded: LoadedModel, method: str, rows: Rows) -> FactorTable | None:

@@ -13,7 +13,7 @@ from longrope.errors import UserError, shown
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.lengths import LONGEST
 
-DEFAULT_THETA = 10000.0
+_DEFAULT_THETA = 10000.0
 _LARGEST_HEAD = 2**16
 
 
@@ -94,7 +94,7 @@ def _parse(config: Mapping[str, Any], original_length: int | None) -> _Source:
         _bad("max_position_embeddings", f"{max_length:.15g}", f"it is at most {LONGEST}")
     trained = _whole(parameters, "original_max_position_embeddings", default=max_length)
     rope = RopeConfig(
-        rope_theta=_number(parameters, "rope_theta", DEFAULT_THETA),
+        rope_theta=_number(parameters, "rope_theta", _DEFAULT_THETA),
         rotary_dim=_rotary_dim(text, parameters),
         original_length=trained if original_length is None else original_length,
         max_length=max_length,

@@ -25,6 +25,8 @@ from longrope.errors import printable
 from longrope.files import disk_errors, finite
 from longrope.lengths import format_length
 from longrope.report.style import stage_of
+from longrope.runs import is_first_process
+from longrope.search.loop import format_seconds
 
 if TYPE_CHECKING:
     from longrope.evaluate.execute import OnStep, Step
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = 130
+_INTERRUPTED = 130
 
 
 class Plain(Console):
@@ -53,6 +55,7 @@ class _PlainLines(logging.Formatter):
 
 
 err = Plain()
+"""What people see goes there, so that stdout is for results."""
 
 _resumed_with: list[tuple[str, ...]] = []  # one at most
 
@@ -89,9 +92,9 @@ def end_at_once_on_signals() -> None:
         resume = f"; this goes on with it: {command}" if command else ""
         below_the_bar = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # with the cursor that the bar hides
         with suppress(OSError):
-            if os.environ.get("RANK", "0") == "0":  # of several processes that train together the first one talks
+            if is_first_process():
                 os.write(2, os.fsencode(f"{below_the_bar}longrope: interrupted{resume}\n"))  # paths are any bytes
-        os._exit(INTERRUPTED)
+        os._exit(_INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -121,11 +124,11 @@ def print_out(text: str) -> None:
         sys.stdout.flush()
 
 
-Show = Callable[[int, int, str], None]
+_Show = Callable[[int, int, str], None]
 
 
 @contextmanager
-def _bar(*, transient: bool = False) -> Iterator[Show]:
+def _bar(*, transient: bool = False) -> Iterator[_Show]:
     """A progress bar with a text, to be given how much is done of how much, and the text.
 
     It appears when first given something: what fails before, fails in one line.
@@ -234,9 +237,3 @@ def describe_progress(progress: Progress) -> str:
     left = format_seconds((progress.total - progress.done) / progress.rate) if progress.rate else "-"
     stage, number = _round(progress)
     return f"{stage}, round {number}: best {best}, {progress.rate:.2f} evaluations/s, {left} left"
-
-
-def format_seconds(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

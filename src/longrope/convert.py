@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from longrope.baselines import attention_factor
-from longrope.configs import RopeConfig, language_part, rope_config, table_from_config
+from longrope.configs import language_part, table_from_config
 from longrope.errors import UserError
-from longrope.factors import FactorTable, RopeFactors, unscaled
+from longrope.factors import FACTORS, FactorTable, RopeFactors, unscaled
 from longrope.files import parse_json, read_text
 from longrope.lengths import format_length, parse_length
 
-__all__ = ["RopeConfig", "read_factors", "rope_config", "table_from_config", "to_csv", "to_transformers_config"]
-
-N = TypeVar("N", int, float)
+_N = TypeVar("_N", int, float)
 _Numbered = list[tuple[int, list[str]]]  # line number and cells
 
 _CONFIG_KEYS = {
@@ -76,7 +74,12 @@ def read_factors(
 
 def factors_file(given: str | Path) -> Path:
     """The file itself, or the factors.json of a run or checkpoint folder."""
-    return Path(given) / "factors.json" if Path(given).is_dir() else Path(given)
+    return Path(given) / FACTORS if Path(given).is_dir() else Path(given)
+
+
+def as_table(given: FactorTable | str | Path) -> FactorTable:
+    """A factor table as it is, or of any file that `read_factors` reads without further words, or of a folder's."""
+    return given if isinstance(given, FactorTable) else read_factors(factors_file(given))
 
 
 def _from_json(data: object, rope_theta: float | None, original_length: int | None) -> FactorTable:
@@ -311,7 +314,7 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _given(value: N | None, flag: str, rule: str) -> N:
+def _given(value: _N | None, flag: str, rule: str) -> _N:
     if value is None:
         raise UserError("CSV of factors", got=f"no {flag}", rule=rule, do=f"give {flag}")
     if not 0 < value < math.inf:

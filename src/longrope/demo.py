@@ -20,7 +20,7 @@ from longrope.export.run import export
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel, load_model
 from longrope.report import write_report
-from longrope.runs import FACTORS, RunFolder, fresh_run_path
+from longrope.runs import CHECKPOINT, FACTORS, REPORT, RunFolder, fresh_run_path
 from longrope.search.driver import SearchWindows, run_config, run_search
 from longrope.search.loop import OnProgress
 from longrope.search.settings import BUDGET, SearchSettings
@@ -29,11 +29,13 @@ from longrope.windows import choose_windows
 logger = logging.getLogger(__name__)
 
 RATIO = 8
+"""Of the length that is extended to, to the original one."""
 SEARCH_WINDOWS, UNSEEN_WINDOWS = 8, 24
+"""Of the target length, and of each measured one."""
 # The same operations on the same device: only a half-precision kernel may differ between two calls.
 MOST_LOGIT_GAP = {"torch.float32": 1e-5}
-REPORT = "report.html"
 METHODS = ("none", "pi", "ntk", "dynamic-ntk", "yarn", "yarn+su")
+"""What the search is compared with."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def demo(
     chosen = SearchWindows(windows, unseen=unseen[target])
     settings = SearchSettings(to=target, evaluations=evaluations, seed=seed)
     config = run_config("demo", loaded, settings, chosen)
-    checkpoint = path / "checkpoint"
+    checkpoint = path / CHECKPOINT
     with RunFolder.open(path, config, budget_keys=BUDGET) as run:
         if run.finished:
             on_stage(f"{path} is finished")

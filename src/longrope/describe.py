@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longrope import __version__
+from longrope.documents import Document
 from longrope.model import LoadedModel
 from longrope.windows import Window, fingerprint
 
@@ -49,6 +50,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def describe_windows(windows: Sequence[Window]) -> list[dict[str, Any]]:
     """Windows by document and place; never their text."""
     return [{"name": window.document, "sha256": window.sha256, "start": window.start} for window in windows]
+
+
+def describe_documents(documents: Sequence[Document]) -> list[dict[str, str]]:
+    """Whole documents by name and hash; never their text."""
+    return [{"name": document.name, "sha256": document.sha256} for document in documents]
 
 
 def metrics(

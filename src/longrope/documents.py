@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from longrope.errors import UserError
+from longrope.errors import UserError, first_line
 from longrope.room import Room
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Share = Literal["all", "search", "unseen", "train"]
+"""Of `stdlib`: all of it, what a search reads, what is only measured, or what trained the embedded model."""
 
 HUB_DOCUMENTS = 1000  # rows read of one hf: source, at most
 _ROWS = 256  # of a table that are unfolded at once
@@ -186,10 +187,10 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-Reader = Callable[[Path, str, "PreTrainedTokenizerBase | None", Room], list[Document]]
+_Reader = Callable[[Path, str, "PreTrainedTokenizerBase | None", Room], list[Document]]
 
 
-def _reader(path: Path) -> Reader | None:
+def _reader(path: Path) -> _Reader | None:
     name = path.name.lower()
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
 
@@ -204,13 +205,9 @@ def _read_file(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None,
 
 
 def _unreadable(source: str, error: Exception) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     got = f"{source!r}, which cannot be read"
     return UserError("documents", got=got, rule=reason, do="check the path, its permissions and its content")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_text(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None, room: Room) -> list[Document]:
@@ -261,7 +258,7 @@ def _parse(line: str, where: str) -> object:
     except json.JSONDecodeError as error:
         got = f"{error.msg}: column {error.colno}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-        got = _first_line(error)
+        got = first_line(error)
     raise UserError(where, got=got, rule="every line is a JSON object", do="correct the line")
 
 
@@ -291,7 +288,7 @@ def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | No
     return [Document(short, _row_text(row, where, tokenizer)) for short, where, row in named]
 
 
-_READERS: dict[str, Reader] = {
+_READERS: dict[str, _Reader] = {
     ".txt": _read_text,
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
@@ -319,7 +316,7 @@ def _read_hub(source: str, tokenizer: PreTrainedTokenizerBase | None, room: Room
     except Exception as error:  # the two libraries have a dozen unrelated types for "no"
         do = "check the name, the split and the network"
         got = f"{source!r}, which cannot be reached"
-        raise UserError("documents", got=got, rule=_first_line(error), do=do) from error
+        raise UserError("documents", got=got, rule=first_line(error), do=do) from error
     return documents
 
 
@@ -371,7 +368,7 @@ def _conversation(messages: object, where: str, tokenizer: PreTrainedTokenizerBa
         text = tokenizer.apply_chat_template(present, tokenize=False)
     except Exception as error:  # a template is a program, and it comes with the model
         do = "correct the row, or take it out"
-        rule = f"the model's chat template refuses it ({_first_line(error)})"
+        rule = f"the model's chat template refuses it ({first_line(error)})"
         raise UserError(where, got="`messages`", rule=rule, do=do) from error
     return str(text).removeprefix(tokenizer.bos_token or "")
 

@@ -20,6 +20,11 @@ class UserError(ValueError):
         parts = (each if len(each) <= _MOST else f"{each[:_MOST]} ..." for each in (what, str(got), rule, do))
         super().__init__(one_line("{}: got {}; {}; {}".format(*parts)))
 
+    def changed(self, **parts: Any) -> UserError:
+        """The same error with some of its parts (what, got, rule, do) in other words: those of whoever asked."""
+        own: dict[str, Any] = {"what": self.what, "got": self.got, "rule": self.rule, "do": self.do}
+        return UserError(**own | parts)
+
     def __reduce__(self) -> tuple[Any, ...]:  # it comes back from a worker in another process
         return partial(UserError, self.what, got=str(self.got), rule=self.rule, do=self.do), ()
 
@@ -31,6 +36,11 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's exception says, or its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(text: str) -> str:

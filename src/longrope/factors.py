@@ -21,8 +21,10 @@ from longrope.errors import UserError, shown
 from longrope.files import read_json, write_atomically
 from longrope.lengths import LONGEST, format_length
 
-FORMAT = "longrope-factors"
-VERSION = 1
+FACTORS = "factors.json"
+"""The file of a table: of a run, beside the weights of a checkpoint, in an export."""
+_FORMAT = "longrope-factors"
+_VERSION = 1
 _ROW_KEYS = {"up_to", "rescale", "start_tokens", "attention_factor"}
 _REQUIRED_KEYS = {"format", "version", "rope_theta", "rotary_dim", "original_length", "table"}
 _OPTIONAL_KEYS = {"model", "provenance"}
@@ -171,14 +173,14 @@ class FactorTable:
     @classmethod
     def from_dict(cls, data: object) -> FactorTable:
         """The table of a parsed factors.json. Raises UserError when it is not one."""
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+        if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             got = f"format {shown(data.get('format'))}" if isinstance(data, Mapping) else type(data).__name__
-            raise _wrong("format", got, f'it is "{FORMAT}"')
-        if data.get("version") != VERSION or isinstance(data.get("version"), bool):
+            raise _wrong("format", got, f'it is "{_FORMAT}"')
+        if data.get("version") != _VERSION or isinstance(data.get("version"), bool):
             raise UserError(
                 "factors file",
                 got=f"version {shown(data.get('version'))}",
-                rule=f"this longrope reads version {VERSION}",
+                rule=f"this longrope reads version {_VERSION}",
                 do="use the longrope that wrote it, or search again",
             )
         _check_keys(data, _REQUIRED_KEYS, _OPTIONAL_KEYS, "factors file")
@@ -202,8 +204,8 @@ class FactorTable:
     def to_dict(self) -> dict[str, Any]:
         """What factors.json holds; no timestamps, so that equal tables are equal files."""
         data: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": _FORMAT,
+            "version": _VERSION,
             "rope_theta": self.rope_theta,
             "rotary_dim": self.rotary_dim,
             "original_length": self.original_length,

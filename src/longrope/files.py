@@ -22,6 +22,7 @@ from longrope import seals
 from longrope.errors import UserError, shown
 
 TEMPORARY = ".longrope-*.tmp"
+"""Names of files that are being written."""
 LARGEST = 2**30
 """Bytes of a file that is read whole, other than documents and weights."""
 _GIVEN_BY_A_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
@@ -29,28 +30,33 @@ _GIVEN_BY_A_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 _ELSEWHERE = "choose a folder that can be written to"
 _DISK_FULL = ("the disk must have room for it", "free some space, then run the same command again")
 _PARENT = ("the folder above it must exist and take new files", _ELSEWHERE)
+_NOT_ALLOWED = ("you must be allowed to write there", _ELSEWHERE)
+_NO_LOCKS = ("the file system must support file locks", "choose a folder on another file system")
+_UNKNOWN = 0  # the number of no error: a library says that a write failed, and the disk not why
 _DISK_RULES = {
     errno.ENOSPC: _DISK_FULL,
     errno.EDQUOT: _DISK_FULL,
     errno.EFBIG: ("the limit on file sizes must allow it", "raise the limit, then run the same command again"),
     errno.EROFS: ("the file system must be writable", _ELSEWHERE),
-    errno.EACCES: ("you must be allowed to write there", _ELSEWHERE),
-    errno.EPERM: ("you must be allowed to write there", _ELSEWHERE),
+    errno.EACCES: _NOT_ALLOWED,
+    errno.EPERM: _NOT_ALLOWED,
     errno.ENOENT: _PARENT,
     errno.ENOTDIR: _PARENT,
     errno.EEXIST: _PARENT,
     errno.EISDIR: ("a file is written there, and a folder is in its place", "choose another path"),
     errno.ENAMETOOLONG: ("the file system must take the name", "choose a shorter path"),
-    errno.ENOLCK: ("the file system must support file locks", "choose a folder on another file system"),
-    0: ("the disk must take it", "see that there is room and no limit on file sizes, then run the same command again"),
-    errno.ENOSYS: ("the file system must support file locks", "choose a folder on another file system"),
+    errno.ENOLCK: _NO_LOCKS,
+    errno.ENOSYS: _NO_LOCKS,
+    _UNKNOWN: (
+        "the disk must take it",
+        "see that there is room and no limit on file sizes, then run the same command again",
+    ),
 }
 
 _REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # torch's writer of archives and numpy's of arrays say that a write failed, and not why.
 _UNEXPLAINED = re.compile(r"unexpected pos \d+ vs \d+|PytorchStreamWriter|iostream error|\d+ requested and \d+ written")
 _PROBE = 2**16  # bytes
-_UNKNOWN = 0
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -237,6 +243,11 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def finite_or_none(value: float) -> float | None:
+    """A number, or None where it is not finite, which JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
 def _plain(value: object) -> object:
     """numpy's numbers and arrays as Python's, paths as text."""
     if isinstance(value, np.generic | np.ndarray):
@@ -254,8 +265,10 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a UTF-8 file. Raises UserError when it is missing or unreadable, of an absurd size, or changed since
-    its run ended."""
+    """The text of a UTF-8 file.
+
+    Raises UserError when it is missing or unreadable, of an absurd size, or changed since its run ended.
+    """
     check_regular(path, what, LARGEST)
     try:
         seals.check(path)

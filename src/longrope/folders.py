@@ -54,6 +54,21 @@ def whole_folder(out: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` and all in it at the end; a failure leaves the old one.
+
+    For folders inside a run, whose lock this process holds. Raises UserError as the disk refuses.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    with disk_errors(folder):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+
+
 def _locked(unfinished: Path, out: Path) -> int:
     """A descriptor that holds the lock of a folder. Raises UserError when another process does."""
     lock = os.open(unfinished, os.O_RDONLY | os.O_CLOEXEC)

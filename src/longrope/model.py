@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -19,21 +19,21 @@ from longrope.baselines import baseline
 from longrope.checkpoint import (
     PRECISIONS,
     LoadOptions,
-    beside_weights,
-    check_has_rope,
-    in_config,
     load_config,
     load_tokenizer,
     load_weights,
     model_source,
+    read_rope,
 )
-from longrope.configs import RopeConfig, rope_config, table_from_config
+from longrope.configs import RopeConfig
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, last_row, unscaled
 from longrope.patch import Patch, check_frequencies, global_layers_turn, widen_window
 
 logger = logging.getLogger(__name__)
 
+NO_TARGET = -100
+"""In place of a token whose loss does not count, as torch's cross-entropy has it."""
 # What a configuration says of where and by what it was read; a run resumes after a move or an upgrade.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_attn_implementation_internal")
 # Logits of one chunk stay near this many numbers. On a CPU few, which stay in its cache and are not paged in anew for
@@ -198,17 +198,22 @@ def decoder_of(model: Any) -> Any:
     return model.model if decoder is model else decoder
 
 
-@contextmanager
-def answering(decoder: nn.Module, outputs: Any) -> Iterator[None]:
+def answering(decoder: nn.Module, outputs: Any) -> AbstractContextManager[None]:
     """Let a decoder answer with outputs that are there, so that the rest of the class's own forward runs alone."""
-    own = vars(decoder).get("forward")  # accelerate puts one beside that of the class
-    vars(decoder)["forward"] = lambda *args, **kwargs: outputs
+    return with_forward(decoder, lambda *args, **kwargs: outputs)
+
+
+@contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward pass for a while."""
+    own = vars(module).get("forward")  # accelerate puts one beside that of the class
+    vars(module)["forward"] = forward
     try:
         yield
     finally:
-        del vars(decoder)["forward"]
+        del vars(module)["forward"]
         if own is not None:
-            vars(decoder)["forward"] = own
+            vars(module)["forward"] = own
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
@@ -239,12 +244,7 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
         torch.set_num_threads(options.threads)
     source = model_source(name)
     config = load_config(name, source, options)
-    table = (beside_weights(source) or in_config(config)) if options.own_factors else None
-    original = options.original_length or (table.original_length if table else None)
-    described = config.get_text_config().to_dict()
-    check_has_rope(name, described)
-    rope = rope_config(described, original_length=original)
-    own = table_from_config(described, original_length=original)
+    rope, own, table = read_rope(name, source, config, options)
     model, notes = load_weights(name, source, config, options)
     check_frequencies(model, rope.rope_theta, own.rows[0])
     loaded = LoadedModel(
@@ -262,6 +262,11 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
         loaded.check(table)
     check_answers(loaded)  # refuses now, not after minutes, a class that cannot be extended
     return loaded
+
+
+def as_loaded(model: str | LoadedModel, options: LoadOptions | None = None) -> LoadedModel:
+    """A model that is loaded already as it is, whatever the options, and any other MODEL loaded with them."""
+    return model if isinstance(model, LoadedModel) else load_model(model, options)
 
 
 def _fingerprint(model: PreTrainedModel, options: LoadOptions, table: FactorTable | None) -> str:

@@ -22,8 +22,9 @@ from longrope.factors import FactorTable, RopeFactors
 from longrope.rope import RopeTensors, cos_sin, inverse_frequencies, regime
 
 Layout = Callable[[Tensor, Tensor], Any]
+"""Cos and sin (B, T, P) as a class of transformers has them."""
 
-LAYOUTS: dict[str, Layout] = {
+_LAYOUTS: dict[str, Layout] = {
     "halves": lambda cos, sin: (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)),  # Llama, Mistral, Qwen, ...
     "interleaved": lambda cos, sin: (cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)),  # Cohere, ...
     "single": lambda cos, sin: (cos, sin),  # GPT-OSS
@@ -31,6 +32,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 CHOOSE_ROPE = "choose a RoPE model (Llama, Mistral, Qwen, Phi, Gemma, OLMo, GPT-NeoX, ...)"
+"""What to do about a model that has none."""
 
 # The layers that are extended in a model whose layer types rotate differently (Gemma 3, OLMo 3): the global ones.
 EXTENDED_LAYERS = "full_attention"
@@ -314,7 +316,7 @@ def _measured_layout(stock: nn.Module, shape: RopeShape) -> Layout:
             any_start_tokens=False,
         )
         cos, sin = cos_sin(positions, rope)
-    for layout in LAYOUTS.values():
+    for layout in _LAYOUTS.values():
         if _same(layout(cos, sin), expected):
             return layout
     raise _unknown_rotary(stock, "it lays out cos and sin in an unknown way")

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from longrope import seals
 from longrope.errors import UserError
+from longrope.factors import FACTORS as FACTORS
 from longrope.factors import FactorTable
 from longrope.files import (
     TEMPORARY,
@@ -35,15 +36,20 @@ from longrope.files import (
 from longrope.lengths import format_length
 from longrope.seals import DONE as DONE
 
-CONFIG, FACTORS, METRICS = "config.json", "factors.json", "metrics.json"
+CONFIG, METRICS, REPORT = "config.json", "metrics.json", "report.html"
+"""What was asked, what came of it in figures, and the page."""
 EVALUATIONS, RESULTS, LOSSES = "evaluations.jsonl", "results.jsonl", "training.jsonl"
+"""Files of one line a candidate evaluation, a measurement, a training step."""
 STAGES = "stages.jsonl"
+"""Of an extension: one line a stage that is done."""
 CHECKPOINT, ADAPTER = "checkpoint", "adapter"
+"""Folders that a training writes."""
 _SEALED = (CONFIG, FACTORS, METRICS, EVALUATIONS, RESULTS, LOSSES, STAGES)
 _NUMBER = int | float | None
 _EVALUATION_KEYS: dict[str, type | UnionType] = {"key": str, "value": _NUMBER}
 _RESULT_KEYS: dict[str, type | UnionType] = {"method": str, "length": int, "item": str, "record": dict}
-_LOCK = ".lock"
+LOCK = ".lock"
+"""Holds the process id of who writes the run, and its lock."""
 
 
 class RunFolder:
@@ -162,7 +168,7 @@ def _refuse_other_files(path: Path) -> None:
         raise UserError("--out", got=f"{path}, a file", rule="a run is a folder", do="choose another --out")
     if not path.is_dir() or is_run(path):
         return
-    ours = {item.name for item in path.glob(TEMPORARY)} | {_LOCK}
+    ours = {item.name for item in path.glob(TEMPORARY)} | {LOCK}
     if others := sorted(item.name for item in path.iterdir() if item.name not in ours):
         got = f"{path}, which has {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}"
         rule = "the output folder holds other files and no run"
@@ -182,7 +188,7 @@ def is_run(folder: Path) -> bool:
 
 def _take_lock(path: Path) -> int:
     """A descriptor that holds the lock of a run until it is closed or the process ends."""
-    file = path / _LOCK
+    file = path / LOCK
     with disk_errors(file):
         lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -249,6 +255,11 @@ def lower_is_better(measure: str) -> bool:
 def command_line() -> list[str] | None:
     """The command line this process was started with, for a report; None when it is not `longrope`."""
     return ["longrope", *sys.argv[1:]] if Path(sys.argv[0]).stem == "longrope" else None
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher such as torchrun started, which talks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def default_run_path(command: str, model: str, length: int) -> Path:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from longrope.errors import UserError
 
 DONE = "DONE"
+"""The last file of a run that is finished."""
 _WHOLE = 64 * 2**20  # bytes; larger files are hashed by their size, beginning and end
 _EDGE = 2**20
 _CHECKSUM = re.compile(rb'(?s)(.*?),\s*"crc": "([0-9a-f]{8})"\s*\}\s*')
@@ -95,13 +97,18 @@ def _changed(path: Path, run: Path) -> UserError:
 
 
 def _hash(path: Path) -> str:
-    size = path.stat().st_size
-    found = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= _WHOLE:
-            found.update(file.read())
-        else:
-            found.update(file.read(_EDGE))
-            file.seek(-_EDGE, 2)
-            found.update(file.read())
+    found = hashlib.sha256(str(path.stat().st_size).encode())
+    for piece in content_to_hash(path):
+        found.update(piece)
     return found.hexdigest()
+
+
+def content_to_hash(path: Path) -> Iterator[bytes]:
+    """What a hash of a file is made of beside its size: all of it, of a large one its beginning and end."""
+    with path.open("rb") as file:
+        if path.stat().st_size <= _WHOLE:
+            yield file.read()
+        else:
+            yield file.read(_EDGE)
+            file.seek(-_EDGE, os.SEEK_END)
+            yield file.read()

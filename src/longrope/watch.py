@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from longrope.errors import UserError
+from longrope.errors import UserError, plural
 from longrope.lengths import format_length
 from longrope.report.facts import command_line
 from longrope.report.read import RunData, read_run
@@ -27,9 +27,8 @@ from longrope.report.results import length_of
 from longrope.report.searched import counts, evaluations_text
 from longrope.report.style import count_text, duration_text, slug, value_text
 from longrope.report.tensorboard_files import EventLog
-from longrope.runs import CONFIG, DONE, EVALUATIONS, METRICS, RESULTS, is_run
+from longrope.runs import CONFIG, DONE, EVALUATIONS, LOCK, METRICS, RESULTS, is_run
 
-_LOCK = ".lock"
 _LINES = 6  # the last lines that are shown
 _RECENT = 20  # evaluations that the rate is taken of
 
@@ -140,7 +139,7 @@ def _is_other(run: Path) -> bool:
 def holder(run: Path) -> str | None:
     """The process id in the lock of a run that a process of this machine holds, None when the lock is free."""
     try:
-        lock = os.open(run / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        lock = os.open(run / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
@@ -238,9 +237,7 @@ def _results(run: Path, data: RunData) -> dict[str, str]:
     for measure, results in data.measures.items():
         lengths = sorted({result.length for result in results})
         names = ", ".join(format_length(length) for length in lengths)
-        methods = len({result.method for result in results})
-        noun = "method" if methods == 1 else "methods"
-        facts[measure] = f"{methods} {noun} at {names}"
+        facts[measure] = f"{plural(len({result.method for result in results}), 'method')} at {names}"
     if not (run / METRICS).is_file() and (run / RESULTS).is_file():
         ignored = data.config.get("ignored")
         total = _real(ignored.get("items")) if isinstance(ignored, Mapping) else None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from longrope.model import LoadedModel
 
 Ids = NDArray[np.int64]
+"""Token ids."""
 
 _TOKENIZED_AT_ONCE = 32  # documents a call, so that the tokens of a large collection are never in memory together
 
@@ -57,7 +58,7 @@ def choose_windows(
     documents, which never overlap. Documents are tokenized only until there are enough. Raises UserError, saying what
     was found, when the documents cannot hold that many.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = bos_of(tokenizer)
     span = length - len(bos)
     if length < 2 or count < 1:
         got = f"{count} of {length} tokens"
@@ -68,7 +69,7 @@ def choose_windows(
     for index in rng.permutation(len(ordered)):
         document = ordered[index]
         if len(long) < count and _most_tokens(document.text) >= span:
-            (ids,) = tokenize(tokenizer, [document.text])
+            ids = token_ids(tokenizer, document.text)
             if len(ids) >= span:
                 long.append((document, ids))
     shares = _deal([len(ids) // span for _, ids in long], count)
@@ -135,6 +136,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     return ids
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of one text, as `tokenize` gives them."""
+    (ids,) = tokenize(tokenizer, [text])
+    return ids
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that a window begins with, where the tokenizer has one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
 def fingerprint(windows: Sequence[Window]) -> str:
     """`sha256:...` over the ids of all windows, in order."""
     digest = hashlib.sha256()
@@ -167,7 +179,7 @@ def spare_windows(
 
     Fixed by the seed and the texts. Documents of which nothing is taken come first, in random order.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = bos_of(tokenizer)
     span = length - len(bos)
     rng = np.random.default_rng((seed, 1))
     ordered = sorted(distinct(documents), key=lambda document: document.sha256)
@@ -178,7 +190,7 @@ def spare_windows(
     roomy: list[tuple[Document, list[int], list[tuple[int, int]]]] = []
     for document in sorted(shuffled, key=lambda document: document.sha256 in used):
         if len(roomy) < count and _most_tokens(document.text) >= span:
-            (ids,) = tokenize(tokenizer, [document.text])
+            ids = token_ids(tokenizer, document.text)
             if gaps := _gaps(len(ids), span, used.get(document.sha256, [])):
                 roomy.append((document, ids, gaps))
     shares = _deal([sum((high - low) // span for low, high in gaps) for _, _, gaps in roomy], count)
@@ -201,13 +213,13 @@ def whole_documents(loaded: LoadedModel, documents: Sequence[Document], length: 
 
     Raises UserError when none is that long.
     """
-    bos = [] if loaded.tokenizer.bos_token_id is None else [loaded.tokenizer.bos_token_id]
+    bos = bos_of(loaded.tokenizer)
     found: list[Window] = []
     for document in sorted(documents, key=lambda each: each.sha256):
         if count is not None and len(found) == count:
             break
         if _most_tokens(document.text) + len(bos) >= length:
-            (ids,) = tokenize(loaded.tokenizer, [document.text])
+            ids = token_ids(loaded.tokenizer, document.text)
             if len(bos) + len(ids) >= length:
                 found.append(Window(document.name, document.sha256, 0, np.array(bos + ids, dtype=np.int64)))
     if not found:

@@ -29,16 +29,16 @@ _START_SECONDS = 300.0
 """How long a cluster may take to give the first worker a process; loading the model is not counted."""
 
 
-TaskT = TypeVar("TaskT")
-OutcomeT = TypeVar("OutcomeT")
-TaskIn = TypeVar("TaskIn", contravariant=True)
-OutcomeOut = TypeVar("OutcomeOut", covariant=True)
+_TaskT = TypeVar("_TaskT")
+_OutcomeT = TypeVar("_OutcomeT")
+_TaskIn = TypeVar("_TaskIn", contravariant=True)
+_OutcomeOut = TypeVar("_OutcomeOut", covariant=True)
 
 
-class Doer(Protocol[TaskIn, OutcomeOut]):
+class Doer(Protocol[_TaskIn, _OutcomeOut]):
     """Does tasks on a model that it may change; `close` puts that back."""
 
-    def __call__(self, task: TaskIn) -> OutcomeOut:
+    def __call__(self, task: _TaskIn) -> _OutcomeOut:
         """Do a task. Raises UserError for what the user can mend."""
         ...
 
@@ -48,38 +48,38 @@ class Doer(Protocol[TaskIn, OutcomeOut]):
 
 
 # What makes a doer of a model; picklable, because each worker is sent it.
-Make = Callable[[LoadedModel], Doer[TaskT, OutcomeT]]
+Make = Callable[[LoadedModel], Doer[_TaskT, _OutcomeT]]
 
 
-class Workers(Protocol[TaskIn, OutcomeOut]):
+class Workers(Protocol[_TaskIn, _OutcomeOut]):
     """Something that does tasks, and a context manager. count: how many can go on at once."""
 
     @property
     def count(self) -> int: ...  # noqa: D102
 
-    def run(self, tasks: Sequence[TaskIn]) -> Iterator[tuple[int, OutcomeOut]]:
+    def run(self, tasks: Sequence[_TaskIn]) -> Iterator[tuple[int, _OutcomeOut]]:
         """Do tasks in any order: (index into tasks, outcome) as each ends."""
         ...
 
-    def __enter__(self) -> Workers[TaskIn, OutcomeOut]: ...
+    def __enter__(self) -> Workers[_TaskIn, _OutcomeOut]: ...
 
     def __exit__(self, *exception: object) -> None: ...
 
 
-class InProcess(Generic[TaskT, OutcomeT]):
+class InProcess(Generic[_TaskT, _OutcomeT]):
     """Does tasks in this process, one after the other."""
 
     count = 1
 
-    def __init__(self, loaded: LoadedModel, make: Make[TaskT, OutcomeT]) -> None:
+    def __init__(self, loaded: LoadedModel, make: Make[_TaskT, _OutcomeT]) -> None:
         self._doer = make(loaded)
 
-    def run(self, tasks: Sequence[TaskT]) -> Iterator[tuple[int, OutcomeT]]:
+    def run(self, tasks: Sequence[_TaskT]) -> Iterator[tuple[int, _OutcomeT]]:
         """Do the tasks in their order; yields (index into tasks, outcome) as each ends."""
         for index, task in enumerate(tasks):
             yield index, self._doer(task)
 
-    def __enter__(self) -> InProcess[TaskT, OutcomeT]:
+    def __enter__(self) -> InProcess[_TaskT, _OutcomeT]:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -105,7 +105,7 @@ def options_for(workers: str | None, options: LoadOptions) -> LoadOptions:
     return options if options.threads is not None else replace(options, threads=1)
 
 
-def open_workers(workers: str | None, loaded: LoadedModel, make: Make[TaskT, OutcomeT]) -> Workers[TaskT, OutcomeT]:
+def open_workers(workers: str | None, loaded: LoadedModel, make: Make[_TaskT, _OutcomeT]) -> Workers[_TaskT, _OutcomeT]:
     """The workers that --workers asks for, ready to do tasks as `make` does them; to be used as a context.
 
     None is this process; `N` that many local Ray workers; `ray` or `ray:HOST:PORT` those of a cluster that runs.
@@ -131,9 +131,7 @@ class _Worker:
             rule, do = "every worker holds the model", "use fewer --workers, --device balanced or --quantize 4bit"
             raise UserError("--workers", got=f"no memory for one on {host}", rule=rule, do=do) from None
         except UserError as error:
-            raise UserError(
-                f"{error.what} of a worker on {host}", got=error.got, rule=error.rule, do=error.do
-            ) from None
+            raise error.changed(what=f"{error.what} of a worker on {host}") from None
         if loaded.fingerprint != job.fingerprint:
             raise UserError(
                 f"model of a worker on {host}",
@@ -220,13 +218,13 @@ def _set_aside(loaded: LoadedModel) -> Iterator[None]:
             loaded.model.to(device)  # type: ignore[arg-type]
 
 
-class RayWorkers(Generic[TaskT, OutcomeT]):
+class RayWorkers(Generic[_TaskT, _OutcomeT]):
     """Ray actors that hold the model, each doing one task at a time.
 
     A worker that dies is replaced and its task done again by whichever is free.
     """
 
-    def __init__(self, place: Place, loaded: LoadedModel, make: Make[TaskT, OutcomeT]) -> None:
+    def __init__(self, place: Place, loaded: LoadedModel, make: Make[_TaskT, _OutcomeT]) -> None:
         self._ray = import_ray()
         self._job = _Job.of(loaded)
         cuda, spread = loaded.device.type == "cuda", self._job.options.device in ("balanced", "sequential")
@@ -261,7 +259,7 @@ class RayWorkers(Generic[TaskT, OutcomeT]):
             raise
         logger.debug("%d workers, %g GPUs each", self.count, each)
 
-    def run(self, tasks: Sequence[TaskT]) -> Iterator[tuple[int, OutcomeT]]:
+    def run(self, tasks: Sequence[_TaskT]) -> Iterator[tuple[int, _OutcomeT]]:
         """Do the tasks in any order; yields (index into tasks, outcome) as each ends.
 
         Raises a UserError of a task as it is, and one when workers keep dying. Left early, what is still being done is
@@ -280,7 +278,7 @@ class RayWorkers(Generic[TaskT, OutcomeT]):
             self._soon |= {ref: (worker, "free") for ref, (worker, _) in self._busy.items()}
             self._busy = {}
 
-    def _hand_out(self, tasks: Sequence[TaskT], waiting: deque[int]) -> None:
+    def _hand_out(self, tasks: Sequence[_TaskT], waiting: deque[int]) -> None:
         while waiting and self._idle:
             worker, index = self._idle.pop(), waiting.popleft()
             self._busy[worker.run.remote(tasks[index])] = worker, index
@@ -291,7 +289,7 @@ class RayWorkers(Generic[TaskT, OutcomeT]):
 
     def _step(
         self, waiting: deque[int] | None = None, deaths: Counter[int] | None = None
-    ) -> list[tuple[int, OutcomeT]]:
+    ) -> list[tuple[int, _OutcomeT]]:
         """Wait for something to happen, and take note of it; the outcomes that came."""
         outcomes, refs = [], [*self._busy, *self._soon]
         only_started = not self._busy and all(stage == "started" for _, stage in self._soon.values())
@@ -352,7 +350,7 @@ class RayWorkers(Generic[TaskT, OutcomeT]):
         self._cluster.close()
         self._aside.close()
 
-    def __enter__(self) -> RayWorkers[TaskT, OutcomeT]:
+    def __enter__(self) -> RayWorkers[_TaskT, _OutcomeT]:
         return self
 
     def __exit__(self, *exception: object) -> None:

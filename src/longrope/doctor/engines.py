@@ -12,7 +12,7 @@ from longrope.errors import UserError
 # Classes whose local layers alone rotate, unless their configuration says otherwise
 _GLOBAL_UNTURNED = ("llama4_text", "cohere2", "exaone4")
 # Architectures of transformers whose llama.cpp graphs pass rescale factors to the rotation
-IN_LLAMA_CPP = (
+_IN_LLAMA_CPP = (
     "llama mistral mixtral phi3 phimoe minicpm minicpm3 granite granitemoe apertus".split()
 )  # fmt: skip
 
@@ -32,7 +32,7 @@ def _sglang(view: View) -> Iterator[str]:
 
 @check("llama-cpp", "note", "serve it with another engine")
 def _llama_cpp(view: View) -> Iterator[str]:
-    if view.kind == "longrope" and view.family and view.family not in IN_LLAMA_CPP:
+    if view.kind == "longrope" and view.family and view.family not in _IN_LLAMA_CPP:
         yield f"llama.cpp's graph of {view.family} passes no factors: a GGUF of it has plain RoPE"
 
 

@@ -15,14 +15,14 @@ from typing import Any
 from longrope.doctor import engines, lengths, lists, places  # noqa: F401
 from longrope.doctor.view import CHECKS, Folder, View
 from longrope.errors import UserError
-from longrope.factors import FactorTable
+from longrope.factors import FACTORS, FactorTable
 from longrope.files import read_json, write_atomically
 from longrope.folders import is_free, whole_folder
 from longrope.guard import files_to_copy
 
 SEVERITIES = ("error", "warning", "note")
 """error: does not load, or rotates wrongly. warning: an engine does something else. note: good to know."""
-_CONFIG, _TOKENIZER, _TABLE = "config.json", "tokenizer_config.json", "factors.json"
+_CONFIG, _TOKENIZER = "config.json", "tokenizer_config.json"
 # A mend may bring another finding to light; none needs more rounds.
 _ROUNDS = 3
 
@@ -77,7 +77,7 @@ def files_of(model: str) -> Path:
 
     try:
         found = Path(hf_hub_download(model, _CONFIG)).parent
-        for name in (_TOKENIZER, _TABLE):
+        for name in (_TOKENIZER, FACTORS):
             with suppress(EntryNotFoundError, OSError):
                 hf_hub_download(model, name)
     except Exception as error:  # each way in which a name is none, or the Hub does not answer, has an error of its own
@@ -94,7 +94,7 @@ def read_config(given: str | Path) -> tuple[Path, dict[str, Any], Folder]:
     if not isinstance(config, dict):
         raise UserError("config", got=f"{path}, a {type(config).__name__}", rule="it is an object", do="check the path")
     tokenizer = path.parent / _TOKENIZER
-    table = path.parent / _TABLE
+    table = path.parent / FACTORS
     settings = read_json(tokenizer, "tokenizer") if tokenizer.is_file() else None
     return path, config, Folder(
         FactorTable.load(table) if table.is_file() else None, settings if isinstance(settings, dict) else None

@@ -141,7 +141,9 @@ def without_scaling(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 Look = Callable[[View], Iterator[str]]
+"""Yields what it finds, a sentence each."""
 Mend = Callable[[View], None]
+"""Changes the configuration so that the check finds nothing more."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Check:
 
 
 CHECKS: list[Check] = []
+"""All checks, in the order in which their modules are imported."""
 
 
 def check(

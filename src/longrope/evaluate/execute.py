@@ -33,7 +33,8 @@ class Step:
 
 
 OnStep = Callable[[Step], None]
-OnRecord = Callable[[dict[str, Any]], None]
+"""Called before each piece of a measurement."""
+_OnRecord = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Part:
     row: RopeFactors | None
     length: int
     items: tuple[int, ...]
+
+
+_Waiting = tuple[tuple[str, int], Part]
+"""A part that is not done, with the method and length that it is of."""
 
 
 class Measuring:
@@ -72,7 +77,7 @@ def execute(
     windows: str | None = None,
     known: Sequence[Mapping[str, Any]] = (),
     workers: str | None = None,
-    on_record: OnRecord | None = None,
+    on_record: _OnRecord | None = None,
     on_step: OnStep | None = None,
 ) -> list[Result]:
     """Results of all rows, in their order.
@@ -82,7 +87,7 @@ def execute(
     """
     lines = {(line["method"], line["length"], line.get("windows"), line["item"]): line for line in known}
     records: dict[tuple[str, int], dict[int, Record]] = {key: {} for key in rows}
-    waiting: list[tuple[tuple[str, int], Part]] = []
+    waiting: list[_Waiting] = []
     for (method, length), row in rows.items():
         of_length = items[length]
         found = {n: lines.get((method, length, windows, item.key)) for n, item in enumerate(of_length)}
@@ -121,16 +126,13 @@ def _summed(measure: Measure, records: Mapping[tuple[str, int], Sequence[Record]
     return [Result.summing(*key, summary, windows, behind.get(key)) for key, summary in summaries.items()]
 
 
-Waiting = tuple[tuple[str, int], Part]
-
-
-def _finished(rows: Rows, items: Mapping[int, Sequence[Item]], waiting: Sequence[Waiting]) -> int:
+def _finished(rows: Rows, items: Mapping[int, Sequence[Item]], waiting: Sequence[_Waiting]) -> int:
     """How many items are in no group that waits."""
     return sum(len(items[length]) for _, length in rows) - sum(len(part.items) for _, part in waiting)
 
 
 def _done(
-    workers: Workers[Part, list[Record]], waiting: Sequence[Waiting], done: int, on_step: OnStep | None
+    workers: Workers[Part, list[Record]], waiting: Sequence[_Waiting], done: int, on_step: OnStep | None
 ) -> Iterator[tuple[tuple[str, int], Part, list[Record]]]:
     """Parts with their records as they end, in any order; progress by the tokens that are left, after `done` items."""
     total = done + sum(len(part.items) for _, part in waiting)

@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 import yaml
 
-from longrope.errors import UserError
+from longrope.errors import UserError, first_line
 from longrope.evaluate.harness_answers import answers_as_json
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel
@@ -294,7 +294,7 @@ def _load(manager: Any, names: Sequence[str], unsafe_code: bool) -> Any:
     try:
         loaded = manager.load(list(names))
     except Exception as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = first_line(error)
         got, rule = f"{', '.join(names)}: {text[:300]}", "a task needs its files and its data set"
         do = "mend the task, or go online once to fetch its data"
         if "StopIteration" in (type(error).__name__, text):

@@ -22,7 +22,7 @@ from longrope.patch import Patch
 
 logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+_Answer = TypeVar("_Answer")
 
 _LOGITS = 2**28  # of one batch, near: all of them are in memory, as lm-eval has it
 _ROLLING = 1024  # windows handed on together, to be batched by their lengths
@@ -126,7 +126,7 @@ class RegimeModel(HFLM):  # type: ignore[misc]  # lm_eval has no types
 
         return self._by_factors([len(context) + len(continued) - 1 for _, context, continued in requests], run)
 
-    def _by_factors(self, lengths: Sequence[int], run: Callable[[Sequence[int]], list[Answer]]) -> list[Answer]:
+    def _by_factors(self, lengths: Sequence[int], run: Callable[[Sequence[int]], list[_Answer]]) -> list[_Answer]:
         """What `run` answers for indices of requests of these lengths, asked for one group of equal factors at a time.
 
         Without a batch size of the user's, lengths of a group also lie within a factor of two.
@@ -135,7 +135,7 @@ class RegimeModel(HFLM):  # type: ignore[misc]  # lm_eval has no types
         for index, length in enumerate(lengths):
             row, bits = self.row(length), 0 if self.wanted else min(length, self.max_length).bit_length()
             groups.setdefault((row.key if row else "", bits), []).append(index)
-        answers: dict[int, Answer] = {}
+        answers: dict[int, _Answer] = {}
         for part in groups.values():
             longest = min(max(lengths[index] for index in part), self.max_length)
             self.patch.install(self.row(longest))
@@ -143,8 +143,8 @@ class RegimeModel(HFLM):  # type: ignore[misc]  # lm_eval has no types
         return [answers[index] for index in range(len(lengths))]
 
     def _if_it_fits(
-        self, run: Callable[[Sequence[int]], list[Answer]], part: Sequence[int], longest: int
-    ) -> list[Answer]:
+        self, run: Callable[[Sequence[int]], list[_Answer]], part: Sequence[int], longest: int
+    ) -> list[_Answer]:
         """run(part) in batches that halve when memory runs out. Raises UserError when one row is too much."""
         vocabulary = self.loaded.model.config.get_text_config().vocab_size
         size = self.wanted or max(1, min(self.loaded.batch_tokens, _LOGITS // vocabulary) // max(longest, 1))

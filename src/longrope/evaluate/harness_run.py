@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from longrope import __version__
-from longrope.checkpoint import LoadOptions, load_options
+from longrope.checkpoint import LoadOptions, load_options, taken
 from longrope.describe import describe_model, describe_options, metrics, tokenizer_hash
 from longrope.evaluate.harness import Prepared, check_tasks, harness, prepare
 from longrope.evaluate.methods import Result
 from longrope.evaluate.run import table_of
 from longrope.factors import FactorTable
-from longrope.model import LoadedModel, load_model
+from longrope.model import LoadedModel, as_loaded
 from longrope.runs import METRICS, RunFolder, command_line
 
 logger = logging.getLogger(__name__)
 
-ANSWERS = "answers"
+_ANSWERS = "answers"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class HarnessSettings:
     @classmethod
     def taken(cls, keywords: dict[str, Any]) -> HarnessSettings:
         """Those that are among some keywords, which are taken out of them. Raises UserError for tasks not known."""
-        given = cls(**{field.name: keywords.pop(field.name) for field in fields(cls) if field.name in keywords})
+        given = cls(**taken(cls, keywords))
         check_tasks(given.tasks, given.include_path)
         return given
 
@@ -73,7 +73,7 @@ def evaluate_harness(
     options = load_options(options, keywords)
     if factors == "none":
         options = replace(options, own_factors=False)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    loaded = as_loaded(model, options)
     table = table_of(loaded, factors)
     told = {"factors": [row.key for row in table.rows] if table else None}
     return harness_run("evaluate harness", loaded, {"factors" if table else "none": table}, given, told, out=out)
@@ -101,7 +101,7 @@ def harness_run(
     def measured(answers: Path | None) -> dict[str, Any]:
         results = []
         for number, (name, table) in enumerate(tables.items()):
-            kept = None if answers is None else answers if len(tables) == 1 else answers.with_name(f"{ANSWERS}-{name}")
+            kept = None if answers is None else answers if len(tables) == 1 else answers.with_name(f"{_ANSWERS}-{name}")
             # lm-eval's tasks hold what was asked of them: others for each table.
             tasks = given.prepared() if number else prepared
             found = harness(loaded, table, answers=kept, max_length=length, prepared=tasks, **vars(given))
@@ -124,6 +124,6 @@ def harness_run(
             measured_before = run.metrics()
             logger.info("%s is finished: its measurements are in %s", out, Path(out) / METRICS)
             return measured_before
-        run.save_metrics(measured(run.path / ANSWERS))
+        run.save_metrics(measured(run.path / _ANSWERS))
         run.finish()
         return run.metrics()

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Vector = NDArray[np.float64]
+from longrope.baselines import Vector
 
 _Z = 1.959964
 # Student's t, two-sided 95%, by degrees of freedom from 1 on.

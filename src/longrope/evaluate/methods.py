@@ -10,9 +10,11 @@ from typing import Any
 from longrope.evaluate.measures import Summary
 from longrope.evaluate.paired import Difference
 from longrope.factors import FactorTable, RopeFactors
+from longrope.files import finite_or_none
 from longrope.model import LoadedModel
 
 DEFAULT_METHODS = ("none", "pi", "ntk", "ntk+su", "ntk-cd", "dynamic-ntk", "yarn", "yarn+su", "yarn-rcd", "llama3")
+"""What `compare` compares where nothing is named."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Result:
         return {
             "method": self.method,
             "length": self.length,
-            "value": self.value if math.isfinite(self.value) else None,
+            "value": finite_or_none(self.value),
             "tokens": self.tokens,
             "ci": list(self.ci) if self.ci else None,
             **({"windows": self.windows} if self.windows else {}),
@@ -62,7 +64,7 @@ class Result:
 def _against(best: str, difference: Difference) -> dict[str, Any]:
     interval = [difference.low, difference.high]
     ci = interval if all(map(math.isfinite, interval)) else None
-    return {"method": best, "value": difference.value if math.isfinite(difference.value) else None, "ci": ci}
+    return {"method": best, "value": finite_or_none(difference.value), "ci": ci}
 
 
 def method_factors(loaded: LoadedModel, method: str, target: int, length: int) -> RopeFactors | None:

@@ -17,6 +17,7 @@ from longrope.evaluate.answers import answers
 from longrope.evaluate.intervals import share_interval
 from longrope.evaluate.measures import Item, Record, Summary
 from longrope.evaluate.templates import INTRO_FROM, NEEDLE, SHORT_NEEDLE, NeedleTemplate, describe_template
+from longrope.files import finite_or_none
 from longrope.model import LoadedModel
 from longrope.windows import choose_windows
 
@@ -99,8 +100,7 @@ class NeedleMeasure:
                 self.documents, loaded.tokenizer, length=length - least + bos, count=self.tries, seed=self.seed
             )
         except UserError as error:
-            rule = f"{error.rule} (a needle's prompt takes the rest of {length})"
-            raise UserError(error.what, got=error.got, rule=rule, do=error.do) from None
+            raise error.changed(rule=f"{error.rule} (a needle's prompt takes the rest of {length})") from None
         return [(window.sha256, window.ids[bos:].tolist()) for window in windows]
 
     def run(self, loaded: LoadedModel, items: Sequence[Item]) -> Sequence[Record]:
@@ -108,7 +108,7 @@ class NeedleMeasure:
         sizes = [item.data["answer"] for item in items]
         found, losses = answers(loaded, np.stack([item.ids for item in items]), sizes)
         return [
-            {"depth": item.data["depth"], "found": bool(right), "loss": float(loss) if np.isfinite(loss) else None}
+            {"depth": item.data["depth"], "found": bool(right), "loss": finite_or_none(float(loss))}
             for item, right, loss in zip(items, found, losses, strict=True)
         ]
 

@@ -7,23 +7,24 @@ measured as those of any method are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from longrope.baselines import RULES
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
+from longrope.files import finite_or_none
 from longrope.model import LoadedModel
 
 START_TOKENS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
-GROUPS = 8
-_RULES = ("none", "su", "yarn")
+"""Values of n-hat that are measured."""
+_GROUPS = 8
 _OF_ATTENTION = ("pi", "ntk", "yarn")
 _OF_START_TOKENS = ("pi", "ntk")
 
-Line = list[int | float | str | None]
+_Line = list[int | float | str | None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def studies(
     plain = loaded.trained.with_values(up_to=target)
     stretched = loaded.baseline("pi", target)
     lines = [Entry("whole", ("none",), {"none": plain}), Entry("whole", ("pi",), {"pi": stretched})]
-    for group in np.array_split(np.arange(pairs), groups or min(GROUPS, pairs)):
+    for group in np.array_split(np.arange(pairs), groups or min(_GROUPS, pairs)):
         first, last = int(group[0]), int(group[-1])
         both = {
             f"only pairs {first}-{last}": _mixed(plain, stretched, first, last),
@@ -74,7 +75,7 @@ def studies(
             factors = {f"{name}, {kept} start tokens": row.with_values(start_tokens=kept)}
             lines.append(Entry("start_tokens", (kept, name), factors))
     for name in _OF_ATTENTION:
-        for rule in _RULES:
+        for rule in RULES:
             factors = {f"{name}, attention factor {rule}": loaded.baseline(f"{name}+{rule}", target)}
             lines.append(Entry("attention", (rule, name), factors))
     return lines
@@ -93,16 +94,15 @@ def rows(lines: Sequence[Entry]) -> dict[str, RopeFactors]:
     return {found[key][0]: found[key][1] for key in order}
 
 
-def collect(lines: Sequence[Entry], values: Mapping[str, float]) -> dict[str, list[Line]]:
+def collect(lines: Sequence[Entry], values: Mapping[str, float]) -> dict[str, list[_Line]]:
     """The studies with the perplexities of `rows` by label: details of a result, JSON as they are.
 
     {"whole": [[method, ppl]], "groups": [[first, last, ppl of only these, ppl of all but these]],
     "start_tokens": [[start tokens, method, ppl]], "attention": [[rule, method, ppl]]}; None where one is not finite.
     """
     by_key = {row.key: values[label] for label, row in rows(lines).items()}
-    details: dict[str, list[Line]] = {}
+    details: dict[str, list[_Line]] = {}
     for entry in lines:
-        measured = [by_key[row.key] for row in entry.factors.values()]
-        finite = [value if math.isfinite(value) else None for value in measured]
-        details.setdefault(entry.study, []).append([*entry.place, *finite])
+        measured = [finite_or_none(by_key[row.key]) for row in entry.factors.values()]
+        details.setdefault(entry.study, []).append([*entry.place, *measured])
     return details

@@ -18,8 +18,6 @@ from longrope.evaluate.prompts import inner_ids
 from longrope.evaluate.templates import INTRO_FROM, PAPER, SHORT, PasskeyTemplate, describe_template
 from longrope.model import LoadedModel
 
-__all__ = ["PAPER", "SHORT", "PasskeyMeasure", "PasskeyTemplate", "Retrieval", "make_prompts", "passkey"]
-
 _DECILES = 10
 
 
@@ -128,15 +126,3 @@ def passkey(
     found = np.array([bool(record["found"]) for record in records])
     depths = np.array([float(record["depth"]) for record in records])
     return Retrieval(float(found.mean()), tries, share_interval(float(found.mean()), tries), depths, found)
-
-
-def make_prompts(
-    loaded: LoadedModel, length: int, *, tries: int, seed: int, template: PasskeyTemplate | None = None
-) -> tuple[NDArray[np.int64], list[list[int]], NDArray[np.float64]]:
-    """Token ids (tries, length) of prompts with their answers, the answers' own, and depths (tries,) within 0 to 1.
-
-    Raises UserError when the prompt does not fit.
-    """
-    items = PasskeyMeasure(tries, seed, template).items(loaded, length)
-    ends = [item.ids[-item.data["answer"] :].tolist() for item in items]
-    return np.stack([item.ids for item in items]), ends, np.array([item.data["depth"] for item in items])

@@ -16,16 +16,14 @@ from torch import Tensor
 from longrope.errors import UserError
 from longrope.evaluate.intervals import mean_interval
 from longrope.lengths import format_length
-from longrope.model import LoadedModel
+from longrope.model import NO_TARGET, LoadedModel
 from longrope.runtime.caches import RoomyCache
 from longrope.runtime.chunks import CHUNK, by_chunks, whole_text
 from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
-_NO_TARGET = -100  # of a window's last token
+_Returned = TypeVar("_Returned")
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Perplexity:
 
 def token_losses(loaded: LoadedModel, ids: Tensor) -> Tensor:
     """Negative log-likelihood (B, T - 1), float32 nats, of every token of ids (B, T) but the first."""
-    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NO_TARGET)
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=NO_TARGET)
     # Made before the first chunk: a result kept between two chunks would keep the allocator from using a place again.
     losses = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     with torch.inference_mode(), loaded.autocast():
@@ -58,7 +56,7 @@ def token_losses(loaded: LoadedModel, ids: Tensor) -> Tensor:
 def token_losses_by_chunks(loaded: LoadedModel, ids: Tensor, chunk: int = CHUNK) -> Tensor:
     """`token_losses` with the activations of a chunk and a cache of the window, where it does not fit otherwise."""
     losses = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
-    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NO_TARGET)
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=NO_TARGET)
     with torch.inference_mode(), loaded.autocast():
         cache = RoomyCache(loaded.model.config.get_text_config(), ids.shape[1])
         for start, outputs in by_chunks(loaded.model, cache, ids, *whole_text(ids), chunk):
@@ -74,7 +72,7 @@ def _chunk_losses(logits: Tensor, targets: Tensor) -> Tensor:
     wanted = targets.to(logits.device)
     # Flattened whole, without the last token cut off, logits are not copied.
     chunk = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=_NO_TARGET, reduction="none"
+        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=NO_TARGET, reduction="none"
     )
     return chunk.view_as(wanted)
 
@@ -133,7 +131,7 @@ def in_batches(
     return torch.cat(results)
 
 
-def run_if_it_fits(run: Callable[[Tensor], Result], batch: Tensor) -> Result | None:
+def run_if_it_fits(run: Callable[[Tensor], _Returned], batch: Tensor) -> _Returned | None:
     """run(batch), None when memory runs out."""
     try:
         return run(batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longrope.evaluate.measures import Item, Record, Summary
 from longrope.evaluate.perplexity import check_stride, losses_by_token, scored_sums, sliding_loss, summarize
+from longrope.files import finite_or_none
 from longrope.model import LoadedModel
 from longrope.windows import Window, fingerprint
 
@@ -76,13 +77,13 @@ class PerplexityMeasure:
                 for window, item in zip(windows, items, strict=True)
             ]
             return [
-                {"loss": _finite(loss), "count": count, "document": window.sha256}
+                {"loss": finite_or_none(loss), "count": count, "document": window.sha256}
                 for (loss, count), window in zip(found, windows, strict=True)
             ]
         losses = losses_by_token(loaded, windows)
         return [
             {
-                "loss": _finite(float(loss)),
+                "loss": finite_or_none(float(loss)),
                 "count": window.scored,
                 "document": window.sha256,
                 "by_position": _by_position(row, window.scored_from),
@@ -118,7 +119,7 @@ def _by_position(losses: Tensor, scored_from: int) -> list[list[float | int | No
     for upper in position_edges(length):
         high = min(upper, length)
         if high > low:
-            buckets.append([upper, _finite(float(losses[low - 1 : high - 1].sum())), high - low])
+            buckets.append([upper, finite_or_none(float(losses[low - 1 : high - 1].sum())), high - low])
             low = high
     return buckets
 
@@ -137,7 +138,3 @@ def _perplexity(parts: Sequence[tuple[float | None, int]]) -> float | None:
     if len(losses) < len(parts):
         return None
     return math.exp(min(math.fsum(losses) / sum(count for _, count in parts), 700.0))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from longrope.errors import UserError
+from longrope.errors import UserError, first_line
+from longrope.windows import bos_of, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,8 +66,7 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, wording: Wording, *, cha
         answer = wording.answer if wording.lead.strip() else wording.answer.lstrip()
         asked = wording.question + after + begun.removesuffix(answer)
     else:
-        head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        head += _ids(tokenizer, wording.intro)
+        head = bos_of(tokenizer) + _ids(tokenizer, wording.intro)
         asked, answer = wording.question + wording.lead, wording.answer
     question, answered = _ending(tokenizer, asked, answer, told=wording.told)
     return Prompt(head, inner_ids(tokenizer, wording.told), question, answered)
@@ -93,7 +93,7 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
             turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
     except Exception as error:  # a template is a program, and it comes with the model
-        rendered, reason = "", (str(error).strip().splitlines() or [type(error).__name__])[0]
+        rendered, reason = "", first_line(error)
     before, _, after = str(rendered).partition(_CONTENT)
     if str(rendered).count(_CONTENT) != 1:
         got, rule = f"a chat template that cannot be used ({reason})", "it writes a user's turn once, as it is"
@@ -138,7 +138,4 @@ def _following(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> li
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    if not text:
-        return []
-    # verbose=False: no warning about texts beyond the model's length, which are the point here.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return token_ids(tokenizer, text) if text else []

@@ -21,10 +21,10 @@ from longrope.windows import Window
 
 logger = logging.getLogger(__name__)
 
-RECORDS = 1
+_RECORDS = 1
 """Version of what a line of results.jsonl holds: a run of another is not gone on with."""
 
-Conclude = Callable[[list[Result]], list[Result]]
+_Conclude = Callable[[list[Result]], list[Result]]
 
 
 def measure_methods(
@@ -61,9 +61,9 @@ def _checked(lines: list[dict[str, Any]], measure: Measure, path: Path) -> list[
             value = record.get(name)
             good = isinstance(value, kind) and name in record and (kind is bool or not isinstance(value, bool))
             if not good or (name == "count" and value < 1):
-                rule = "every line is a record of this run; restore the file or start anew"
                 got = f"{path}, line {number} with no proper {name!r} in its record"
-                raise UserError("lines", got=got, rule=rule.partition(";")[0], do=rule.partition("; ")[2])
+                rule = "every line is a record of this run"
+                raise UserError("lines", got=got, rule=rule, do="restore the file or start anew")
     return lines
 
 
@@ -75,7 +75,7 @@ def measure_run(
     settings: Mapping[str, Any],
     *,
     name: str | None = None,
-    conclude: Conclude = list,
+    conclude: _Conclude = list,
     documents: Sequence[Window] = (),
     out: str | Path | None = None,
     workers: str | None = None,
@@ -103,7 +103,7 @@ def measure_run(
         "model": describe_model(loaded),
         "settings": told,
         "items": hashes,  # a run goes on with the very prompts that it began with
-        "records": RECORDS,
+        "records": _RECORDS,
         "documents": {"unseen": describe_windows(documents)},
         "ignored": {"command_line": command_line(), "items": sum(len(items[length]) for _, length in rows)},
     }

@@ -12,8 +12,10 @@ from longrope.evaluate.measures import Item
 from longrope.evaluate.prompts import chat_frame
 from longrope.evaluate.ruler_samples import Builder, Sample, Text
 from longrope.evaluate.ruler_tasks import TOKENS, builders
+from longrope.windows import bos_of, token_ids
 
 Encode = Callable[[Text], list[int]]
+"""Token ids of a prompt with the beginning of its answer."""
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Encode:
@@ -23,17 +25,12 @@ def encoder(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Encode:
     template.
     """
     before, after = chat_frame(tokenizer) if chat else ("", "\n")
-    bos = [] if chat or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = [] if chat else bos_of(tokenizer)
 
     def encode(text: Text) -> list[int]:
-        return bos + _ids(tokenizer, f"{before}{text.prompt}{after}{text.answer_prefix}")
+        return bos + token_ids(tokenizer, f"{before}{text.prompt}{after}{text.answer_prefix}")
 
     return encode
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: no warning about texts beyond the model's length, which are the point here.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def room(sample: Sample, text: Text, encode: Encode) -> int:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from longrope.evaluate.ruler_questions import Question
 from longrope.evaluate.ruler_texts import Texts
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
 
 @dataclass(frozen=True)
 class Text:

@@ -12,9 +12,10 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise
+from string import ascii_uppercase
 
 from longrope.evaluate.ruler_questions import passages
-from longrope.evaluate.ruler_samples import LETTERS, Builder, Sample, Text, after
+from longrope.evaluate.ruler_samples import Builder, Sample, Text, after
 from longrope.evaluate.ruler_words import common_words, frequent_words
 
 _HOPS = 4
@@ -39,7 +40,7 @@ class Retrieval:
     queries: int = 1
 
 
-RETRIEVAL = {
+_RETRIEVAL = {
     "niah_single_1": Retrieval("noise"),
     "niah_single_2": Retrieval("essay"),
     "niah_single_3": Retrieval("essay", value="uuid"),
@@ -50,16 +51,17 @@ RETRIEVAL = {
     "niah_multiquery": Retrieval("essay", keys=4, queries=4),
 }
 QUESTIONS = ("qa_1", "qa_2")
-TASKS = (*RETRIEVAL, "vt", "cwe", "fwe", *QUESTIONS)
+"""Tasks that ask the user's own questions."""
+TASKS = (*_RETRIEVAL, "vt", "cwe", "fwe", *QUESTIONS)
 """The thirteen, in the paper's order."""
-TOKENS = dict.fromkeys(RETRIEVAL, 128) | {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
+TOKENS = dict.fromkeys(_RETRIEVAL, 128) | {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 """Tokens to generate for each task, as published."""
 
 
 def builders(sample: Sample) -> list[Builder]:
     """How a sample can be built: in its published form, then in smaller ones for short windows."""
-    if sample.task in RETRIEVAL:
-        return [_retrieval(sample, RETRIEVAL[sample.task])]
+    if sample.task in _RETRIEVAL:
+        return [_retrieval(sample, _RETRIEVAL[sample.task])]
     if sample.task == "vt":
         return [_tracking(sample, example=True), _tracking(sample, example=False)]
     if sample.task == "cwe":
@@ -210,5 +212,5 @@ def _distinct(rng: random.Random, letters: int, count: int) -> list[str]:
     """So many different names of capital letters."""
     names: dict[str, None] = {}
     while len(names) < count:
-        names["".join(rng.choices(LETTERS.upper(), k=letters))] = None
+        names["".join(rng.choices(ascii_uppercase, k=letters))] = None
     return list(names)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 from longrope.errors import UserError
-from longrope.files import LARGEST, check_regular
+from longrope.evaluate.wording import placeholders, read_toml
 
 Texts = Mapping[str, Mapping[str, Any]]
 """Table -> key -> a text with placeholders; in the table `words`, a list of texts."""
@@ -90,6 +88,7 @@ ENGLISH: Texts = {
         ).split(),
     },
 }
+"""Our own wording."""
 
 # Placeholders of each text: those it may have, then those that it must have.
 _NIAH = ({"type_needle_v", "query", "context"}, {"query", "context"})
@@ -126,13 +125,7 @@ def read_templates(path: str | Path) -> Texts:
     Raises UserError for a file that cannot be read, for a table, key or placeholder that RULER does not know, and for
     a text without a placeholder that it needs.
     """
-    check_regular(Path(path), "templates", LARGEST)
-    try:
-        given = tomllib.loads(Path(path).read_text("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, or lists in lists
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        got = f"{str(path)!r}, which cannot be read"
-        raise UserError("templates", got=got, rule=reason, do="give a TOML file in UTF-8") from error
+    given = read_toml(Path(path))
     texts = {table: dict(copy.deepcopy(dict(of_table))) for table, of_table in ENGLISH.items()}
     for table, changes in given.items():
         if table not in texts or not isinstance(changes, dict):
@@ -160,15 +153,14 @@ def _text(table: str, key: str, value: object) -> str:
     if not isinstance(value, str):
         raise UserError("templates", got=f"{where} of another kind", rule="it is a text", do="correct the file")
     try:
-        parsed = list(Formatter().parse(value))
+        placed = placeholders(value)
     except ValueError as error:
         rule = f"a brace that is no placeholder is written twice ({error})"
         raise UserError("templates", got=f"a lone brace in {where}", rule=rule, do="correct the file") from error
-    for _, name, form, conversion in parsed:
-        if name is not None and (name not in allowed or form or conversion):
-            shown = name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
-            raise _unknown(f"the placeholder {{{shown}}} in {where}", told)
-    missing = sorted(needed - {name for _, name, _, _ in parsed if name})
+    for each in placed:
+        if each not in allowed:
+            raise _unknown(f"the placeholder {{{each}}} in {where}", told)
+    missing = sorted(needed - set(placed))
     if missing:
         got = f"{where} without {{{missing[0]}}}"
         raise UserError("templates", got=got, rule="without it the task cannot be solved", do="add it")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from string import ascii_lowercase
 
-from longrope.evaluate.ruler_samples import LETTERS, Builder, Sample, Text, after
+from longrope.evaluate.ruler_samples import Builder, Sample, Text, after
 
 _SYLLABLES = [first + second for first in "bdfgjklmnprstvz" for second in "aeiou"]
 _COMMON = 10
@@ -52,7 +53,7 @@ def frequent_words(sample: Sample) -> Builder:
     vocabulary = max(5, sample.length // 50)
     coded: dict[str, None] = {"...": None}
     while len(coded) < vocabulary:
-        coded["".join(rng.choices(LETTERS, k=6))] = None
+        coded["".join(rng.choices(ascii_lowercase, k=6))] = None
     asked = tuple(coded)[1:4]
 
     def clear(words: int) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longrope.checkpoint import LoadOptions, load_options
-from longrope.convert import factors_file, read_factors
+from longrope.checkpoint import LoadOptions, load_options, taken
+from longrope.convert import as_table
 from longrope.describe import describe_options
 from longrope.documents import read_sources
 from longrope.errors import UserError
@@ -25,7 +25,7 @@ from longrope.evaluate.ruler import SAMPLES, Ruler
 from longrope.evaluate.templates import read_needle_template, read_passkey_template
 from longrope.factors import FactorTable
 from longrope.lengths import as_length
-from longrope.model import LoadedModel, load_model
+from longrope.model import LoadedModel, as_loaded
 from longrope.windows import Window, whole_documents, windows_of
 from longrope.workers import options_for
 
@@ -55,11 +55,11 @@ class MeasureSettings:
     seed: int = 0
 
 
-Made = tuple[Measure, list[Window]]
+_Made = tuple[Measure, list[Window]]
 """A measure, and the windows of documents it is on, where it is on windows."""
 
 
-def _perplexity(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+def _perplexity(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> _Made:
     found = read_sources(given.documents, share="unseen", tokenizer=loaded.tokenizer)
     chosen: dict[int, list[Window]] = {}
     for length in lengths:
@@ -71,19 +71,19 @@ def _perplexity(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSetti
     return PerplexityMeasure(chosen, given.stride), [window for length in chosen for window in chosen[length]]
 
 
-def _passkey(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+def _passkey(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> _Made:
     template = None if given.template is None else read_passkey_template(given.template)
     return PasskeyMeasure(tries=given.tries or 10, seed=given.seed, template=template, chat=given.chat), []
 
 
-def _needle(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+def _needle(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> _Made:
     template = None if given.template is None else read_needle_template(given.template)
     found = read_sources(given.documents, share="unseen", tokenizer=loaded.tokenizer)
     numbers = {"depths": given.depths, "tries": given.tries or 3, "digits": given.digits, "seed": given.seed}
     return NeedleMeasure(found, template=template, chat=given.chat, **numbers), []
 
 
-def _ruler(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+def _ruler(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> _Made:
     found = read_sources(given.documents, share="unseen", tokenizer=loaded.tokenizer) if given.documents else []
     made = Ruler.of(
         given.tasks,
@@ -97,24 +97,24 @@ def _ruler(loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) 
     return made, []
 
 
-_MAKERS: Mapping[str, Callable[[LoadedModel, Sequence[int], MeasureSettings], Made]] = {
+_MAKERS: Mapping[str, Callable[[LoadedModel, Sequence[int], MeasureSettings], _Made]] = {
     "perplexity": _perplexity,
     "passkey": _passkey,
     "needle": _needle,
     "ruler": _ruler,
 }
 COMPARED = (*_MAKERS, "harness")  # what methods can be compared in
-MEASURES = (*_MAKERS, "nonuniformity", "harness")
+_MEASURES = (*_MAKERS, "nonuniformity", "harness")
 _MOST_DIGITS = 18  # numbers are drawn as 64-bit integers
 _OF_DOCUMENTS = ("perplexity", "needle", "nonuniformity")
 
 
-def make_measure(name: str, loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> Made:
+def make_measure(name: str, loaded: LoadedModel, lengths: Sequence[int], given: MeasureSettings) -> _Made:
     """The measure of a name with its settings. Raises UserError when it cannot be made."""
     return _MAKERS[name](loaded, lengths, given)
 
 
-def check_measure(name: str, given: MeasureSettings, known: Sequence[str] = MEASURES) -> None:
+def check_measure(name: str, given: MeasureSettings, known: Sequence[str] = _MEASURES) -> None:
     """Raise UserError, before a model is loaded, for a measure that does not exist or lacks its documents."""
     if name not in known:
         rule = f"it is one of {', '.join(known)}"
@@ -163,7 +163,7 @@ def evaluate(
             rule = "every prompt has its own length, and one process asks them"
             raise UserError("harness", got="lengths or workers", rule=rule, do="leave them out")
         return evaluate_harness(model, factors=factors, out=out, options=options, **keywords)
-    given = MeasureSettings(**{name: keywords.pop(name) for name in vars(MeasureSettings()) if name in keywords})
+    given = MeasureSettings(**taken(MeasureSettings, keywords))
     check_measure(measure, given)
     wanted = sorted({as_length(length) for length in lengths})
     if not wanted:
@@ -172,7 +172,7 @@ def evaluate(
     options = options_for(place, load_options(options, keywords))
     if factors == "none":
         options = replace(options, own_factors=False)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, options)
+    loaded = as_loaded(model, options)
     table = table_of(loaded, factors)
     if measure == "nonuniformity":
         return study(loaded, wanted, table, given, out=out, workers=place, on_step=on_step)
@@ -239,6 +239,6 @@ def table_of(loaded: LoadedModel, factors: FactorTable | str | Path | None) -> F
         return loaded.table  # checked when it was loaded
     if factors == "none":
         return None
-    table = factors if isinstance(factors, FactorTable) else read_factors(factors_file(factors))
+    table = as_table(factors)
     loaded.check(table)
     return table

@@ -19,8 +19,6 @@ names = ["amber-anchor", "bold-bridge"]       # what {key} is drawn from; option
 
 from __future__ import annotations
 
-import string
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -28,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from longrope.errors import UserError
 from longrope.evaluate.prompts import Prompt, Wording, tokenize_prompt
-from longrope.files import LARGEST, check_regular
+from longrope.evaluate.wording import placeholders, read_toml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,11 +34,13 @@ if TYPE_CHECKING:
 INTRO_FROM = 1024
 """Tokens of a window from which on our own prompts have an introduction; a shorter one has better use for its space."""
 FIRST = "amber bold calm distant early gentle hollow idle jolly keen lonely mellow narrow patient quiet rusty".split()
+"""First halves of the names that needles are told for."""
 SECOND = "anchor bridge candle dolphin engine forest garden hammer island jacket kettle ladder mirror needle".split()
+"""Their second halves."""
 _NAMES = tuple(f"{first}-{second}" for first in FIRST for second in SECOND)
 _KINDS = ("passkey", "needle")
 
-Kind = TypeVar("Kind", "PasskeyTemplate", "NeedleTemplate")
+_Kind = TypeVar("_Kind", "PasskeyTemplate", "NeedleTemplate")
 
 
 def _check(
@@ -52,7 +52,11 @@ def _check(
         if not isinstance(text, str):
             raise UserError(where, got=f"a {type(text).__name__}", rule="it is text", do="put it in quotes")
         wanted, possible = needed.get(name, ()), {*needed.get(name, ()), *allowed.get(name, ())}
-        placed = _placeholders(where, text)
+        try:
+            placed = placeholders(text)
+        except ValueError as error:
+            do = "write a brace of the text twice: {{ or }}"
+            raise UserError(where, got=repr(text), rule=str(error).lower(), do=do) from None
         wrong = [each for each in placed if each not in possible]
         told = " and ".join(f"{{{each}}}" for each in sorted(possible)) or "none"
         if wrong:
@@ -61,20 +65,6 @@ def _check(
         for each in wanted:
             if each not in placed:
                 raise UserError(where, got=f"no {{{each}}}", rule=f"it holds {{{each}}}", do="put it in")
-
-
-def _placeholders(where: str, text: str) -> list[str]:
-    """What stands in braces, as it is written."""
-    try:
-        parsed = list(string.Formatter().parse(text))
-    except ValueError as error:
-        do = "write a brace of the text twice: {{ or }}"
-        raise UserError(where, got=repr(text), rule=str(error).lower(), do=do) from None
-    return [
-        f"{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
-        for _, name, spec, conversion in parsed
-        if name is not None
-    ]
 
 
 @dataclass(frozen=True)
@@ -141,14 +131,18 @@ PAPER = PasskeyTemplate(
     question="\nWhat is the pass key?",
     lead=" The pass key is",
 )
+"""The wording of the LongRoPE paper."""
 SHORT = replace(PAPER, intro="")
+"""The same without its introduction, for short windows."""
 NEEDLE = NeedleTemplate(
     intro="In the text below a magic number is given for a name. Remember both: you will be asked for it at the end.\n",
     needle="\nFor {key} the magic number is {number}. Remember it.\n",
     question="\nWhat is the magic number for {key}?",
     lead=" For {key} the magic number is",
 )
+"""Our own wording of a needle."""
 SHORT_NEEDLE = replace(NEEDLE, intro="")
+"""The same without its introduction, for short windows."""
 
 
 def read_passkey_template(path: str | Path) -> PasskeyTemplate:
@@ -170,8 +164,8 @@ def _plain(value: str | Sequence[str]) -> str | list[str]:
     return value if isinstance(value, str) else list(value)
 
 
-def _read(path: Path, kind: str, cls: type[Kind]) -> Kind:
-    tables = _toml(path)
+def _read(path: Path, kind: str, cls: type[_Kind]) -> _Kind:
+    tables = read_toml(path)
     unknown = [name for name in tables if name not in _KINDS]
     if unknown:
         rule = f"a template file has the tables {' and '.join(f'[{name}]' for name in _KINDS)}"
@@ -194,16 +188,4 @@ def _read(path: Path, kind: str, cls: type[Kind]) -> Kind:
     try:
         return cls(**values)
     except UserError as error:
-        what = f"{path}, {error.what}"
-        raise UserError(what, got=error.got, rule=error.rule, do=error.do) from None
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    check_regular(path, "template", LARGEST)
-    try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        got, rule = f"{path}, which cannot be read", error.strerror or type(error).__name__
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML, or lists in lists
-        got, rule = f"{path}, which is not TOML", str(error)
-    raise UserError("template", got=got, rule=rule, do="give a TOML file, as in the documentation")
+        raise error.changed(what=f"{path}, {error.what}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from longrope.errors import UserError
 from longrope.evaluate.perplexity import measure
 from longrope.export.engines import row_of_engine
 from longrope.factors import FactorTable, last_row
+from longrope.files import finite_or_none
 from longrope.model import load_model
 from longrope.windows import windows_of
 
@@ -47,7 +47,6 @@ def measured_costs(
             values = []
             for row in rows:
                 patch.install(row)
-                values.append(measure(loaded, windows).value)
-        costs = [value if math.isfinite(value) else None for value in values]
-        found.append({"length": length, "table": costs[0], "engine": costs[1], "windows": len(windows)})
+                values.append(finite_or_none(measure(loaded, windows).value))
+        found.append({"length": length, "table": values[0], "engine": values[1], "windows": len(windows)})
     return found

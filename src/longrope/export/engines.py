@@ -12,7 +12,8 @@ from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
 
 ENGINES = ("transformers", "vllm", "sglang", "mlx", "gguf")
-WINDOWS = ("dynamic", "long", "short")
+"""What `--engine` may be."""
+_WINDOWS = ("dynamic", "long", "short")
 # Families whose class has an attention factor for each of its lists
 _OWN_MSCALES = ("phimoe",)
 # Families whose transformers class wants the original length at the top level
@@ -27,7 +28,7 @@ _IN_MLX = (
 
 def check_names(engine: str, window: str) -> None:
     """Raise UserError for an engine or a window that is none."""
-    for flag, value, known in (("--engine", engine, ENGINES), ("--window", window, WINDOWS)):
+    for flag, value, known in (("--engine", engine, ENGINES), ("--window", window, _WINDOWS)):
         if value not in known:
             raise UserError(flag, got=repr(value), rule=f"it is one of {', '.join(known)}", do="choose one of them")
 

@@ -20,9 +20,10 @@ from longrope.errors import UserError
 from longrope.export.gguf_tokenizer import Vocabulary
 from longrope.factors import FactorTable
 
-Array = NDArray[Any]
+_Array = NDArray[Any]
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
+"""Of matrices in a GGUF."""
 _LONG, _SHORT, _ALWAYS = "rope_factors_long.weight", "rope_factors_short.weight", "rope_freqs.weight"
 # transformers' names of a layer's weights -> those of GGUF
 _LLAMA = {
@@ -45,7 +46,7 @@ _PHI3 = {
     "mlp.down_proj": "ffn_down",
 }
 _AROUND = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "phi3": "phi3"}
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "phi3": "phi3"}
 """model_type of transformers -> architecture of GGUF that is written here."""
 
 
@@ -56,7 +57,7 @@ class _Weight:
     name: str
     shape: tuple[int, ...]
     kind: Any
-    read: Callable[[], Array]
+    read: Callable[[], _Array]
 
 
 def import_gguf() -> Any:
@@ -72,8 +73,8 @@ def import_gguf() -> Any:
 def check_architecture(config: Mapping[str, Any], source: Path) -> str:
     """The GGUF architecture of a model. Raises UserError for what cannot be written with factors."""
     family = str(config.get("model_type"))
-    if family not in ARCHITECTURES:
-        rule = f"longrope writes {', '.join(ARCHITECTURES)} as GGUF; most other graphs of llama.cpp pass no factors"
+    if family not in _ARCHITECTURES:
+        rule = f"longrope writes {', '.join(_ARCHITECTURES)} as GGUF; most other graphs of llama.cpp pass no factors"
         raise UserError("--engine gguf", got=family, rule=rule, do="use another engine")
     if config.get("quantization_config"):
         rule = "a GGUF is made from weights that are not quantised"
@@ -83,7 +84,7 @@ def check_architecture(config: Mapping[str, Any], source: Path) -> str:
     if not list(source.glob("*.safetensors")):
         rule = "weights are read from safetensors"
         raise UserError("--engine gguf", got=f"{source} without them", rule=rule, do="save the model with transformers")
-    return ARCHITECTURES[family]
+    return _ARCHITECTURES[family]
 
 
 def check_graph(config: Mapping[str, Any], served: FactorTable) -> None:
@@ -144,12 +145,12 @@ def _name_of(name: str, vocabulary: Vocabulary) -> str:
     return "model" if phi3 and not {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= set(vocabulary.tokens) else name
 
 
-def _as(gguf: Any, values: Array, kind: Any) -> Array:
+def _as(gguf: Any, values: _Array, kind: Any) -> _Array:
     if kind == gguf.GGMLQuantizationType.F32:
         return values.astype(np.float32)
     if kind == gguf.GGMLQuantizationType.F16:
         return values.astype(np.float16)
-    quantized: Array = gguf.quants.quantize(np.ascontiguousarray(values, dtype=np.float32), kind)
+    quantized: _Array = gguf.quants.quantize(np.ascontiguousarray(values, dtype=np.float32), kind)
     return quantized
 
 
@@ -195,7 +196,7 @@ def _weights(gguf: Any, source: Path, config: Mapping[str, Any], architecture: s
                 shape = tuple(opened.get_slice(key).get_shape())
                 turned = {"attn_q": heads, "attn_k": shared}.get(found.split(".")[-2]) if names is _LLAMA else None
 
-                def read(file: Path = file, key: str = key, turned: int | None = turned) -> Array:
+                def read(file: Path = file, key: str = key, turned: int | None = turned) -> _Array:
                     with safe_open(str(file), framework="pt") as again:
                         values = again.get_tensor(key).to(torch.float32).numpy()
                     return values if turned is None else interleaved(values, turned)
@@ -216,7 +217,7 @@ def _name(key: str, names: Mapping[str, str]) -> str | None:
     return f"blk.{number}.{names[inner]}.{kind}"
 
 
-def interleaved(values: Array, heads: int) -> Array:
+def interleaved(values: _Array, heads: int) -> _Array:
     """Rows (heads * d, ...) of queries or keys from halves, as transformers rotates them, to neighbouring pairs."""
     shape = values.shape
     halves = values.reshape(heads, 2, shape[0] // heads // 2, *shape[1:])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_options
-from longrope.convert import factors_file, read_factors, to_transformers_config
+from longrope.checkpoint import LoadOptions, load_options
+from longrope.convert import as_table, factors_file, to_transformers_config
 from longrope.errors import UserError
 from longrope.export.card import model_card
 from longrope.export.costs import measured_costs
@@ -31,7 +31,7 @@ from longrope.export.transformers import (
     lengthen_tokenizer,
     verify_config,
 )
-from longrope.factors import FactorTable
+from longrope.factors import FACTORS, FactorTable
 from longrope.files import disk_errors, read_json, write_atomically
 from longrope.folders import is_free, whole_folder
 from longrope.model import LoadedModel
@@ -66,62 +66,48 @@ def export(
     check_names(engine, window)
     options = load_options(options, load)
     loaded = model if isinstance(model, LoadedModel) else skeleton(model, options)
-    table = read_factors(factors_file(factors)) if isinstance(factors, str | Path) else factors or loaded.table
+    table = loaded.table if factors is None else as_table(factors)
     if table is None:
         rule = "an export needs factors"
-        raise UserError("--factors", got=f"none, and no {FACTORS_FILE} in {loaded.name}", rule=rule, do="give a run")
+        raise UserError("--factors", got=f"none, and no {FACTORS} in {loaded.name}", rule=rule, do="give a run")
     out = Path(out).resolve()
     loaded.check(table)
     folder = checkpoint_folder(loaded)
-    config = config_of(folder)
-    family = str(loaded.model.config.get_text_config().model_type)
-    wanted = table_for_window(table, window)
-    known = loaded.model.config.get_text_config().to_dict()
-    if engine == "gguf":
-        check_architecture(config, folder)
-        check_graph(known, wanted)
-    check_family(engine, known)
-    missing = losses(wanted, engine, window, family)
-    served = expressible(wanted, engine, window, family) if missing else wanted
-    if missing and not force:
-        if engine == "transformers":
-            to_transformers_config(wanted)  # says which, and what else there is
-        rule = "nothing is dropped silently"
-        do = "choose another window or engine, or --force, which leaves it out and measures what that costs"
-        raise UserError(f"--engine {engine}", got=missing[0], rule=rule, do=do)
-    # transformers reads what is written for other engines, too, with one attention factor
-    read = served if engine == "transformers" else expressible(served, "transformers", window, family)
-    keys = to_transformers_config(read)
+    parts = _for_engine(loaded, table, folder, engine, window, force=force)
+    keys = to_transformers_config(parts.read)
     _check_place(out)
-    costs = measured_costs(loaded.name, table, served, engine, window, documents, options) if missing else []
+    costs: list[dict[str, Any]] = []
+    if parts.left_out:
+        costs = measured_costs(loaded.name, table, parts.served, engine, window, documents, options)
+    served = parts.served
     if engine != "transformers":  # so that `verify` knows whose rules hold
         served = replace(served, provenance={**served.provenance, "engine": engine, "window": window})
+    card = model_card(
+        loaded.name,
+        served,
+        window,
+        engine=engine,
+        family=parts.family,
+        dtype=dtype if engine == "gguf" else None,
+        left_out=parts.left_out,
+        costs=costs,
+        measured=_measured(factors),
+    )
     try:
         with whole_folder(out) as unfinished:
             if engine == "gguf":
                 name = loaded.name.rstrip("/").rsplit("/", 1)[-1]
                 path = unfinished / f"{name}-{dtype}.gguf"
-                write_gguf(folder, known, served, path, window=window, dtype=dtype, name=name)
+                write_gguf(folder, parts.known, served, path, window=window, dtype=dtype, name=name)
             else:
                 copy_checkpoint(folder, unfinished)
-                written = engine_config(extended_config(config, keys, loaded), served, engine)
+                written = engine_config(extended_config(config_of(folder), keys, loaded), served, engine)
                 write_atomically(unfinished / "config.json", json.dumps(written, indent=2) + "\n")
                 lengthen_tokenizer(unfinished / "tokenizer_config.json", keys["max_position_embeddings"])
-            served.save(unfinished / FACTORS_FILE)
-            card = model_card(
-                loaded.name,
-                served,
-                window,
-                engine=engine,
-                family=family,
-                dtype=dtype if engine == "gguf" else None,
-                left_out=missing,
-                costs=costs,
-                measured=_measured(factors),
-            )
+            served.save(unfinished / FACTORS)
             write_atomically(unfinished / "README.md", card)
             if engine != "gguf":
-                verify_config(unfinished, loaded, read)
+                verify_config(unfinished, loaded, parts.read)
     except OSError as error:  # of no kind that disk_errors has a rule for
         rule, do = "the folder must take the files of a checkpoint", "choose another folder"
         raise UserError("output", got=f"{out} ({error})", rule=rule, do=do) from None
@@ -130,6 +116,45 @@ def export(
 
         push_folder(out, push)
     return out
+
+
+@dataclass(frozen=True)
+class _ForEngine:
+    """What an engine is given of a model and its table.
+
+    family, known: model_type and configuration of the language model, as transformers has it. served: the table that
+    the engine serves. read: what transformers reads of it, which has one attention factor whoever it is written for.
+    left_out: what the engine cannot express, a sentence each.
+    """
+
+    family: str
+    known: dict[str, Any]
+    served: FactorTable
+    read: FactorTable
+    left_out: list[str]
+
+
+def _for_engine(
+    loaded: LoadedModel, table: FactorTable, folder: Path, engine: str, window: str, *, force: bool
+) -> _ForEngine:
+    """Raises UserError for a model that the engine does not run, and, unless forced, for what would be left out."""
+    described = loaded.model.config.get_text_config()
+    family, known = str(described.model_type), described.to_dict()
+    wanted = table_for_window(table, window)
+    if engine == "gguf":
+        check_architecture(config_of(folder), folder)
+        check_graph(known, wanted)
+    check_family(engine, known)
+    left_out = losses(wanted, engine, window, family)
+    if left_out and not force:
+        if engine == "transformers":
+            to_transformers_config(wanted)  # says which, and what else there is
+        rule = "nothing is dropped silently"
+        do = "choose another window or engine, or --force, which leaves it out and measures what that costs"
+        raise UserError(f"--engine {engine}", got=left_out[0], rule=rule, do=do)
+    served = expressible(wanted, engine, window, family) if left_out else wanted
+    read = served if engine == "transformers" else expressible(served, "transformers", window, family)
+    return _ForEngine(family, known, served, read, left_out)
 
 
 def _measured(factors: object) -> dict[str, Any] | None:

@@ -9,16 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from longrope.checkpoint import (
-    LoadOptions,
-    beside_weights,
-    check_has_rope,
-    in_config,
-    load_config,
-    load_tokenizer,
-    model_source,
-)
-from longrope.configs import rope_config, table_from_config
+from longrope.checkpoint import LoadOptions, load_config, load_tokenizer, model_source, read_rope
 from longrope.guard import check_files
 from longrope.model import LoadedModel, check_answers, load_model
 from longrope.patch import check_frequencies
@@ -37,12 +28,8 @@ def skeleton(name: str, options: LoadOptions) -> LoadedModel:
     """
     source = model_source(name)
     config = load_config(name, source, options)
-    described = config.get_text_config().to_dict()
-    check_has_rope(name, described)
-    table = (beside_weights(source) or in_config(config)) if options.own_factors else None
-    original = options.original_length or (table.original_length if table else None)
-    rope = rope_config(described, original_length=original)
-    own = table_from_config(described, original_length=original)
+    family = config.get_text_config().model_type
+    rope, own, table = read_rope(name, source, config, options)
     check_files(name, source)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -50,7 +37,7 @@ def skeleton(name: str, options: LoadOptions) -> LoadedModel:
             build: Any = AutoModelForCausalLM
             model = build.from_config(small(config), trust_remote_code=options.trust_remote_code).float().eval()
     except Exception as error:  # a class may check anything against anything
-        logger.debug("no small %s: %s", described.get("model_type"), error)
+        logger.debug("no small %s: %s", family, error)
         return load_model(name, options)
     model.requires_grad_(False)
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
@@ -61,7 +48,7 @@ def skeleton(name: str, options: LoadOptions) -> LoadedModel:
             loaded.check(table)
         check_answers(loaded)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        logger.debug("a small %s does not run: %s", described.get("model_type"), error)
+        logger.debug("a small %s does not run: %s", family, error)
         return load_model(name, options)
     model.config = config  # what is written is made of the checkpoint's own
     return loaded
@@ -88,6 +75,5 @@ def small(config: Any) -> Any:
         setattr(text, name, None)
     if getattr(text, "head_dim", 0) is None:
         text.head_dim = head
-    for name in ("quantization_config",):
-        vars(config).pop(name, None)
+    vars(config).pop("quantization_config", None)
     return config

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from longrope.checkpoint import FACTORS_FILE, model_source
+from longrope.checkpoint import model_source
 from longrope.errors import UserError
-from longrope.factors import FactorTable, RopeFactors
+from longrope.factors import FACTORS, FactorTable, RopeFactors
 from longrope.files import read_json, write_atomically
 from longrope.guard import files_to_copy
 from longrope.model import LoadedModel
 from longrope.patch import EXTENDED_LAYERS, Layout, ScaledRotary, has_local_layers, rotary_modules, stock_frequencies
 from longrope.rope import RopeTensors, cos_sin, inverse_frequencies
 
-_LEFT_BEHIND = ("config.json", "README.md", FACTORS_FILE)
+_LEFT_BEHIND = ("config.json", "README.md", FACTORS)
 _WEIGHTS_OF_OTHERS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 
 

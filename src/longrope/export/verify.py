@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from longrope.checkpoint import FACTORS_FILE, LoadOptions
+from longrope.checkpoint import LoadOptions
 from longrope.configs import language_part, table_from_config
 from longrope.doctor.examine import examine, read_config
 from longrope.errors import UserError
@@ -25,7 +25,7 @@ from longrope.export.gguf_file import import_gguf
 from longrope.export.said import Said
 from longrope.export.skeleton import skeleton
 from longrope.export.transformers import verify_config
-from longrope.factors import FactorTable
+from longrope.factors import FACTORS, FactorTable
 
 _REGIMES = {
     "transformers": "transformers uses the long factors for a batch whose longest text is beyond {original} tokens",
@@ -59,7 +59,7 @@ def verify(
     path = path.parent if path.name == "config.json" else path
     files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     if files and files[0].suffix == ".gguf":
-        beside = files[0].parent / FACTORS_FILE
+        beside = files[0].parent / FACTORS
         table = FactorTable.load(beside) if beside.is_file() else None
         return list(_gguf(files[0], table, against, options))
     return list(_folder(path, against, engine, options))
@@ -76,7 +76,7 @@ def _folder(path: Path, against: str | None, engine: str | None, options: LoadOp
     _, config, folder = read_config(path)
     served = folder.table
     if served is None:
-        got, rule = f"{path} without {FACTORS_FILE}", "an export has it beside config.json"
+        got, rule = f"{path} without {FACTORS}", "an export has it beside config.json"
         raise UserError("verify", got=got, rule=rule, do="use doctor for a configuration alone")
     engine = engine or str(served.provenance.get("engine", "transformers"))
     check_names(engine, window := str(served.provenance.get("window", _window(served))))
@@ -160,7 +160,7 @@ def _gguf(path: Path, served: FactorTable | None, against: str | None, options: 
         return fields.get(f"{family}.{name}")
 
     if served is None:
-        got = f"{path} without {FACTORS_FILE} beside it"
+        got = f"{path} without {FACTORS} beside it"
         raise UserError("verify", got=got, rule="an export has it", do="give the folder that was exported")
     window = str(served.provenance.get("window", _window(served)))
     always = tensors.get("rope_freqs.weight")
@@ -184,9 +184,8 @@ def _gguf(path: Path, served: FactorTable | None, against: str | None, options: 
     yield Said("original length", not both or original == served.original_length, f"{original}")
     kind = value("rope.scaling.type")
     yield Said("scaling", kind == ("longrope" if both else None), f"type {kind}")
-    forbidden = [name for name in ("rope.scaling.factor",) if value(name) is not None] + (
-        ["rope_freqs.weight beside the lists"] if both and always is not None else []
-    )
+    forbidden = [] if value("rope.scaling.factor") is None else ["rope.scaling.factor"]
+    forbidden += ["rope_freqs.weight beside the lists"] if both and always is not None else []
     yield Said("configuration", not forbidden, ", ".join(forbidden) or "nothing that scales a second time")
     told = _REGIMES["gguf"].format(original=original) if both else "llama.cpp uses these factors at every length"
     yield Said("regime", None, told)

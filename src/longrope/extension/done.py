@@ -7,31 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longrope.checkpoint import FACTORS_FILE
 from longrope.errors import UserError
+from longrope.factors import FACTORS
 from longrope.files import append_line, disk_errors, read_lines
-from longrope.runs import DONE, STAGES
-
-_WHOLE = 64 * 2**20  # bytes; larger files are hashed by their size, beginning and end
-_EDGE = 2**20
+from longrope.runs import CHECKPOINT, DONE, STAGES
+from longrope.seals import content_to_hash
 
 
 def digest(folder: Path) -> str:
     """`sha256:...` of what the next stage reads of a folder: factors, configuration and weights."""
     found = hashlib.sha256()
-    names = ("config.json", FACTORS_FILE)
+    names = ("config.json", FACTORS)
     # Not what lies in folders inside: a run may lie inside the model's own.
     paths = [path for path in sorted(folder.iterdir()) if path.name in names or path.suffix == ".safetensors"]
     for path in paths:
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(folder)}:{size}:".encode())
-        with disk_errors(path), path.open("rb") as file:
-            if size <= _WHOLE:
-                found.update(file.read())
-            else:
-                found.update(file.read(_EDGE))
-                file.seek(-_EDGE, 2)
-                found.update(file.read())
+        found.update(f"{path.relative_to(folder)}:{path.stat().st_size}:".encode())
+        with disk_errors(path):
+            for piece in content_to_hash(path):
+                found.update(piece)
     return f"sha256:{found.hexdigest()}"
 
 
@@ -47,7 +40,7 @@ class Done:
 
     def outputs(self, folder: Path) -> str:
         """Hash of what a stage has written."""
-        return digest(folder / "checkpoint") if (folder / "checkpoint").is_dir() else digest(folder)
+        return digest(folder / CHECKPOINT) if (folder / CHECKPOINT).is_dir() else digest(folder)
 
     def has(self, stage: str, inputs: Mapping[str, str]) -> bool:
         """Whether a stage is done, of these inputs. Raises UserError for one made of others, or changed since."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from longrope.errors import UserError
 from longrope.evaluate.passkey import PasskeyMeasure
 from longrope.evaluate.recorded import measure_methods, measure_run
 from longrope.export.card import extension_card
-from longrope.export.transformers import checkpoint_folder, copy_checkpoint
+from longrope.export.transformers import checkpoint_folder, config_of, copy_checkpoint
 from longrope.extension.going import Extension
 from longrope.extension.plan import measured_lengths
 from longrope.factors import FactorTable
-from longrope.files import disk_errors, read_json, write_atomically
+from longrope.files import write_atomically
+from longrope.folders import replaced_folder
 from longrope.model import LoadedModel
 from longrope.runs import CHECKPOINT, RunFolder
 from longrope.training.run import write_factors
@@ -29,27 +29,15 @@ logger = logging.getLogger(__name__)
 def write_checkpoint(going: Extension, table: FactorTable) -> None:
     """checkpoint/: the weights of the last stage with the whole table."""
     going.watching.stage("writing the checkpoint")
-    folder = going.run / CHECKPOINT
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
     loaded = going.model(going.base)
-    config = _json(checkpoint_folder(loaded) / "config.json")  # no row of an earlier stage is in it
+    config = config_of(checkpoint_folder(loaded))  # no row of an earlier stage is in it
     source = checkpoint_folder(loaded) if going.current == going.base else Path(going.current)
-    dtype = {key: value for key, value in _json(source / "config.json").items() if key in ("dtype", "torch_dtype")}
-    with disk_errors(folder):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        copy_checkpoint(source, unfinished)
-        write_atomically(unfinished / "config.json", json.dumps(config | dtype, indent=2) + "\n")
-        write_factors(unfinished, loaded, table)
-        write_atomically(unfinished / "README.md", extension_card(going.base, table, going.told()))
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    read = read_json(path, "model")
-    assert isinstance(read, dict), "a model was loaded from it"
-    return read
+    dtype = {key: value for key, value in config_of(source).items() if key in ("dtype", "torch_dtype")}
+    with replaced_folder(going.run / CHECKPOINT) as folder:
+        copy_checkpoint(source, folder)
+        write_atomically(folder / "config.json", json.dumps(config | dtype, indent=2) + "\n")
+        write_factors(folder, loaded, table)
+        write_atomically(folder / "README.md", extension_card(going.base, table, going.told()))
 
 
 def _holds(passkey: PasskeyMeasure, loaded: LoadedModel, length: int) -> bool:

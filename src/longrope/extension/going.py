@@ -23,7 +23,8 @@ from longrope.windows import token_lengths
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[], AbstractContextManager[Any]]
+Shown = Callable[[], AbstractContextManager[Any]]
+"""A progress bar, as `console` makes one: what is to be called as the work goes on."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,17 @@ class Watching:
     """Who is told: of each stage in words, and of searches, trainings and measurements as their own commands do."""
 
     stage: Callable[[str], None] = logger.info
-    search: Progress = nullcontext
-    training: Progress = nullcontext
-    measuring: Progress = nullcontext
+    search: Shown = nullcontext
+    training: Shown = nullcontext
+    measuring: Shown = nullcontext
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What an extension reads: sources to train on (hold_out: without those held out; trained:
-    what that is), to search on, to measure on."""
+    """What an extension reads. training: sources to train on, without those held out where `hold_out` says so.
+
+    trained: the documents that this is. search, unseen: those to search on, and to measure on.
+    """
 
     training: tuple[str, ...]
     hold_out: bool

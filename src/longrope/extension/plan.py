@@ -19,7 +19,8 @@ from longrope.search.settings import SearchSettings
 from longrope.training.recipes import Recipe, recipe_of
 
 PLANS = ("longrope", "longrope2")
-KINDS = ("search", "finetune", "second", "recovery")
+"""Plans of ours by name: the two papers'."""
+_KINDS = ("search", "finetune", "second", "recovery")
 WITHOUT_TRAINING = 8
 """Up to this ratio factors alone are enough (LongRoPE, section 4.2: 8 times without fine-tuning)."""
 _FIRST, _LAST = 32, 64  # ratios of the two fine-tunings
@@ -136,7 +137,7 @@ def read_plan(source: str | Path, original_length: int) -> Plan:
     try:
         return make_plan(data, original_length)
     except UserError as error:
-        raise UserError(f"--stages: {where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+        raise error.changed(what=f"--stages: {where}: {error.what}") from None
 
 
 def make_plan(data: Mapping[str, Any], original_length: int) -> Plan:
@@ -160,8 +161,8 @@ def make_plan(data: Mapping[str, Any], original_length: int) -> Plan:
 def _stages(data: Mapping[str, Any], number: int, original_length: int) -> list[Stage]:
     """The stages of one table; a recovery may have several lengths, each a stage of its own."""
     where, do = f"stage {number}", data.get("do")
-    if do not in KINDS:
-        raise _wrong(f"{where}: do", shown(do), f"it is one of {', '.join(KINDS)}")
+    if do not in _KINDS:
+        raise _wrong(f"{where}: do", shown(do), f"it is one of {', '.join(_KINDS)}")
     settings = {key: value for key, value in data.items() if key not in ("do", "to", "on")}
     _known(where, settings, _OF_TRAINING if do == "finetune" else _OF_SEARCH)
     on = data.get("on", "base" if do == "search" else "last")
@@ -204,14 +205,14 @@ def _check_training(settings: Mapping[str, Any], where: str) -> None:
     try:
         recipe_of(settings.get("recipe"), numbers)
     except UserError as error:
-        raise UserError(f"{where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+        raise error.changed(what=f"{where}: {error.what}") from None
 
 
 def _check_search(settings: Mapping[str, Any], do: str, where: str) -> None:
     try:
         SearchSettings(to=1, stage=None if do == "search" else do, **settings).check_words()
     except UserError as error:
-        raise UserError(f"{where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+        raise error.changed(what=f"{where}: {error.what}") from None
     except TypeError:
         raise _wrong(where, shown(dict(settings)), "its settings are those of longrope search") from None
 
@@ -241,7 +242,7 @@ def _check_order(stages: Sequence[Stage], original_length: int) -> None:
             try:
                 search_settings(stage, 0).check(original_length, None if stage.do == "search" else trained)
             except UserError as error:
-                raise UserError(f"{where}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+                raise error.changed(what=f"{where}: {error.what}") from None
     reached = max([stage.to for stage in stages if stage.do == "second"] or [trained or max(searched)])
     if unused := [stage for stage in stages if stage.to > reached]:
         rule = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from longrope import __version__
 from longrope.checkpoint import LoadOptions, load_options
-from longrope.describe import describe_model, describe_options
+from longrope.describe import describe_documents, describe_model, describe_options
 from longrope.errors import UserError
 from longrope.extension.costs import Cost, costs
 from longrope.extension.done import Done
@@ -258,9 +258,9 @@ def _config(
         "model": describe_model(loaded),
         "settings": settings | describe_options(loaded),
         "documents": {
-            "train": [{"name": each.name, "sha256": each.sha256} for each in texts.trained],
-            "search": [{"name": each.name, "sha256": each.sha256} for each in texts.search],
-            "unseen": [{"name": each.name, "sha256": each.sha256} for each in texts.unseen],
+            "train": describe_documents(texts.trained),
+            "search": describe_documents(texts.search),
+            "unseen": describe_documents(texts.unseen),
         },
         "ignored": {"command_line": command_line()},
     }

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from longrope.planning.shape import ModelShape, all_pairs
 
-KINDS = ("forward", "gradient", "train", "lora")
-"""What is done with a window: its loss; that and its gradient in the factors; a training step; one of adapters."""
 # The backward pass of flash attention makes the scores again: five products where the forward pass makes two.
 ATTENTION_BACKWARD = 2.5
 
@@ -37,8 +35,9 @@ def window_flops(
 ) -> Flops:
     """FLOPs of one window of so many tokens.
 
-    rank: of adapters. again: layers are computed twice (activation checkpointing). scored: False leaves out the output
-    projection, as in a prefill.
+    kind: what is done with it. forward: its loss. gradient: that and its gradient in the factors. train: a training
+    step. lora: one of adapters. rank: of these. again: layers are computed twice (activation checkpointing). scored:
+    False leaves out the output projection, as in a prefill.
     """
     attention = 4.0 * shape.queries * all_pairs(tokens, shape.windows)
     once = 2.0 * tokens * shape.active

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from longrope.errors import UserError
 
-GIGABYTE = 1e9
+_GIGABYTE = 1e9
 # Dense bf16 FLOP/s with float32 sums, as the makers state them.
-PEAKS = {
+_PEAKS = {
     "A100-40GB": 312e12,
     "A100-80GB": 312e12,
     "L40S-48GB": 362e12,
@@ -18,9 +18,10 @@ PEAKS = {
     "H200-141GB": 989e12,
     "B200-180GB": 2250e12,
 }
-USABLE = 0.9
+_USABLE = 0.9
 """Share of a GPU's memory that tensors may fill: the rest is CUDA's, the libraries', and gaps between blocks."""
 GPUS_A_NODE = 8
+"""How many one machine of a cluster has."""
 _FORM = re.compile(r"(?:(\d{1,5})x)?((?:[A-Za-z][\w]*-)?(\d{1,4})GB)", re.IGNORECASE)
 
 
@@ -41,7 +42,7 @@ def machine_of(text: str, peak: float | None = None) -> Machine:
     Raises UserError for a device that is not known and does not say its memory alone.
     """
     match = _FORM.fullmatch(text.strip())
-    known = {name.lower(): name for name in PEAKS}
+    known = {name.lower(): name for name in _PEAKS}
     if match is None or int(match[1] or 1) < 1 or int(match[3]) < 1:
         raise _unknown(text)
     name = match[2]
@@ -49,11 +50,11 @@ def machine_of(text: str, peak: float | None = None) -> Machine:
         if name.lower() not in known:
             raise _unknown(text)
         name = known[name.lower()]
-        peak = peak or PEAKS[name]
+        peak = peak or _PEAKS[name]
     count = int(match[1] or 1)
-    return Machine(f"{count}x{name}", count, USABLE * GIGABYTE * int(match[3]), peak)
+    return Machine(f"{count}x{name}", count, _USABLE * _GIGABYTE * int(match[3]), peak)
 
 
 def _unknown(text: str) -> UserError:
-    rule = f"it is a number of devices and one of {', '.join(PEAKS)}, or their memory alone such as 8x80GB, or cpu"
+    rule = f"it is a number of devices and one of {', '.join(_PEAKS)}, or their memory alone such as 8x80GB, or cpu"
     return UserError("--gpus", got=repr(text), rule=rule, do="write it like 8xH100-80GB, or 8x80GB with --flops")

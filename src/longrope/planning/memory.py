@@ -10,6 +10,7 @@ from longrope.planning.precision import QUANTIZED, Precision
 from longrope.planning.shape import ModelShape
 
 Parts = Mapping[str, float]
+"""Bytes by what they are for."""
 CHUNK = 2048
 """Tokens of a pass where a text is run by chunks, as longrope.runtime.chunks has it."""
 _MOMENTS, _GRADIENT = 8, 4  # bytes of a trained weight: two of Adam's, and its gradient, all float32
@@ -29,7 +30,7 @@ class Spread:
     sharded: bool = False
 
 
-ALONE = Spread()
+_ALONE = Spread()
 
 
 def fullest(*phases: Parts) -> dict[str, float]:
@@ -46,7 +47,7 @@ def weight_bytes(shape: ModelShape, p: Precision, quantize: str | None = None) -
 
 
 def forward(
-    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = ALONE, *, quantize: str | None = None
+    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = _ALONE, *, quantize: str | None = None
 ) -> dict[str, float]:
     """A loss without a gradient, of so many tokens in one pass."""
     base = {"weights": weight_bytes(shape, p, quantize) / spread.weights}
@@ -57,7 +58,7 @@ def forward(
 
 
 def by_chunks(
-    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = ALONE, *, scored: bool = True,
+    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = _ALONE, *, scored: bool = True,
     cached: float = 1.0, quantize: str | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """A text run by chunks into a cache, of which a share `cached` is on the device."""
@@ -74,7 +75,7 @@ def by_chunks(
 
 
 def gradient(
-    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = ALONE, *, again: bool,
+    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = _ALONE, *, again: bool,
     quantize: str | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """The gradient of a window in the factors. again: every layer keeps its input only, and is computed twice."""
@@ -94,7 +95,7 @@ def gradient(
 
 
 def train(
-    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = ALONE, *, again: bool,
+    shape: ModelShape, p: Precision, tokens: int, device: str, spread: Spread = _ALONE, *, again: bool,
     rank: int = 0, quantize: str | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """A training step of so many tokens at once on every group of devices that share a window; rank 0: all weights."""

@@ -30,6 +30,7 @@ class Precision:
 
 
 HALF, MIXED, SINGLE = Precision(2, 2, 2), Precision(4, 4, 2), Precision(4, 4, 4)
+"""Half precision alone; float32 weights under autocast; float32 alone."""
 
 
 def precision_of(dtype: str, *, cuda: bool, trained: bool = False) -> Precision:

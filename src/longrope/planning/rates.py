@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention, silu
 
 from longrope.planning.activations import CHUNK_LOGITS
+from longrope.planning.flops import ATTENTION_BACKWARD
 from longrope.planning.precision import Precision
 from longrope.planning.shape import ModelShape
 from longrope.planning.speed import Rates
@@ -75,7 +76,7 @@ def measured_rates(shape: ModelShape, p: Precision, tokens: int, *, seed: int = 
         matrices=4.0 * few * shape.hidden * wide / product,
         head=2.0 * rows * shape.hidden * shape.vocabulary / head,
         attention=attended / ahead,
-        attention_back=2.5 * attended / behind,
+        attention_back=ATTENTION_BACKWARD * attended / behind,
         written=wrote / between,
         logits=logits.numel() / scored,
         logits_back=logits.numel() / differentiated,

@@ -21,6 +21,7 @@ from longrope.planning.subject import shape_of, subject
 from longrope.training.lora import LoraSettings
 
 CPU = "cpu"
+"""In place of GPUs: this machine."""
 
 
 def plan(

@@ -33,7 +33,6 @@ class ModelShape:
     active: int
     linear: int
     adapters: int
-    tied: bool
     attention_norms: int = 0
 
     @property

@@ -10,8 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from longrope.checkpoint import LoadOptions, beside_weights, check_has_rope, in_config
-from longrope.configs import rope_config, table_from_config
+from longrope.checkpoint import LoadOptions, read_rope
 from longrope.doctor.examine import files_of, read_config
 from longrope.errors import UserError
 from longrope.model import LoadedModel, decoder_of
@@ -36,12 +35,8 @@ def subject(model: str, options: LoadOptions) -> LoadedModel:
     given = {key: value for key, value in described.items() if key not in ("model_type", "quantization_config")}
     try:
         config: Any = AutoConfig.for_model(family, **given)
-        # What transformers makes of it is the certain form: defaults of a class are in it.
-        text = config.get_text_config().to_dict()
-        check_has_rope(model, text)
-        table = beside_weights(str(path.parent)) or in_config(config)
-        original = options.original_length or (table.original_length if table else None)
-        rope, own = rope_config(text, original_length=original), table_from_config(text, original_length=original)
+        # What transformers makes of the file is the certain form: defaults of a class are in it.
+        rope, own, table = read_rope(model, str(path.parent), config, options)
         with torch.device("meta"):
             built: Any = cast(Any, AutoModelForCausalLM).from_config(config)
     except UserError:
@@ -100,7 +95,6 @@ def shape_of(model: Any, name: str = "") -> ModelShape:
         active=round(active),
         linear=round(linear),
         adapters=round(adapters),
-        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         attention_norms=(heads + kv_heads) * head_dim if {"q_norm", "k_norm"} & names else 0,
     )
 

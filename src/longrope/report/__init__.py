@@ -12,10 +12,12 @@ from longrope.files import write_atomically
 from longrope.report.merge import with_names
 from longrope.report.page import page
 from longrope.report.read import RunData, read_run
+from longrope.runs import REPORT
 
 __all__ = ["write_csv", "write_png", "write_report", "write_tensorboard"]
 
 Runs = Path | Sequence[Path]
+"""One run folder, or several to be shown side by side."""
 
 
 def write_report(runs: Runs, out: Path | None = None) -> Path:
@@ -26,7 +28,7 @@ def write_report(runs: Runs, out: Path | None = None) -> Path:
     the page cannot be written.
     """
     data = _read(runs)
-    target = out or (Path(data[0].path) / "report.html" if len(data) == 1 else Path("report.html"))
+    target = out or (Path(data[0].path) / REPORT if len(data) == 1 else Path(REPORT))
     # A lone surrogate, which JSON can carry and UTF-8 cannot, becomes a question mark.
     write_atomically(target, page(data).encode("utf-8", "replace"))
     return target

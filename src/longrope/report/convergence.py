@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longrope.baselines import RULES
 from longrope.errors import plural
 from longrope.report.figures import Figure, Plot, letters, make_axis, make_figure, make_trace
 from longrope.report.read import RunData
@@ -17,8 +18,7 @@ from longrope.report.searched import counts
 from longrope.report.style import DOTS, OURS_COLOUR, count_text, is_ours, look, run_colour, stage_of, value_text
 
 _MOST_DOTS = 2000  # a page stays readable and below 6 MB
-TITLE = "Best value by token-passes"
-_RULES = ("none", "su", "yarn")
+_TITLE = "Best value by token-passes"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def convergence_plot(run: RunData) -> Plot | None:
     best = np.minimum.accumulate([point.value for point in points])
     frame = _frame(points, float(best[-1]))
     made = _figure(run, points, best, spent, frame)
-    return Plot("convergence", TITLE, _caption(run, points, spent, frame[1]), made, log="x")
+    return Plot("convergence", _TITLE, _caption(run, points, spent, frame[1]), made, log="x")
 
 
 def convergences_plot(runs: Sequence[RunData]) -> Plot | None:
@@ -60,7 +60,7 @@ def convergences_plot(runs: Sequence[RunData]) -> Plot | None:
         showlegend=True,
     )
     caption = "The best candidate on all windows so far. Runs on other windows, models or lengths have other values."
-    return Plot("convergence", TITLE, caption, figure, log="xy")
+    return Plot("convergence", _TITLE, caption, figure, log="xy")
 
 
 def _points(run: RunData) -> tuple[list[Point], float]:
@@ -160,7 +160,7 @@ def _seed_lines(
     lines = []
     for stem, point in best.items():
         if frame[0] <= point.value <= frame[1]:
-            name = f"{stem}+{rule}" if point.origin == stem and rule in _RULES else point.origin
+            name = f"{stem}+{rule}" if point.origin == stem and rule in RULES else point.origin
             line = make_trace(ends, [point.value, point.value], look(name), hovertemplate="%{y:.4f}")
             lines.append(line | {"mode": "lines", "line": line["line"] | {"dash": "dash"}})
     return lines

@@ -14,6 +14,7 @@ from typing import Any
 from longrope.report.style import GREY, Look
 
 Figure = dict[str, Any]
+"""A figure of plotly as plain data."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ from longrope.report.tasks import harness_plot, harness_table, ruler_table
 from longrope.report.trained import training_plot
 from longrope.runs import lower_is_better
 
-__all__ = ["Section", "measure_sections", "plots", "plots_of", "search_plots"]
-
 
 @dataclass(frozen=True)
 class Section:
@@ -30,11 +28,6 @@ class Section:
     title: str
     tables: tuple[Table, ...]
     plots: tuple[Plot, ...]
-
-
-def plots(run: RunData) -> list[Plot]:
-    """All plots that a run has the data for."""
-    return plots_of([run])
 
 
 def plots_of(runs: Sequence[RunData]) -> list[Plot]:

@@ -14,7 +14,7 @@ from longrope.files import read_json, read_lines
 from longrope.report.results import RUN_SEPARATOR, Result, check, length_of, number, read_mapping, read_measured
 from longrope.runs import CONFIG, DONE, EVALUATIONS, FACTORS, LOSSES, METRICS, STAGES
 
-Kind = Literal["complete", "failed", "partial", "gradient", "unrounded"]
+_Kind = Literal["complete", "failed", "partial", "gradient", "unrounded"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Evaluation:
     """
 
     origin: str
-    kind: Kind
+    kind: _Kind
     candidate: str
     value: float | None
     tokens: float
@@ -212,7 +212,7 @@ def _evaluation(record: Mapping[str, Any], line: int, path: Path) -> Evaluation:
     origin = str(record.get("origin", ""))
     losses = record.get("losses")
     check(losses is None or isinstance(losses, list), path, "losses is a list")
-    kind: Kind = "failed"
+    kind: _Kind = "failed"
     if record.get("gradient") is not None:
         kind = "gradient"
     elif origin.endswith(" unrounded"):
@@ -241,7 +241,7 @@ def _table(path: Path) -> FactorTable | None:
         table = FactorTable.from_dict(data)
         shape_of(table)
     except UserError as error:
-        raise UserError(f"{path}: {error.what}", got=error.got, rule=error.rule, do=error.do) from None
+        raise error.changed(what=f"{path}: {error.what}") from None
     return table
 
 

@@ -10,11 +10,10 @@ from typing import Any, cast
 
 from longrope.errors import UserError
 from longrope.files import read_json
-from longrope.runs import CONFIG, METRICS, is_run
+from longrope.runs import CHECKPOINT, CONFIG, METRICS, is_run
 
 RUN_SEPARATOR = "\x1f"  # between the name of a run and that of a method, where several runs are shown
 _LONGEST = 2**62  # tokens
-_CHECKPOINT = "checkpoint"  # of a run that makes one
 _STAGES = ("search", "finetune")
 _INTERVAL = 2  # an interval is its two ends
 # Details of each measure that are plotted: rows of numbers (n) and texts (s), or objects by task.
@@ -27,7 +26,8 @@ _DETAILS: dict[str, dict[str, str]] = {
     "nonuniformity": {"whole": "sn", "groups": "nnnn", "start_tokens": "nsn", "attention": "ssn"},
 }
 MEASURES = tuple(_DETAILS)
-Details = Mapping[str, Any]
+"""Those the page knows, in its order."""
+_Details = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Result:
     tokens: int | None
     ci: tuple[float, float] | None
     seen: bool
-    details: Details = field(default_factory=dict)
+    details: _Details = field(default_factory=dict)
     against: Against | None = None
 
     @property
@@ -156,7 +156,7 @@ def _same_model(theirs: object, own: object, run: Path) -> bool:
     """
     if not isinstance(theirs, Mapping) or not isinstance(own, Mapping):
         return True
-    if Path(str(theirs.get("name", ""))).resolve() == (run / _CHECKPOINT).resolve():
+    if Path(str(theirs.get("name", ""))).resolve() == (run / CHECKPOINT).resolve():
         return True
     names = ("name", "rope_theta", "rotary_dim", "original_length")
     return all(theirs.get(name) == own.get(name) for name in names if name in theirs and name in own)
@@ -240,7 +240,7 @@ def _against(data: object, path: Path) -> Against | None:
     return Against(str(given["method"]).replace(RUN_SEPARATOR, " "), value, _interval(given.get("ci"), path))
 
 
-def _details(data: object, measure: str, path: Path) -> Details:
+def _details(data: object, measure: str, path: Path) -> _Details:
     """Those that are known; any other is of a version that knows more, and is left out."""
     check(isinstance(data, Mapping), path, "details is an object")
     made: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from longrope.lengths import format_length
 from longrope.report.results import RUN_SEPARATOR
 
 UNSCALED = "none"
+"""The method that is the model as it is."""
 _LABELS = {
     UNSCALED: "unscaled",
     "pi": "PI",

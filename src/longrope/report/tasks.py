@@ -12,7 +12,7 @@ from longrope.report.results import Result
 from longrope.report.style import UNSCALED, length_text, look, parts_of, value_text
 from longrope.report.tables import Table
 
-Figures = Mapping[tuple[str, str], float | None]  # by task and name
+_Figures = Mapping[tuple[str, str], float | None]  # by task and name
 
 
 def ruler_table(run: RunData) -> Table | None:
@@ -114,7 +114,7 @@ def _row(run: RunData, result: Result, cells: list[Cell], *, lengths: bool) -> R
     return Row(result.method, replace(style, label=label), tuple(cells))
 
 
-def _figures(result: Result) -> Figures:
+def _figures(result: Result) -> _Figures:
     return {(task, name): value for task, named in result.details["tasks"].items() for name, value in named.items()}
 
 
@@ -137,7 +137,7 @@ def _title(task: str, name: str) -> str:
     return f"{task} {name.removesuffix(',none')}"
 
 
-def _base(results: list[Result]) -> dict[str, Figures]:
+def _base(results: list[Result]) -> dict[str, _Figures]:
     """The model as it is, by run; results of tasks stand under where factors end, which is another length for it."""
     plain = [result for result in results if parts_of(result.method)[1] == UNSCALED]
     return {parts_of(result.method)[0]: _figures(result) for result in plain}

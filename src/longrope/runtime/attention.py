@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "longrope_chunks"
+_NAME = "longrope_chunks"
 # Tokens of the past that are attended to at once: kernels for CPUs make a copy of their keys and values.
 _BLOCK = 16384
 
@@ -90,8 +90,8 @@ def _mask(*, local_size: int | None = None, attention_mask: Tensor | None = None
     return sdpa_mask(local_size=local_size, attention_mask=attention_mask, **kwargs)
 
 
-AttentionInterface.register(NAME, _forward)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionInterface.register(_NAME, _forward)
+AttentionMaskInterface.register(_NAME, _mask)
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def without_masks(model: PreTrainedModel) -> Iterator[None]:
     if own != "sdpa" or model.device.type not in ("cpu", "cuda"):
         yield
         return
-    config._attn_implementation = NAME
+    config._attn_implementation = _NAME
     try:
         yield
     finally:

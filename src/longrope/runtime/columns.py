@@ -45,7 +45,7 @@ def attended_columns(inputs: Tensor, flat: Tensor | None, mask: Any, cached: int
     return np.ones((batch, new), dtype=bool)
 
 
-def check_holes(attended: Flags, history: History | None, flat: Tensor | None) -> None:
+def _check_holes(attended: Flags, history: History | None, flat: Tensor | None) -> None:
     """Raise UserError when padding stands between tokens of a text, or cached ones are masked otherwise than before."""
     hole = "a mask with holes"
     begun = np.zeros(len(attended), dtype=bool) if history is None else history.last >= 0
@@ -62,7 +62,7 @@ def check_holes(attended: Flags, history: History | None, flat: Tensor | None) -
         raise UserError("attention mask", got=hole, rule=rule, do=do)
 
 
-def positions_of(position_ids: Tensor | None, attended: Flags, last: Whole) -> Whole:
+def _positions_of(position_ids: Tensor | None, attended: Flags, last: Whole) -> Whole:
     """Positions (B, t) of new tokens: those that are given, else they go on after the last of each text.
 
     last: (B,) positions of the tokens before, -1 where there are none. Raises UserError for another shape.
@@ -75,6 +75,76 @@ def positions_of(position_ids: Tensor | None, attended: Flags, last: Whole) -> W
         got, rule = f"shape {tuple(position_ids.shape)}", f"they are ({batch}, {new}) here, one for each token"
         raise UserError("position_ids", got=got, rule=rule, do="leave them out, or give those of the new tokens")
     return np.array(np.broadcast_to(positions, (batch, new)))
+
+
+def placed(
+    given: dict[str, Any],
+    attended: Flags,
+    cached: int,
+    history: History | None,
+    last: Whole,
+    flat: Tensor | None,
+    device: torch.device,
+) -> Whole:
+    """Positions (B, t) of the new tokens of a pass, which is given those, and a mask, where it lacks what they need.
+
+    last: (B,) positions of the tokens before. Raises UserError for tokens that do not go on from those in the cache.
+    """
+    if len(last) != len(attended):
+        got, rule = f"{len(attended)}, {len(last)} in the cache", "a cache goes on with as many sequences as it has"
+        raise UserError("batch", got=got, rule=rule, do="use a cache of its own")
+    _check_holes(attended, history, flat)
+    positions = _positions_of(given.get("position_ids"), attended, last)
+    if (
+        given.get("position_ids") is None
+        and (positions != np.arange(cached, cached + attended.shape[1]))[attended].any()
+    ):
+        given["position_ids"] = torch.tensor(positions, device=device)
+    if given.get("attention_mask") is None and history is not None and history.padded:
+        whole = np.concatenate([history.seen(), attended], 1)
+        given["attention_mask"] = torch.tensor(whole.astype(np.int64), device=device)
+    return positions
+
+
+def next_positions(history: History, position_ids: Tensor | None, flat: Tensor | None, batch: int) -> list[int] | None:
+    """Positions (B,) of one further token of each sequence that goes on right behind its last; None for any other.
+
+    What nearly every token of a text is, so that it is cheap: without arrays.
+    """
+    column, last = history.columns, history.at
+    if len(last) != batch or (flat is not None and flat.shape[1] <= column):
+        return None
+    if position_ids is None:
+        if history.padded:
+            return None
+        positions = [column] * batch
+    elif position_ids.ndim == 2 and position_ids.shape[1] == 1:
+        positions = [int(position) for position in position_ids[:, 0].tolist()]
+    else:
+        return None
+    positions = positions if len(positions) == batch else positions * batch
+    if positions != [each + 1 for each in last] or (flat is not None and not all(flat[:, column].tolist())):
+        return None
+    return positions
+
+
+def lengths_of(last: Whole, positions: Whole, attended: Flags) -> Whole:
+    """Lengths (B, t) of each sequence up to each new token. Raises UserError for positions that do not ascend.
+
+    last: (B,) positions of the tokens before, -1 where there are none.
+    """
+    reached = np.where(attended, positions, -1)
+    highest = np.maximum.accumulate(np.concatenate([last[:, None], reached], 1), 1)
+    earlier = highest[:, :-1]
+    if (attended & (positions <= earlier)).any():
+        row, column = np.argwhere(attended & (positions <= earlier))[0]
+        raise UserError(
+            "position_ids",
+            got=f"position {positions[row, column]} after {earlier[row, column]}",
+            rule="positions of a sequence ascend",
+            do="give one text a row, padded on the left, and no position_ids or those of its tokens",
+        )
+    return np.asarray(highest[:, 1:] + 1)
 
 
 def columns_of(given: Mapping[str, Any], new: int, cached: int, start: int, end: int) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import Cache
 
 Whole = NDArray[np.int64]
+"""Positions or rows, whole numbers (B,) or (B, t)."""
 Flags = NDArray[np.bool_]
+"""Whether each of some tokens (B, t) is attended."""
 
 
 @dataclass

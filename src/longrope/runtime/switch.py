@@ -31,10 +31,11 @@ from longrope.runtime.chunks import CHUNK, by_chunks, whole_text
 from longrope.runtime.columns import (
     attended_columns,
     cache_of,
-    check_holes,
     columns_of,
     is_flat,
-    positions_of,
+    lengths_of,
+    next_positions,
+    placed,
 )
 from longrope.runtime.generate import generate
 from longrope.runtime.history import Flags, History, Whole, history_of, keep_history
@@ -42,6 +43,7 @@ from longrope.runtime.history import Flags, History, Whole, history_of, keep_his
 logger = logging.getLogger(__name__)
 
 POLICIES = ("exact", "ahead", "fixed")
+"""What `policy` may be; `Switch` says what each does."""
 # Classes that drop their cache in `generate` at the original length, for their own switch
 _DROP_THEIR_CACHE = ("Phi3ForCausalLM", "PhimoeForCausalLM")
 
@@ -167,41 +169,44 @@ class Switch:
                 return (), given
         attended = attended_columns(inputs, flat, mask, cached)
         last = np.full(len(attended), -1) if history is None else history.last
-        if len(last) != len(attended):
-            got, rule = f"{len(attended)}, {len(last)} in the cache", "a cache goes on with as many sequences as it has"
-            raise UserError("batch", got=got, rule=rule, do="use a cache of its own")
-        check_holes(attended, history, flat)
-        positions = positions_of(position_ids, attended, last)
-        if position_ids is None and (positions != np.arange(cached, cached + inputs.shape[1]))[attended].any():
-            given["position_ids"] = torch.tensor(positions, device=inputs.device)
-        if mask is None and history is not None and history.padded:
-            whole = np.concatenate([history.seen(), attended], 1)
-            given["attention_mask"] = torch.tensor(whole.astype(np.int64), device=inputs.device)
-        lengths = self._lengths(last, positions, attended)
+        positions = placed(given, attended, cached, history, last, flat, inputs.device)
+        lengths = lengths_of(last, positions, attended)
+        self.table.row_for(int(lengths.max()))  # refuses a sequence that is longer than the table
         rows = self._rows(lengths, cache is not None, cached, least)
+        return (), self._last_piece(given, inputs, positions, attended, rows, cached, history)
+
+    def _last_piece(
+        self,
+        given: dict[str, Any],
+        inputs: Tensor,
+        positions: Whole,
+        attended: Flags,
+        rows: Whole,
+        cached: int,
+        history: History | None,
+    ) -> dict[str, Any]:
+        """Run a pass piece by piece, each of tokens in the same rows (B,), but the last, which is what is returned."""
         cuts = [0, *(np.flatnonzero((rows[:, 1:] != rows[:, :-1]).any(0)) + 1).tolist(), inputs.shape[1]]
         keep, before = given.get("logits_to_keep") or 0, list[Any]()
         as_tuple = given.get("return_dict") is False
         at_once = len(cuts) == 2
-        for name in ("labels", "output_attentions"):
-            if not at_once and given.get(name) is not None and given[name] is not False:
-                rule = "of tokens under several rows there are none"
-                raise UserError(name, got="tokens across a boundary", rule=rule, do="run them without a cache")
+        if not at_once:
+            _check_pieces(given)
         for start, end in pairwise(cuts):
             now = rows[:, start]
             if history is not None and (history.rows != now).any():
-                self._remake(cache, history, now)
+                self._remake(given["past_key_values"], history, now)
             self._use(now)
             piece = given if at_once else columns_of(given, inputs.shape[1], cached, start, end)
             part = slice(start, end)
             done = inputs[:, part], positions[:, part], attended[:, part], now
             if end == inputs.shape[1]:
                 self._pass = _Pass(history, *done, before, keep, as_tuple)
-                return (), piece
+                return piece
             history = history or History(self._key)
             before.append(self.model.forward(**piece))
             history.add(*done)
-            keep_history(cache, history)
+            keep_history(given["past_key_values"], history)
         raise AssertionError("the last piece is the caller's")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -247,24 +252,6 @@ class Switch:
             )
         return history
 
-    def _lengths(self, last: Whole, positions: Whole, attended: Flags) -> Whole:
-        """Lengths (B, t) of each sequence up to each new token. Raises UserError for positions that are none."""
-        reached = np.where(attended, positions, -1)
-        highest = np.maximum.accumulate(np.concatenate([last[:, None], reached], 1), 1)
-        earlier = highest[:, :-1]
-        if (attended & (positions <= earlier)).any():
-            row, column = np.argwhere(attended & (positions <= earlier))[0]
-            raise UserError(
-                "position_ids",
-                got=f"position {positions[row, column]} after {earlier[row, column]}",
-                rule="positions of a sequence ascend",
-                do="give one text a row, padded on the left, and no position_ids or those of its tokens",
-            )
-        lengths = highest[:, 1:] + 1
-        if (longest := int(lengths.max())) > self._up_to[-1]:
-            self.table.row_for(longest)  # raises
-        return np.asarray(lengths)
-
     def _rows(self, lengths: Whole, goes_on: bool, cached: int, least: Whole | None) -> Whole:
         """Regimes (B, t) of new tokens: each of its length so far, those of a prompt of the prompt's."""
         if self.policy == "fixed":
@@ -278,23 +265,9 @@ class Switch:
     def _next(
         self, history: History, position_ids: Tensor | None, flat: Tensor | None, batch: int, least: Whole | None
     ) -> list[int] | None:
-        """Positions (B,) of the next token of each sequence where nothing changes; None where more is to be looked at.
-
-        What holds for nearly every token of a text, so that it is cheap: without arrays.
-        """
-        column, last = history.columns, history.at
-        if len(last) != batch or (flat is not None and flat.shape[1] <= column):
-            return None
-        if position_ids is None:
-            if history.padded:
-                return None
-            positions = [column] * batch
-        elif position_ids.ndim == 2 and position_ids.shape[1] == 1:
-            positions = [int(position) for position in position_ids[:, 0].tolist()]
-        else:
-            return None
-        positions = positions if len(positions) == batch else positions * batch
-        if positions != [each + 1 for each in last] or (flat is not None and not all(flat[:, column].tolist())):
+        """Positions (B,) of the next token of each sequence where its row stays; None where more is to be looked at."""
+        positions = next_positions(history, position_ids, flat, batch)
+        if positions is None or max(positions) >= self._ends[-1]:  # beyond the table, which the arrays refuse
             return None
         if self.policy != "fixed":
             lengths = [each + 1 for each in positions]
@@ -391,6 +364,14 @@ class Switch:
             yield
         finally:
             self._least = own
+
+
+def _check_pieces(given: dict[str, Any]) -> None:
+    """Raise UserError for what a pass was asked for that cannot be put together of pieces."""
+    for name in ("labels", "output_attentions"):
+        if given.get(name) is not None and given[name] is not False:
+            rule = "of tokens under several rows there are none"
+            raise UserError(name, got="tokens across a boundary", rule=rule, do="run them without a cache")
 
 
 def _exhaust(chunks: Iterator[object]) -> None:

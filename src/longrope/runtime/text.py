@@ -12,14 +12,15 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from longrope.errors import UserError
+from longrope.errors import UserError, first_line
 from longrope.model import LoadedModel
 from longrope.runtime.applied import Applied
 from longrope.runtime.caches import RoomyCache, by_place
+from longrope.windows import bos_of, token_ids
 
-CACHES = ("device", "offloaded", "quantized")
+_CACHES = ("device", "offloaded", "quantized")
 # New tokens where nothing is asked for
-DEFAULT_NEW = 256
+_DEFAULT_NEW = 256
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,7 @@ def check_text(text: str) -> None:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt, with BOS where the tokenizer has one, as windows have it. Raises UserError for none."""
     check_text(text)
-    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = head + list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = bos_of(tokenizer) + token_ids(tokenizer, text)
     if not ids:
         raise UserError("prompt", got="an empty text", rule="a text goes on from something", do="write something")
     return ids
@@ -141,9 +141,9 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, st
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and it comes with the model
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError("chat template", got=why, rule="it writes these turns", do="use generate") from None
-    return list(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])
+        rule = "it writes these turns"
+        raise UserError("chat template", got=first_line(error), rule=rule, do="use generate") from None
+    return token_ids(tokenizer, str(text))
 
 
 def write_text(
@@ -160,13 +160,13 @@ def write_text(
     """Let a model with factors go on from token ids.
 
     new: the most new tokens; by default 256, or as many as the table has room for. cache: where keys and values lie,
-    one of CACHES. earlier: the cache of a text that these ids go on from. write: takes the text as it comes.
-    Raises UserError for what does not fit into the table or the memory.
+    device, offloaded or quantized. earlier: the cache of a text that these ids go on from. write: takes the text as it
+    comes. Raises UserError for what does not fit into the table or the memory.
     """
     sampling, model = sampling or Sampling(), loaded.model
     end = applied.reach
     if new is None:
-        new = max(1, min(DEFAULT_NEW, end - len(ids)))
+        new = max(1, min(_DEFAULT_NEW, end - len(ids)))
     ends = ends_of_text(loaded)
     own: Any = model
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -205,8 +205,8 @@ def write_text(
 
 
 def _cache(kind: str, loaded: LoadedModel) -> dict[str, Any]:
-    if kind not in CACHES:
-        raise UserError("--cache", got=repr(kind), rule=f"it is one of {', '.join(CACHES)}", do="choose one of them")
+    if kind not in _CACHES:
+        raise UserError("--cache", got=repr(kind), rule=f"it is one of {', '.join(_CACHES)}", do="choose one of them")
     if kind == "offloaded" and loaded.device.type == "cpu":
         rule = "on a CPU the cache is in host memory anyway"
         raise UserError("--cache", got=repr(kind), rule=rule, do="leave it out, or use quantized")

@@ -12,6 +12,7 @@ from longrope.factors import RopeFactors
 from longrope.search.tasks import Outcome, Task
 
 Losses = NDArray[np.float64]
+"""Nats by window."""
 
 # Pieces that the windows of a search are run in. Windows of a piece run as one batch, which short ones need to be fast.
 _PIECES = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import run_if_it_fits, window_too_long
 from longrope.factors import RopeFactors
-from longrope.memory import Kept, free_memory, peak_memory
-from longrope.model import LoadedModel
+from longrope.memory import Kept, free_memory
+from longrope.model import NO_TARGET, LoadedModel, with_forward
 from longrope.patch import Patch
 from longrope.windows import Window
 
-__all__ = ["activation_bytes", "decoder_layers", "free_memory", "loss_gradient", "peak_memory"]
-
 logger = logging.getLogger(__name__)
 
-_NO_TARGET = -100
 # Of the memory that is free, what the activations of a window may take before they are computed twice instead.
 _SHARE_OF_MEMORY = 0.4
 _PROBE = 64  # tokens
@@ -74,8 +71,8 @@ def _one(
     rescale = torch.tensor(factors.rescale, dtype=patch.precision, device=ids.device, requires_grad=True)
     scale = torch.tensor(factors.attention_factor, dtype=patch.precision, device=ids.device, requires_grad=True)
     patch.install_tensors(factors, rescale, scale)
-    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NO_TARGET)
-    targets[:, : scored_from - 1] = _NO_TARGET
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=NO_TARGET)
+    targets[:, : scored_from - 1] = NO_TARGET
     total = 0.0
     try:
         with torch.enable_grad(), loaded.autocast(), _checkpointed(loaded) if again else nullcontext():
@@ -88,7 +85,7 @@ def _one(
                 end = start + piece.shape[1]
                 wanted = targets[:, start:end].flatten().to(logits.device)
                 loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1).float(), wanted, ignore_index=_NO_TARGET, reduction="sum"
+                    logits.flatten(0, 1).float(), wanted, ignore_index=NO_TARGET, reduction="sum"
                 )
                 total += float(loss.detach())
                 # The chunk's logits are done with here, so that those of two chunks are never in memory.
@@ -112,16 +109,10 @@ def _no_derivative(loaded: LoadedModel) -> UserError:
 @contextmanager
 def _checkpointed(loaded: LoadedModel) -> Iterator[None]:
     """Activation checkpointing of every decoder layer: only its input is kept, the rest is computed again."""
-    restore: list[Callable[[], None]] = []
-    for layer in decoder_layers(loaded.decoder):
-        own = vars(layer).get("forward")  # accelerate puts one beside that of the class
-        vars(layer)["forward"] = _twice(layer.forward)
-        restore.append(lambda layer=layer, own=own: _put_back(layer, own))  # type: ignore[misc]
-    try:
+    with ExitStack() as stack:
+        for layer in decoder_layers(loaded.decoder):
+            stack.enter_context(with_forward(layer, _twice(layer.forward)))
         yield
-    finally:
-        for put_back in restore:
-            put_back()
 
 
 def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,12 +120,6 @@ def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run
-
-
-def _put_back(layer: nn.Module, own: Callable[..., Any] | None) -> None:
-    del vars(layer)["forward"]
-    if own is not None:
-        vars(layer)["forward"] = own
 
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from longrope.baselines import RopeShape, critical_dimension
+from longrope.baselines import RopeShape, Vector, critical_dimension
 from longrope.factors import RopeFactors
-from longrope.search.space import START_TOKENS, STEP, Chart, Vector, mutate_between, on_grid
+from longrope.search.space import START_TOKENS, STEP, Chart, mutate_between, on_grid
 
 _TURNS = 10  # of a pair in the original window: where the search of the critical dimension begins
 _CLOSE = 0.02  # of the factors below the critical pair to NTK's: two rounding steps

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from longrope.baselines import RopeShape
+from longrope.baselines import RopeShape, Vector
 from longrope.factors import RopeFactors
 from longrope.search.archive import Archive, in_pieces
-from longrope.search.space import GRIDS, Chart, Space, Vector
+from longrope.search.space import GRIDS, Chart, Space
 from longrope.search.tasks import Proposal, Steps, Task
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 
 from longrope import __version__
 from longrope.baselines import attention_factor
-from longrope.checkpoint import LoadOptions, load_options
+from longrope.checkpoint import LoadOptions, load_options, taken
 from longrope.describe import describe_model, describe_options, describe_windows, metrics
 from longrope.documents import Document, read_sources
 from longrope.errors import UserError, plural
@@ -21,7 +21,7 @@ from longrope.evaluate.methods import Result
 from longrope.evaluate.recorded import measure_methods
 from longrope.factors import FactorTable, RopeFactors, last_row
 from longrope.lengths import as_length, format_length
-from longrope.model import LoadedModel, load_model
+from longrope.model import LoadedModel, as_loaded
 from longrope.runs import FACTORS, RunFolder, command_line, default_run_path
 from longrope.search import methods, seeds, shorter
 from longrope.search.archive import Archive
@@ -31,7 +31,7 @@ from longrope.search.evolution import EvolutionSettings
 from longrope.search.loop import Budget, Loop, OnProgress
 from longrope.search.needle import needle_windows
 from longrope.search.objective import Evaluator
-from longrope.search.settings import BUDGET, SETTINGS, SearchSettings
+from longrope.search.settings import BUDGET, SearchSettings
 from longrope.search.space import LongRope, Space
 from longrope.search.tasks import Steps
 from longrope.windows import Window, default_window_count, fingerprint, spare_windows, windows_of
@@ -40,7 +40,7 @@ from longrope.workers import open_workers, options_for
 logger = logging.getLogger(__name__)
 
 _DECIDING = 1  # windows of the target length, where another one is searched
-METHODS_BESIDE = ("pi", "ntk", "yarn", "yarn+su", "llama3+su")
+_METHODS_BESIDE = ("pi", "ntk", "yarn", "yarn+su", "llama3+su")
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ def search(
     for name in ("start_tokens", "attention_factor"):  # numbers too, from Python
         if keywords.get(name) is not None:
             keywords[name] = str(keywords[name])
-    chosen = SearchSettings(to=as_length(to), **{name: keywords.pop(name) for name in SETTINGS if name in keywords})
+    chosen = SearchSettings(to=as_length(to), **taken(SearchSettings, keywords))
     workers = None if workers is None else str(workers)
     if isinstance(model, LoadedModel) and (options is not None or keywords):
         rule, do = "a model that is loaded keeps its own options", "give them to load_model"
         raise UserError("options", got=", ".join(keywords) or "LoadOptions", rule=rule, do=do)
     options = options_for(workers, load_options(options, keywords))
     chosen.check_words()
-    loaded = prepared(model if isinstance(model, LoadedModel) else load_model(model, options), chosen)
+    loaded = prepared(as_loaded(model, options), chosen)
     searched = read_sources(documents, share="search", tokenizer=loaded.tokenizer)
     held = read_sources(unseen, share="unseen", tokenizer=loaded.tokenizer) if unseen else []
     windows = choose_search_windows(loaded, chosen, searched, without(held, searched) if held else [])
@@ -361,7 +361,7 @@ def measure_result(
     results = []
     for name, chosen in (("search", windows.measured or windows.search), ("unseen", windows.unseen)):
         if chosen:
-            beside: Sequence[str] = METHODS_BESIDE
+            beside: Sequence[str] = _METHODS_BESIDE
             tables = {"longrope": table}
             if windows.shorter is not None and name == "search":
                 beside = ()  # a target that is too dear to search at; what it was decided between is known

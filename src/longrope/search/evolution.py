@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from longrope.baselines import Vector
 from longrope.factors import RopeFactors
-from longrope.search.space import Space, Vector, mutate_start
+from longrope.search.space import Space, mutate_start
 
 # A child that is already known is drawn again, this often at most; then its place stays empty.
 _DRAWS = 20

@@ -36,6 +36,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+"""Called after each task of a search."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class Loop:
             f"{self.budget.evaluation:,}",
             f"{tokens:,}",
             seconds,
-            duration(time_left),
+            format_seconds(time_left),
             memory,
         )
 
@@ -229,7 +230,7 @@ class Loop:
             on_progress(Progress(done, self.budget.total, proposal.iteration, best, rate, proposal.origin))
 
 
-def duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

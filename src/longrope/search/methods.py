@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from longrope.baselines import RopeShape
+from longrope.baselines import RopeShape, Vector
 from longrope.factors import RopeFactors
 from longrope.search.archive import Archive
 from longrope.search.descent import DescentSettings, batch_size, descend, step_sizes
 from longrope.search.evolution import Candidate, Evolution, EvolutionSettings
 from longrope.search.racing import RaceSettings, evolve, race_to_be_best, race_to_beat
 from longrope.search.seeds import Seeds
-from longrope.search.space import Space, Vector, grid_of
+from longrope.search.space import Space, grid_of
 from longrope.search.tasks import Steps
 
 METHODS = ("evolution", "gradient", "hybrid")
+"""What `--method` may be."""
 # Seeds that `gradient` descends from; `hybrid` descends from the best.
 _DESCENTS = 2
 # The seed that is evaluated first: it is rarely far from the best.

@@ -7,40 +7,30 @@ before them, and say little about far positions; the number cannot. The wording 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from longrope.documents import Document
 from longrope.errors import UserError
-from longrope.evaluate.prompts import shared_start
+from longrope.evaluate.prompts import Prompt, shared_start
 from longrope.evaluate.templates import FIRST, INTRO_FROM, SECOND
 from longrope.evaluate.templates import NEEDLE as NEEDLE_PROMPT
-from longrope.windows import Window, choose_windows, spare_windows
+from longrope.windows import Window, bos_of, choose_windows, spare_windows, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Depth = Literal["start", "spread"]
+"""Where needles are; `needle_windows` says what each is."""
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
+"""All of them."""
 
 INTRO, NEEDLE, QUESTION = NEEDLE_PROMPT.intro, NEEDLE_PROMPT.needle, NEEDLE_PROMPT.question + NEEDLE_PROMPT.lead
+"""The texts of a prompt."""
 DIGITS = 7
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """Token ids of a prompt without its document."""
-
-    head: list[int]  # BOS and the introduction
-    needle: list[int]
-    question: list[int]
-    answer: list[int]
-
-    @property
-    def size(self) -> int:
-        return len(self.head) + len(self.needle) + len(self.question) + len(self.answer)
+"""Of the number, as in LongRoPE2."""
 
 
 def needle_windows(
@@ -59,15 +49,14 @@ def needle_windows(
     Only the tokens of the answer, a number of `digits` digits, are scored. The seed fixes keys and numbers, and the
     documents' spans by the rules of `choose_windows`. depth: "start" puts the needle before the document, as LongRoPE2
     does; "spread" puts that of window k at (k + 1/2) / count of the document. `Window.start` is where the span of the
-    document begins. With `taken`, the spans are none of those of these windows, and
-    as many of `count` as the documents have. Raises UserError when the prompt does not fit, or the documents do not
-    suffice.
+    document begins. With `taken`, the spans are none of those of these windows, and as many of `count` as the documents
+    have. Raises UserError when the prompt does not fit, or the documents do not suffice.
     """
     if depth not in DEPTHS:
         rule = f"it is one of {', '.join(DEPTHS)}"
         raise UserError("--needle-depth", got=repr(depth), rule=rule, do="choose one of them")
-    pieces = _prompts(tokenizer, length, count, seed, digits)
-    fixed = max((each.size for each in pieces), default=0)
+    prompts = _prompts(tokenizer, length, count, seed, digits)
+    fixed = max((each.size for each in prompts), default=0)
     if length < fixed + 2:
         raise UserError(
             "--objective",
@@ -77,7 +66,7 @@ def needle_windows(
         )
     bos = tokenizer.bos_token_id is not None
     # Every span as long as the longest needed: prompts differ by a few tokens.
-    longest = length - min((each.size for each in pieces), default=0)
+    longest = length - min((each.size for each in prompts), default=0)
     try:
         drawn = {"length": longest + bos, "count": count, "seed": seed}
         if taken is None:
@@ -85,27 +74,20 @@ def needle_windows(
         else:
             spans = spare_windows(documents, tokenizer, **drawn, taken=taken)
     except UserError as error:
-        rule = f"{error.rule} (a needle's prompt takes the rest of {length})"
-        raise UserError(error.what, got=error.got, rule=rule, do=error.do) from None
+        raise error.changed(rule=f"{error.rule} (a needle's prompt takes the rest of {length})") from None
     windows = []
-    for index, (span, prompt) in enumerate(zip(spans, pieces, strict=False)):
+    for index, (span, prompt) in enumerate(zip(spans, prompts, strict=False)):
         text = span.ids[bos:][: length - prompt.size].tolist()
-        cut = 0 if depth == "start" else int((index + 0.5) / len(spans) * len(text))
-        ids = prompt.head + text[:cut] + prompt.needle + text[cut:] + prompt.question + prompt.answer
-        scored_from = length - len(prompt.answer)
-        windows.append(Window(span.document, span.sha256, span.start, np.array(ids, dtype=np.int64), scored_from))
+        ids = prompt.around(text, 0.0 if depth == "start" else (index + 0.5) / len(spans))
+        windows.append(Window(span.document, span.sha256, span.start, ids, length - len(prompt.answer)))
     return windows
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, digits: int) -> list[_Pieces]:
-    """The pieces of each window's prompt."""
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
+def _prompts(tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, digits: int) -> list[Prompt]:
+    """Each window's prompt, without its document."""
+    ids = partial(token_ids, tokenizer)
     rng = np.random.default_rng(seed)
-    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    head += ids(INTRO) if length >= INTRO_FROM else []
+    head = bos_of(tokenizer) + (ids(INTRO) if length >= INTRO_FROM else [])
     prompts = []
     for _ in range(count):
         key = f"{FIRST[rng.integers(len(FIRST))]}-{SECOND[rng.integers(len(SECOND))]}"
@@ -114,6 +96,6 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: 
         whole = ids(f"{asked} {number}")
         # The space is scored only where it is one token with the number, or the tokenizer joins even more than that.
         known = max(shared_start(ids(text), whole) for text in (asked, f"{asked} "))
-        prompts.append(_Pieces(head, ids(NEEDLE.format(key=key, number=number)), whole[:known], whole[known:]))
+        prompts.append(Prompt(head, ids(NEEDLE.format(key=key, number=number)), whole[:known], whole[known:]))
         assert prompts[-1].answer, "a text with a number has more tokens than without it"
     return prompts

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from longrope.evaluate.perplexity import window_losses
 from longrope.factors import RopeFactors
+from longrope.memory import peak_memory
 from longrope.model import LoadedModel
-from longrope.search.backward import activation_bytes, loss_gradient, peak_memory
+from longrope.search.backward import activation_bytes, loss_gradient
 from longrope.search.tasks import Gradient, Outcome, Task
 from longrope.windows import Window
 

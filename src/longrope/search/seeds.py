@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longrope.baselines import attention_factor
-from longrope.errors import UserError
+from longrope.baselines import RULES, attention_factor
 from longrope.factors import FactorTable, RopeFactors, last_row
 from longrope.model import LoadedModel
 from longrope.search.space import Space, check_seed
@@ -16,10 +15,12 @@ from longrope.search.space import Space, check_seed
 logger = logging.getLogger(__name__)
 
 PAPER = ("pi", "ntk", "yarn")
+"""The baselines that LongRoPE starts from."""
 ALL = ("pi", "ntk", "ntk-cd", "yarn", "llama3")
-RULES = ("none", "su", "yarn")
+"""Those that our own searches start from."""
 
 Seeds = list[tuple[str, RopeFactors]]
+"""Factors by name."""
 
 
 def vectors(
@@ -124,9 +125,3 @@ def with_attention(
                 known.add(factors_of.key)
                 found.append((f"{name}+{rule}" if len(tried) > 1 else name, factors_of))
     return found
-
-
-def check_distinct(seeds: Seeds) -> None:
-    """Raise UserError when there is nothing to start from."""
-    if not seeds:
-        raise UserError("search", got="no seed", rule="there is at least one", do="give one with --init")

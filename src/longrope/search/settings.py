@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any
 
 from longrope.baselines import attention_factor
 from longrope.errors import UserError
 from longrope.lengths import format_length
 from longrope.search.methods import METHODS
-from longrope.search.needle import DIGITS, Depth
+from longrope.search.needle import DEPTHS, DIGITS, Depth
 from longrope.search.space import START_TOKENS
 from longrope.windows import default_window_count
 
-OBJECTIVES = ("perplexity", "needle")
-STAGES = ("second", "recovery")
+_OBJECTIVES = ("perplexity", "needle")
+_STAGES = ("second", "recovery")
 # A recovery is at short lengths, where the windows of a longer search would be few tokens.
 _RECOVERY_TOKENS = 65536
-SPACES = ("longrope", "longrope2")
+_SPACES = ("longrope", "longrope2")
 # So few search windows are not what gradients are taken on: they would be learned by heart. More of them are, rather
 # than others, because an epoch is then no longer than what Adam averages over, and the windows' differences cancel.
 _FEW, _INSTEAD = 3, 64
@@ -122,12 +122,12 @@ class SearchSettings:
         """Raise UserError for what makes no sense for any model."""
         words = {
             "--method": (self.method, METHODS),
-            "--objective": (self.objective, OBJECTIVES),
-            "--space": (self.space, SPACES),
-            "--needle-depth": (self.needle_depth, get_args(Depth)),
+            "--objective": (self.objective, _OBJECTIVES),
+            "--space": (self.space, _SPACES),
+            "--needle-depth": (self.needle_depth, DEPTHS),
         }
         if self.stage is not None:
-            words["--stage"] = (self.stage, STAGES)
+            words["--stage"] = (self.stage, _STAGES)
         for flag, (word, known) in words.items():
             if word not in known:
                 rule = f"it is one of {', '.join(known)}"
@@ -202,5 +202,5 @@ class SearchSettings:
         return {name: value for name, value in vars(self.resolved()).items() if name != "windows"}
 
 
-SETTINGS = tuple(each.name for each in fields(SearchSettings) if each.name != "to")
 BUDGET = ("evaluations", "token_passes", "hours")
+"""Settings that are limits, which may grow when a run goes on."""

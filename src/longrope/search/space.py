@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from longrope.baselines import Vector
 from longrope.errors import UserError
 from longrope.factors import RopeFactors
 
-Vector = NDArray[np.float64]
-
 STEP = 0.01
+"""Of the paper's grid."""
 # Of rescale factors: the paper's, and finer ones for long original lengths, where its own turns fast pairs too far.
 GRIDS = (STEP, 0.001, 0.0001)
 # n-hat of the paper's table 4.

@@ -18,9 +18,8 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
 from longrope.errors import UserError
-from longrope.model import answering, cast_once, chunk_rows, decoder_of, own_rows
+from longrope.model import NO_TARGET, answering, cast_once, chunk_rows, decoder_of, own_rows, with_forward
 
-NO_TARGET = -100
 # Fewer rows wait for the output projection and for its gradient, which is as large, rather than compute.
 _LEAST_ROWS = 256
 
@@ -71,11 +70,8 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
         count = (targets != NO_TARGET).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 
-    vars(model)["forward"] = forward
-    try:
+    with with_forward(model, forward):
         yield
-    finally:
-        del vars(model)["forward"]
 
 
 def _head(model: Any) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 
 from longrope.errors import UserError
 
-SCHEDULES = ("linear", "cosine", "constant")
+_SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Recipe:
         made = replace(self, **{name: value for name, value in given.items() if value is not None})
         for flag, value, good, rule in (
             ("--learning-rate", made.learning_rate, made.learning_rate > 0, "it is above 0"),
-            ("--schedule", made.schedule, made.schedule in SCHEDULES, f"it is one of {', '.join(SCHEDULES)}"),
+            ("--schedule", made.schedule, made.schedule in _SCHEDULES, f"it is one of {', '.join(_SCHEDULES)}"),
             ("--warmup", made.warmup, made.warmup >= 0, "it is not negative"),
             ("--batch", made.batch, made.batch >= 1, "it is at least 1"),
             ("--beta1", made.beta1, 0 <= made.beta1 < 1, "it is from 0 to below 1"),
@@ -51,7 +51,7 @@ RECIPES: Mapping[str, Recipe] = {
     "longrope-mistral": Recipe(learning_rate=1e-6, schedule="constant", batch=64, steps=400),
     "longrope2": Recipe(learning_rate=2e-5, schedule="cosine", batch=64),
 }
-DEFAULT = "longrope-llama2"
+_DEFAULT = "longrope-llama2"
 
 
 def recipe_of(name: str | None, given: Mapping[str, Any]) -> Recipe:
@@ -60,7 +60,7 @@ def recipe_of(name: str | None, given: Mapping[str, Any]) -> Recipe:
         rule = f"it is one of {', '.join(RECIPES)}"
         raise UserError("--recipe", got=repr(name), rule=rule, do="choose one of them, or leave it out")
     assert set(given) <= {field.name for field in fields(Recipe)}, "settings of a recipe"
-    made = RECIPES[name or DEFAULT].changed(given)
+    made = RECIPES[name or _DEFAULT].changed(given)
     if made.steps is None or (name is None and given.get("steps") is None):
         raise UserError("--steps", got="none", rule="a training has a number of steps", do="give --steps")
     return made

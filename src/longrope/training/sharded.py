@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from longrope.errors import UserError
+from longrope.errors import UserError, first_line
 from longrope.training.state import damaged
 
 _LIST = ".metadata"
@@ -50,8 +50,8 @@ def check_shards(checkpoint: Path | None) -> None:
         except UserError:
             raise
         except Exception as error:  # of bytes that others chose: any
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise damaged(path.parents[1], f"{path.parent.name}/{_LIST} ({said})") from None
+            said = f"{path.parent.name}/{_LIST} ({first_line(error)[:200]})"
+            raise damaged(path.parents[1], said) from None
 
 
 def _check(path: Path) -> None:

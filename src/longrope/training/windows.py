@@ -17,13 +17,11 @@ from torch.utils.data import Dataset
 
 from longrope.documents import Document, distinct
 from longrope.errors import UserError, plural
-from longrope.training.loss import NO_TARGET
-from longrope.windows import span_starts, tokenize
+from longrope.model import NO_TARGET
+from longrope.windows import Ids, span_starts, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from longrope.errors import UserError
 
 # The first process alone saves, which takes long for a large model: NCCL's own ten minutes would end the others.
 _PATIENCE = timedelta(hours=2)
-Told = TypeVar("Told")
+_Told = TypeVar("_Told")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class World:
         PartialState(cpu=device == "cpu", timeout=_PATIENCE)
         return replace(options, device=device)
 
-    def first(self, work: Callable[[], Told]) -> Told:
+    def first(self, work: Callable[[], _Told]) -> _Told:
         """What the main process finds out, told to all; it alone works."""
         if self.size == 1:
             return work()

@@ -1,0 +1,75 @@
+"""What is trained and how: the command's words, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from longrope.checkpoint import LoadOptions, load_options, taken
+from longrope.errors import UserError
+from longrope.training.lora import LoraSettings
+from longrope.training.recipes import Recipe, recipe_of
+
+DEFAULT_TRACKER = "tensorboard"
+"""What Trainer reports to where nothing is asked for."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained and how: the words of the command.
+
+    length: of a window in tokens. hold_out: leave out the documents that `extend` holds out, to measure on. mixed:
+    share of windows that are packed of short documents under the row of their own length. lora: its rank, None for all
+    weights. gradient_checkpointing: None is as memory asks for it. save_every: steps between checkpoints, of which the
+    last `keep` stay. tracker: whatever Trainer reports to.
+    """
+
+    length: int
+    documents: Sequence[str] = ()
+    short_documents: Sequence[str] = ()
+    hold_out: bool = False
+    mixed: float | None = None
+    lora: LoraSettings | None = None
+    gradient_checkpointing: bool | None = None
+    save_every: int | None = None
+    keep: int = 2
+    tracker: str = DEFAULT_TRACKER
+    seed: int = 0
+
+
+def settings_of(
+    length: int, recipe: str | None, lora: int | None, options: LoadOptions | None, keywords: dict[str, Any]
+) -> tuple[Training, Recipe, LoadOptions]:
+    """What the words of the command come to; keywords: the fields of all four, which are taken out of them.
+
+    lora: the rank of adapters, None for all weights. Raises UserError for what cannot be trained like that.
+    """
+    chosen = recipe_of(recipe, taken(Recipe, keywords))
+    of_lora = taken(LoraSettings, keywords)
+    if lora is None and any(of_lora.values()):
+        name = next(name for name, value in of_lora.items() if value)
+        raise UserError(f"--{name}", got="no --lora", rule="it is a setting of LoRA", do="give --lora RANK")
+    adapters = None if lora is None else LoraSettings(rank=lora, **of_lora)
+    given = Training(length=length, lora=adapters, **taken(Training, keywords))
+    if not given.documents:
+        raise UserError("--documents", got="none", rule="a model is trained on documents", do="give at least one")
+    for flag, value in (("--save-every", given.save_every), ("--keep", given.keep)):
+        if value is not None and value < 1:
+            raise UserError(flag, got=value, rule="it is at least 1", do="give a larger number")
+    options = load_options(options, keywords)
+    if options.quantize is not None and adapters is None:
+        rule = "weights of so few bits are not trained"
+        raise UserError("--quantize", got=f"{options.quantize} without --lora", rule=rule, do="give --lora RANK")
+    # All weights are trained in float32, under autocast; a frozen base is in half precision where that computes fast.
+    if options.dtype == "auto" and options.placement != "cpu" and adapters is None:
+        options = replace(options, dtype="float32")
+    return given, chosen, options
+
+
+def described(given: Training, recipe: Recipe) -> dict[str, Any]:
+    """What the result depends on, for config.json."""
+    told = {name: value for name, value in vars(given).items() if name not in ("tracker", "keep", "lora", "hold_out")}
+    told |= {"hold_out": True} if given.hold_out else {}
+    told |= {"documents": list(given.documents), "short_documents": list(given.short_documents)}
+    return told | vars(recipe) | {"lora": vars(given.lora) if given.lora else None}
