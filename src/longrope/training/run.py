@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -20,14 +18,13 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 
 from longrope import __version__
 from longrope.checkpoint import FACTORS_FILE, LoadOptions, load_options
-from longrope.convert import factors_file, read_factors, to_transformers_config
+from longrope.convert import factors_file, read_factors
 from longrope.describe import describe_model, describe_options
 from longrope.documents import Document, hold_out, read_sources
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import out_of_memory
-from longrope.export.transformers import extended_config
 from longrope.factors import FactorTable
-from longrope.files import disk_errors, write_atomically
+from longrope.files import disk_errors
 from longrope.lengths import as_length, format_length
 from longrope.memory import Kept, free_memory
 from longrope.model import LoadedModel, load_model
@@ -35,12 +32,13 @@ from longrope.runs import ADAPTER, CHECKPOINT, LOSSES, METRICS, RunFolder, comma
 from longrope.training.callbacks import Progress, Watch
 from longrope.training.lora import LoraSettings, merged, with_lora
 from longrope.training.loss import chunked_loss
-from longrope.training.recipes import Recipe, recipe_of
+from longrope.training.recipes import SAVED, Recipe, recipe_of
 from longrope.training.sharded import check_shards
 from longrope.training.state import damaged, keep_losses, last_whole
 from longrope.training.trainer import ShardingTrainer, gathered
 from longrope.training.windows import LongWindows, MixedWindows, collate
 from longrope.training.world import World
+from longrope.training.written import write_checkpoint, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,8 @@ class Training:
     length: of a window in tokens. hold_out: leave out the documents that `extend` holds out, to measure on. mixed:
     share of windows that are packed of short documents under the row of their own length. lora: its rank, None for all
     weights. gradient_checkpointing: None is as memory asks for it. save_every: steps between checkpoints, of which the
-    last `keep` stay. tracker: whatever Trainer reports to.
+    last `keep` stay. save_dtype: of the checkpoint that is written at the end, None for that of training. tracker:
+    whatever Trainer reports to.
     """
 
     length: int
@@ -69,6 +68,7 @@ class Training:
     gradient_checkpointing: bool | None = None
     save_every: int | None = None
     keep: int = 2
+    save_dtype: str | None = None
     tracker: str = DEFAULT_TRACKER
     seed: int = 0
 
@@ -183,6 +183,9 @@ def _settings(
     for flag, value in (("--save-every", given.save_every), ("--keep", given.keep)):
         if value is not None and value < 1:
             raise UserError(flag, got=value, rule="it is at least 1", do="give a larger number")
+    if given.save_dtype not in (None, *SAVED):
+        rule, do = f"it is one of {', '.join(SAVED)}", "choose one of them, or leave it out"
+        raise UserError("--save-dtype", got=repr(given.save_dtype), rule=rule, do=do)
     options = load_options(options, keywords)
     if options.quantize is not None and adapters is None:
         rule = "weights of so few bits are not trained"
@@ -194,8 +197,10 @@ def _settings(
 
 
 def _described(given: Training, recipe: Recipe) -> dict[str, Any]:
-    told = {name: value for name, value in vars(given).items() if name not in ("tracker", "keep", "lora", "hold_out")}
+    apart = ("tracker", "keep", "lora", "hold_out", "save_dtype")
+    told = {name: value for name, value in vars(given).items() if name not in apart}
     told |= {"hold_out": True} if given.hold_out else {}
+    told |= {"save_dtype": given.save_dtype} if given.save_dtype else {}
     told |= {"documents": list(given.documents), "short_documents": list(given.short_documents)}
     return told | vars(recipe) | {"lora": vars(given.lora) if given.lora else None}
 
@@ -260,7 +265,7 @@ def _train(
             whole = gathered(trainer.model) if world.sharded else None
         model.config.use_cache = True  # Trainer switched it off
         if given.lora is not None and world.main:
-            _save(path / ADAPTER, lambda folder: trained.save_pretrained(folder, state_dict=whole))
+            write_whole(path / ADAPTER, lambda folder: trained.save_pretrained(folder, state_dict=whole))
     if given.lora is not None and given.lora.merge and world.main:
         # Into shards and weights of few bits nothing can be merged: a model that is loaded anew takes what was saved.
         anew = world.sharded or loaded.options.quantize is not None
@@ -268,7 +273,8 @@ def _train(
         model = merged(load_model(loaded.name, whole_options).model if anew else trained, path / ADAPTER)
         whole = None
     if (given.lora is None or given.lora.merge) and world.main:
-        _save(path / CHECKPOINT, lambda folder: write_checkpoint(folder, model, loaded, table, whole))
+        dtype = given.save_dtype
+        write_whole(path / CHECKPOINT, lambda folder: write_checkpoint(folder, model, loaded, table, whole, dtype))
     world.wait()
     return watch.losses()
 
@@ -372,40 +378,3 @@ def _told(path: Path, given: Training, last: str | None, watch: Watch) -> Iterat
         if last is not None and (not watch.begun or isinstance(error, UnpicklingError)):
             raise damaged(Path(last), said) from None
         raise
-
-
-def _save(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    with disk_errors(folder):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-
-
-def write_checkpoint(
-    folder: Path, model: Any, loaded: LoadedModel, table: FactorTable, weights: Mapping[str, Any] | None = None
-) -> None:
-    """A transformers folder with its factors.json; config.json has the factors too, where it can express them.
-
-    weights: those to be written instead of the model's own, where these are shards.
-    """
-    model.save_pretrained(folder, state_dict=weights)
-    loaded.tokenizer.save_pretrained(str(folder))
-    write_factors(folder, loaded, table)
-
-
-def write_factors(folder: Path, loaded: LoadedModel, table: FactorTable) -> None:
-    """The factors of a transformers folder: its factors.json, and config.json where that can express them."""
-    table.save(folder / FACTORS_FILE)
-    last = table.rows[-1]
-    long = replace(table, rows=(last.with_values(up_to=table.original_length), last)) if len(table.rows) == 1 else table
-    try:
-        keys = to_transformers_config(long)
-    except UserError as error:
-        logger.info("config.json keeps the original window, %s is what counts: %s", FACTORS_FILE, error)
-        return
-    config = json.loads((folder / "config.json").read_text())
-    write_atomically(folder / "config.json", json.dumps(extended_config(config, keys, loaded), indent=2) + "\n")
