@@ -8,7 +8,7 @@ at any time, and give the same command. Results go to benchmarks/results, figure
 In pieces on machines that are lent for minutes, what is done carried from one to the next:
 
     python benchmarks/reproduce.py --stages benchmarks/plans/full-length.toml --documents CORPUS --state runs/repro \\
-        --minutes 8 --unpack PACK --pack PACK-2
+        --minutes 3 --unpack PACK --pack PACK-2
 """
 
 from __future__ import annotations

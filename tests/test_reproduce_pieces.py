@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pretrain
 import reproduce
 from commands import write_documents
 from longrope.errors import UserError
@@ -186,10 +187,14 @@ def test_the_plan_is_that_of_the_issue_and_fits_into_a_pack() -> None:
     trained = [stage for stage in plan.stages if stage.do == "finetune"]
     assert [size.length, *(stage.to for stage in trained), plan.target] == [2**12, 2**17, 2**18, 2**21]
     assert {stage.settings["save_dtype"] for stage in trained} == {"bfloat16"}
-    attention, feed = 4 * size.hidden * size.heads * size.head_dim, 3 * size.hidden * size.intermediate
-    parameters = size.layers * (attention + feed + 2 * size.hidden) + 300 * size.hidden
-    assert parameters < 15e6
-    assert 2 * parameters * (1 + len(trained) + 1) < 60e6, "bytes of all checkpoints in bf16"
+    model = pretrain.build_model(
+        pretrain.Settings(
+            ("text",), size.length, int(size.tokens), size.batch, size.recall, size.learning_rate, size.hidden,
+            size.intermediate, size.layers, size.heads, size.heads, size.head_dim, size.theta, 0,
+        )
+    )  # fmt: skip
+    assert model.num_parameters() < 15e6
+    assert 2 * model.num_parameters() * (1 + len(trained) + 1) < 60e6, "bytes of all checkpoints in bf16"
     assert plan.target * max(size.hidden, size.intermediate) < 2**31
 
 
