@@ -4,6 +4,11 @@
 
 CORPUS has the folders train, validation and test. What is done is kept in benchmarks/state and not done again: stop it
 at any time, and give the same command. Results go to benchmarks/results, figures with their limits first.
+
+In pieces on machines that are lent for minutes, what is done carried from one to the next:
+
+    python benchmarks/reproduce.py --stages benchmarks/plans/full-length.toml --documents CORPUS --state runs/repro \\
+        --minutes 3 --unpack PACK --pack PACK-2
 """
 
 from __future__ import annotations
@@ -22,8 +27,9 @@ from longrope.errors import UserError
 from longrope.extension.plan import read_plan
 from longrope.files import read_lines
 from reproduction.core import CORE
+from reproduction.packing import pack, unpack
 from reproduction.setting import SETTINGS, Setting, quick_plan
-from reproduction.state import State
+from reproduction.state import OutOfTimeError, State
 from reproduction.tables import TABLES
 
 STATE = Path(__file__).parent / "state"
@@ -40,37 +46,60 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the JSON goes")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--minutes", type=float, default=None, help="begin no part after so many")
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="begin no training, stage or measurement after so many, but one"
+    )
+    parser.add_argument("--unpack", type=Path, metavar="FOLDER", help="first make the state of what --pack wrote")
+    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="at the end write the state as a few small files")
     parser.add_argument("--quick", action="store_true", help="a thousandth of the size: a check of the script")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(args.threads)
-    wanted = list({"core": CORE, "all": PARTS}.get(args.parts, args.parts.split(",")))
-    if unknown := [part for part in wanted if part not in PARTS]:
-        print(
-            f"reproduce: --parts: got {unknown[0]!r}; it is one of {', '.join(['core', 'all', *PARTS])}",
-            file=sys.stderr,
-        )
-        return 2
-    if args.stages.stem not in SETTINGS:
-        print(f"reproduce: --stages: got {args.stages}; it is named {', '.join(SETTINGS)}.toml", file=sys.stderr)
-        return 2
     try:
-        name = f"{args.stages.stem}-quick" if args.quick else args.stages.stem
-        size = SETTINGS[args.stages.stem].quick() if args.quick else SETTINGS[args.stages.stem]
-        plan = read_plan(args.stages, size.length)
-        plan = quick_plan(plan) if args.quick else plan
-        setting = Setting.of(size, plan, args.documents, args.state / name, args.device, args.threads)
+        return reproduce(args)
     except UserError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
-    state, begun = State(setting.state, setting.made_of()), time.monotonic()
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """What the command does, as far as its time goes; the exit code. Raises UserError for bad input."""
+    wanted = list({"core": CORE, "all": PARTS}.get(args.parts, args.parts.split(",")))
+    if unknown := [part for part in wanted if part not in PARTS]:
+        rule = f"it is one of {', '.join(['core', 'all', *PARTS])}"
+        raise UserError("--parts", got=repr(unknown[0]), rule=rule, do="choose one of them")
+    if args.stages.stem not in SETTINGS:
+        rule = f"it is named {' or '.join(f'{name}.toml' for name in SETTINGS)}"
+        raise UserError("--stages", got=args.stages, rule=rule, do="give a plan of that name")
+    name = f"{args.stages.stem}-quick" if args.quick else args.stages.stem
+    size = SETTINGS[args.stages.stem].quick() if args.quick else SETTINGS[args.stages.stem]
+    plan = read_plan(args.stages, size.length)
+    plan = quick_plan(plan) if args.quick else plan
+    setting = Setting.of(size, plan, args.documents, args.state / name, args.device, args.threads)
+    out, folder, packed = args.out.resolve(), setting.state.resolve(), args.pack and args.pack.resolve()
+    if args.unpack:
+        unpack(args.unpack, folder)
+
+    def keep() -> None:
+        """Pack the state: what ends the process, a machine's time for one, costs no more than what is going on."""
+        if packed:
+            pack(folder, packed)
+
+    keep()  # refuses a folder before anything is paid for
+    with setting.at_home() as here:
+        state = State(here.state, here.made_of(), args.minutes, keep)
+        try:
+            make(here, state, wanted)
+        finally:
+            keep()
+        return write(name, here, state, out)
+
+
+def make(setting: Setting, state: State, wanted: list[str]) -> None:
+    """Make the parts that are not done, as far as the time goes."""
     for part in wanted:
-        if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
-            logger.info("%s and what follows wait for the next call", part)
-            break
         if state.has(part):
             logger.info("%s is done", part)
             continue
@@ -78,11 +107,11 @@ def main(argv: list[str]) -> int:
         start = time.monotonic()
         try:
             PARTS[part](setting, state)
-        except UserError as error:
-            print(f"reproduce: {error}", file=sys.stderr)
-            return 2
+        except OutOfTimeError:
+            state.pause(part, time.monotonic() - start)
+            logger.info("%s and what follows wait for the next call", part)
+            break
         state.finish(part, time.monotonic() - start)
-    return write(name, setting, state, args.out)
 
 
 def write(name: str, setting: Setting, state: State, out: Path) -> int:

@@ -17,6 +17,7 @@ from commands import SHAPE, TARGET, Ran, contents, longrope, refused, start, wri
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.extension.plan import PLANS, default_plan, make_plan, read_plan
+from longrope.extension.run import extend
 from longrope.factors import FactorTable
 from longrope.files import as_line, read_lines
 from longrope.model import load_model
@@ -181,6 +182,20 @@ def test_an_extension_killed_in_every_stage_ends_as_if_undisturbed(here: Path, m
             assert losses.read_bytes() == (made / losses).read_bytes()
 
 
+def test_one_stage_a_call_ends_as_all_in_one(here: Path, made: Path) -> None:
+    names = [each["stage"] for each in json.loads((made / "stdout.json").read_text())["stages"]]
+    given: dict[str, Any] = {"to": FAR, "documents": ["texts"], "stages": "plan.toml", "out": "run", "tracker": "none"}
+    for number in range(len(names)):
+        told = extend("model", **given, options=FLOAT32, at_most=1)
+        assert [each["stage"] for each in told["stages"] if each["seconds"] is not None] == names[: number + 1]
+        assert "results" not in told
+        assert not (here / "run" / "checkpoint").exists()
+    assert extend("model", **given, options=FLOAT32, at_most=1)["results"]
+    assert Path("run/DONE").exists()
+    for name in ("factors.json", "checkpoint/model.safetensors"):
+        assert (here / "run" / name).read_bytes() == (made / "run" / name).read_bytes(), name
+
+
 def copied(made: Path, here: Path, *, unfinished: bool = True) -> None:
     shutil.copytree(made / "run", here / "run")
     if unfinished:
@@ -343,6 +358,7 @@ TRAIN = {"do": "finetune", "to": "4x", "steps": 2}
         (plan_of(SEARCH, {"do": "search", "to": "8x"}, TRAIN), "02-search-384: got nothing that uses it; "),
         (plan_of(SEARCH, TRAIN | {"mixed": 1.5}), "stage 2: mixed: got 1.5; it is a share between 0 and 1"),
         (plan_of(SEARCH, TRAIN | {"lora": "16"}), "stage 2: lora: got '16'; it is a whole number of at least 1"),
+        (plan_of(SEARCH, TRAIN | {"save_dtype": "int8"}), "stage 2: save_dtype: got 'int8'; it is one of float32, bfl"),
         (plan_of(SEARCH, TRAIN | {"norms": True}), "stage 2: norms: got no lora; it is a setting of LoRA"),
         (plan_of(SEARCH | {"start_tokens": 400}), "stage 1 (search): --start-tokens: got '400'; it is a number of"),
         (plan_of(SEARCH | {"attention_factor": "much"}), "stage 1 (search): --attention-factor: got 'much'; it is su"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FalconH1Config
 
 from commands import TARGET, contents, longrope, refused, start, table, write_checkpoint, write_documents
@@ -125,6 +126,22 @@ def test_the_checkpoint_is_the_trained_model_with_its_factors_here_and_in_stock_
     assert (again.code, again.document) == (0, ran.document), "a finished run is read"
     longer = longrope("evaluate", "perplexity", "run/checkpoint", "--lengths", TARGET, "-d", "texts", "--windows", 2)
     assert longer.code == 0
+
+
+def test_a_checkpoint_is_saved_in_the_dtype_asked_for(here: Path) -> None:
+    write_checkpoint(here / "model", tie_word_embeddings=True)
+    train(here, "as-trained")
+    train(here, "half", save_dtype="bfloat16")
+    whole, half = (load_file(here / name / "checkpoint" / "model.safetensors") for name in ("as-trained", "half"))
+    assert whole.keys() == half.keys(), "tied embeddings are there once"
+    assert {each.dtype for each in whole.values()} == {torch.float32}
+    assert all(torch.equal(half[name], whole[name].to(torch.bfloat16)) for name in whole)
+    told = json.loads((here / "half" / "checkpoint" / "config.json").read_text())
+    assert told["dtype"] == "bfloat16"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(here / "half" / "checkpoint", dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    settings = [json.loads((here / name / "config.json").read_text())["settings"] for name in ("half", "as-trained")]
+    assert settings[0] == settings[1] | {"save_dtype": "bfloat16"}
 
 
 @pytest.mark.usefixtures("here")
@@ -306,8 +323,6 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_what_was_good() 
 
 
 def _weights(path: Path) -> list[torch.Tensor]:
-    from safetensors.torch import load_file
-
     return list(load_file(path).values())
 
 
@@ -336,6 +351,7 @@ def test_a_window_longer_than_memory_is_told_before_the_first_step_with_what_wou
         (["--length", 1024], "sequence: got 1024 tokens; the factor table ends at 192"),
         (["--mixed", 2], "--mixed: got 2.0; it is a share between 0 and 1"),
         (["--lora", 0], "--lora: got 0; a rank is at least 1"),
+        (["--save-dtype", "int8"], "--save-dtype: got 'int8'; it is one of float32, bfloat16, float16; choose one"),
         (["--merge"], "--merge: got no --lora; it is a setting of LoRA"),
         (["-f", "none"], "--factors: got none, and no factors.json beside the weights"),
     ],

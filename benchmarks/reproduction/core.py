@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from longrope.evaluate.passkey import PasskeyMeasure
@@ -14,8 +15,9 @@ from longrope.evaluate.recorded import measure_run
 from longrope.extension.run import extend
 from longrope.factors import RopeFactors
 from longrope.model import LoadedModel
+from longrope.runs import DONE
 from longrope.windows import Window
-from reproduction.setting import Setting, cut, with_recall
+from reproduction.setting import Setting, Size, cut, with_recall
 from reproduction.state import State
 
 SECOND = ("pi", "ntk", "yarn")
@@ -34,11 +36,24 @@ def perplexity(loaded: LoadedModel, row: RopeFactors | None, windows: Sequence[W
 
 
 def base(setting: Setting, state: State) -> None:
-    """Train the base model, where its weights are not there yet."""
+    """Train the base model, where its weights are not there yet; on shorter windows first, where its size says so."""
     if setting.base.is_dir():
         return
-    size = setting.size
-    words = [sys.executable, str(PRETRAIN), "--out", str(setting.state / "base")]
+    size, before = setting.size, setting.state / "base-first"
+    init = size.init
+    if size.first is not None:
+        if not (before / "model").is_dir():
+            state.begin()
+            length, tokens = size.first
+            pretrain(setting, replace(size, length=length, tokens=tokens), before)
+        init = str(before / "model")
+    state.begin()
+    pretrain(setting, replace(size, init=init), setting.state / "base")
+
+
+def pretrain(setting: Setting, size: Size, out: Path) -> None:
+    """A training by the script that made `tiny`, in a process of its own."""
+    words = [sys.executable, str(PRETRAIN), "--out", str(out)]
     words += ["--documents", str(setting.documents / "train"), "--seed", str(setting.seed)]
     for name in ("length", "tokens", "batch", "recall", "hidden", "intermediate", "layers", "heads", "theta"):
         words += [f"--{name}", str(getattr(size, name))]
@@ -48,19 +63,28 @@ def base(setting: Setting, state: State) -> None:
 
 
 def stages(setting: Setting, state: State) -> None:
-    """All stages of the plan: trained on the training documents, searched on validation, never on test."""
-    extend(
-        str(setting.base),
-        to=setting.plan.target,
-        documents=[str(setting.documents / "train")],
-        search_documents=[str(setting.documents / "validation")],
-        unseen=[str(setting.documents / "test")],
-        stages=with_recall(setting),
-        out=setting.run,
-        tracker="none",
-        seed=setting.seed,
-        options=setting.options,
-    )
+    """All stages of the plan: trained on the training documents, searched on validation, never on test.
+
+    Where the calls are limited, one stage at a time, and what follows the last one as one more.
+    """
+    plan = with_recall(setting)
+    while True:
+        state.begin()
+        extend(
+            str(setting.base),
+            to=setting.plan.target,
+            documents=[str(setting.documents / "train")],
+            search_documents=[str(setting.documents / "validation")],
+            unseen=[str(setting.documents / "test")],
+            stages=plan,
+            out=setting.run,
+            tracker="none",
+            seed=setting.seed,
+            options=setting.options,
+            at_most=1 if state.cut else None,
+        )
+        if (setting.run / DONE).exists():
+            return
 
 
 def lengths(setting: Setting, state: State) -> None:
@@ -109,6 +133,8 @@ def lengths(setting: Setting, state: State) -> None:
 def passkey(setting: Setting, state: State) -> None:
     """Passkeys at every power of two up to the fine-tuned length."""
     original, longest = setting.size.length, setting.trained[-1]
+    if not (setting.state / "passkey" / DONE).exists():
+        state.begin()
     measured = passkeys(setting, [original << power for power in range((longest // original).bit_length())], "passkey")
     found = {length: share for length, share, _ in measured}
     worst = min(found, key=lambda length: found[length])

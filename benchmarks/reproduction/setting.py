@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,9 @@ class Size:
 
     length: of its training, the original length. init: the model that training begins with, from scratch without.
     recall, recall_share: of recall tasks among what is trained on, of the base model and of the fine-tunings. windows:
-    of the target length, that perplexities are measured on. tries: passkeys a length.
+    of the target length, that perplexities are measured on. tries: passkeys a length. first: length and tokens of a
+    training on shorter windows, whose weights the one at `length` begins with. moves: the state holds no path of the
+    machine, so that another one can go on with it.
     """
 
     length: int
@@ -48,16 +52,19 @@ class Size:
     recall_share: float = 0.75
     windows: int = 1
     tries: int = 20
+    first: tuple[int, float] | None = None
+    moves: bool = False
 
     def told(self) -> dict[str, Any]:
-        """As the results have it."""
-        return dict(vars(self))
+        """As the results have it; what was added later only where it is used, so that older states are gone on with."""
+        apart = {"moves"} | ({"first"} if self.first is None else set())
+        return {name: value for name, value in vars(self).items() if name not in apart}
 
     def quick(self) -> Size:
         """A thousandth of it."""
         return replace(
             self, length=128, tokens=4096, batch=4, hidden=32, intermediate=64, layers=1, heads=2, head_dim=16, tries=2,
-            theta=50.0, init="",
+            theta=50.0, init="", first=None if self.first is None else (128, 2048),
         )  # fmt: skip
 
 
@@ -89,6 +96,25 @@ SETTINGS = {
         recall=0.25,
         learning_rate=2e-3,
     ),
+    # 6.8M parameters, 13.5 MB in bf16. Attention, whose cost grows with the square of the length, is narrow (3 heads of
+    # 64, as of a model half as wide), the rest is wide. Of 2,097,152 tokens no activation has 2^31 numbers. theta puts
+    # the critical dimension where that of LLaMA2 is.
+    "full-length": Size(
+        length=4096,
+        tokens=160e6,
+        batch=32,
+        hidden=480,
+        intermediate=896,
+        layers=4,
+        heads=3,
+        head_dim=64,
+        theta=10000.0,
+        # Recall is learned from many tasks: of short windows there are eight times as many in as many tokens.
+        first=(512, 80e6),
+        recall=0.25,
+        learning_rate=2e-3,
+        moves=True,
+    ),
 }
 
 
@@ -113,6 +139,24 @@ class Setting:
                 rule = "the documents are in train, validation and test"
                 raise UserError("--documents", got=f"{documents}, without {name}", rule=rule, do="give such a folder")
         return cls(size, plan, documents, state, device, threads)
+
+    @contextmanager
+    def at_home(self) -> Iterator[Setting]:
+        """The same with paths that do not depend on the machine, where its size asks for that.
+
+        Runs name their model and documents by path. So that they are gone on with elsewhere, the process stands in the
+        folder above the state, and the documents are a link in it.
+        """
+        if not self.size.moves:
+            yield self
+            return
+        self.state.mkdir(parents=True, exist_ok=True)
+        link = self.state / "corpus"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.documents.resolve())
+        with chdir(self.state.parent):
+            name = Path(self.state.name)
+            yield replace(self, documents=name / link.name, state=name)
 
     @property
     def run(self) -> Path:

@@ -13,6 +13,7 @@ from longrope.evaluate.nonuniformity import collect, studies
 from longrope.evaluate.nonuniformity import rows as distinct
 from longrope.factors import FactorTable, RopeFactors
 from longrope.model import LoadedModel, load_model
+from longrope.runs import DONE
 from longrope.training.run import finetune
 from longrope.windows import Window
 from reproduction.core import perplexity
@@ -100,7 +101,7 @@ def direct(setting: Setting, state: State) -> None:
     steps = math.ceil(tokens / (stages[-1].settings["batch"] * length))
     given = dict(stages[0].settings) | {"steps": steps}
     given |= {name: stages[-1].settings[name] for name in ("batch", "documents")}
-    out = _trained(setting, setting.base, found(setting, length), length, given, "direct")
+    out = _trained(setting, state, setting.base, found(setting, length), length, given, "direct")
     windows = setting.judged(setting.plan.target)
     step_by_step = setting.stage("finetune", length) / "checkpoint"
     values = {
@@ -117,7 +118,7 @@ def mixed(setting: Setting, state: State) -> None:
     for stage in with_recall(setting).stages:
         if stage.do == "finetune":
             given = dict(stage.settings) | {"mixed": MIXED}
-            model = _trained(setting, model, found(setting, stage.to), stage.to, given, f"mixed-{stage.to}")
+            model = _trained(setting, state, model, found(setting, stage.to), stage.to, given, f"mixed-{stage.to}")
     windows = setting.judged(setting.plan.target)
     value, base = _values(setting, state, model, windows), _values(setting, state, setting.base, windows)
     table = setting.load(model).meaning
@@ -131,10 +132,14 @@ def mixed(setting: Setting, state: State) -> None:
     state.table(f"perplexity at {longest}", told)
 
 
-def _trained(setting: Setting, model: Path, table: FactorTable, length: int, given: dict[str, Any], name: str) -> Path:
+def _trained(
+    setting: Setting, state: State, model: Path, table: FactorTable, length: int, given: dict[str, Any], name: str
+) -> Path:
     """A fine-tuning of a part's own, resumed where it was."""
     documents = [str(setting.documents / "train"), *given.pop("documents", [])]
     out = setting.state / name
+    if not (out / DONE).exists():
+        state.begin()
     finetune(
         str(model), length=length, factors=table, documents=documents, out=out, seed=setting.seed, tracker="none",
         options=setting.options, **given,

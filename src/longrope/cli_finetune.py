@@ -57,6 +57,9 @@ def finetune(
     ] = None,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = None,
     keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.")] = 2,
+    save_dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="Of the checkpoint: float32, bfloat16 or float16; as trained.")
+    ] = None,
     tracker: Annotated[str, typer.Option(help="Whatever Trainer reports to, or none.")] = "tensorboard",
     out: Out = None,
     *,
@@ -79,6 +82,7 @@ def finetune(
         "seed": shared.seed,
     }
     given |= {"gradient_checkpointing": gradient_checkpointing, "save_every": save_every, "keep": keep}
+    given |= {"save_dtype": save_dtype}
     options = shared.options()
     path = out or default_run_path("finetune", model, parse_length(length))
     resume_with()

@@ -20,7 +20,7 @@ from longrope.files import write_atomically
 from longrope.folders import replaced_folder
 from longrope.model import LoadedModel
 from longrope.runs import CHECKPOINT, RunFolder
-from longrope.training.run import write_factors
+from longrope.training.written import write_factors
 from longrope.windows import windows_of
 
 logger = logging.getLogger(__name__)

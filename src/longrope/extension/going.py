@@ -138,7 +138,8 @@ def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
         got, rule = f"documents of its own in {further}", "then what is held out has to be named"
         raise UserError("--unseen", got=got, rule=rule, do="give documents that no stage reads")
     bos = loaded.tokenizer.bos_token_id is not None
-    longest = max(token_lengths(texts.search, loaded.tokenizer), default=0) + bos
+    searched = max((stage.to for stage in plan.stages if stage.do != "finetune"), default=0)
+    longest = _longest(loaded, texts.search, searched - bos) + bos
     for stage in plan.stages:
         if stage.do != "finetune" and stage.to > longest:
             got = f"documents to search on, the longest of {longest} tokens"
@@ -152,14 +153,24 @@ def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
         if shared := {each.sha256 for each in own} & {each.sha256 for each in texts.unseen}:
             got, rule = f"{plural(len(shared), 'document')} of {stage.name}", "no stage reads what is measured on"
             raise UserError("--unseen", got=got, rule=rule, do="give other documents")
-        longest = max(token_lengths([*texts.trained, *own], loaded.tokenizer), default=0) + around
+        longest = _longest(loaded, [*texts.trained, *own], stage.to - around) + around
         if stage.to > longest:
             got = f"documents to train on, the longest of {longest} tokens with its ends"
             raise UserError(
                 "--documents", got=got, rule=f"{stage.name} has windows of {stage.to}", do="give longer ones"
             )
-    held = max(token_lengths(texts.unseen, loaded.tokenizer), default=0) + bos
     wanted = max(measured_lengths(plan))
+    held = _longest(loaded, texts.unseen, wanted - bos) + bos
     if wanted > held:
         got, rule = f"held-out documents, the longest of {held} tokens", f"windows of {wanted} are measured at the end"
         raise UserError("--unseen", got=got, rule=rule, do="give longer ones, or shorter lengths under [measure]")
+
+
+def _longest(loaded: LoadedModel, documents: Sequence[Document], enough: int) -> int:
+    """Tokens of the longest document, or of one that has enough: to tokenize all of them takes a second a megabyte."""
+    found = 0
+    for document in sorted(documents, key=lambda each: len(each.text), reverse=True):
+        found = max(found, *token_lengths([document], loaded.tokenizer))
+        if found >= enough:
+            break
+    return found

@@ -16,7 +16,7 @@ from longrope.factors import FactorTable
 from longrope.files import LARGEST, check_regular, disk_errors
 from longrope.lengths import LONGEST, format_length, parse_length
 from longrope.search.settings import SearchSettings
-from longrope.training.recipes import Recipe, recipe_of
+from longrope.training.recipes import SAVED, Recipe, recipe_of
 
 PLANS = ("longrope", "longrope2")
 """Plans of ours by name: the two papers'."""
@@ -26,7 +26,8 @@ WITHOUT_TRAINING = 8
 _FIRST, _LAST = 32, 64  # ratios of the two fine-tunings
 _OF_SEARCH = {each.name for each in fields(SearchSettings)} - {"to", "stage", "seed"}
 _OF_TRAINING = {each.name for each in fields(Recipe)} | {
-    *("documents", "recipe", "mixed", "lora", "embeddings", "norms", "gradient_checkpointing", "save_every", "keep")
+    *("documents", "recipe", "mixed", "lora", "embeddings", "norms", "gradient_checkpointing", "save_every", "keep"),
+    "save_dtype",
 }
 _MORE_OF_TRAINING: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("mixed", lambda value: type(value) in (int, float) and 0 < value < 1, "it is a share between 0 and 1"),
@@ -34,6 +35,7 @@ _MORE_OF_TRAINING: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
       ("lora", "save_every", "keep")),
     *((name, lambda value: isinstance(value, bool), "it is true or false") for name in
       ("embeddings", "norms", "gradient_checkpointing")),
+    ("save_dtype", lambda value: value in SAVED, f"it is one of {', '.join(SAVED)}"),
 )  # fmt: skip
 _OF_MEASURES = {"lengths": list, "windows": int, "passkey": int}
 

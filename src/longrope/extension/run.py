@@ -56,6 +56,7 @@ def extend(
     seed: int = 0,
     options: LoadOptions | None = None,
     watching: Watching | None = None,
+    at_most: int | None = None,
     **load: Any,
 ) -> dict[str, Any]:
     """Extend a model to `to` tokens by the stages of a plan; what metrics.json holds.
@@ -66,9 +67,11 @@ def extend(
     such as `torchrun --nproc-per-node 8` that runs the fine-tuning on several devices. The run `out`
     (runs/extend-MODEL-LENGTH by default) has a run for each stage; the same call goes on with what is not done. It ends
     with factors.json, checkpoint/, metrics.json and report.html. workers: as for `search`. tracker: whatever Trainer
-    reports to. seed: fixes windows and every random choice. watching: what is called as it goes on. options:
-    LoadOptions as one object; load: its fields. Raises UserError for bad input, and for a stage whose inputs or files
-    have changed since it was made.
+    reports to. seed: fixes windows and every random choice. watching: what is called as it goes on. at_most: end after
+    so many stages that were not done before, with the stages and their seconds instead of what metrics.json holds; the
+    same call goes on, and what follows the last stage is done by the call after it. options: LoadOptions as one object;
+    load: its fields. Raises UserError for bad input, and for a stage whose inputs or files have changed since it was
+    made.
     """
     watching = watching or Watching()
     workers = None if workers is None else str(workers)
@@ -102,8 +105,11 @@ def extend(
             _loaded=loaded,
         )
         del loaded  # `going` lets it go when a training takes the memory
+        made = 0
         for stage in plan.stages:
-            _make(going, stage)
+            made += _make(going, stage)
+            if at_most is not None and made >= at_most:
+                return {"stages": going.told()}
         assert going.table is not None, "a plan has a search"
         run.save_factors(going.table)
         write_checkpoint(going, going.table)
@@ -128,14 +134,15 @@ def plan_for(original_length: int, target: int, stages: str | Path | Plan | None
     return plan if train else plan.without_training()
 
 
-def _make(going: Extension, stage: Stage) -> None:
-    """A stage, made or found done; the table and the model afterwards."""
+def _make(going: Extension, stage: Stage) -> bool:
+    """A stage, made or found done; the table and the model afterwards. Whether it was made now."""
     say, folder = going.watching.stage, going.run / stage.name
     model = going.base if stage.on == "base" else going.current
     inputs = {"model": going.hash_of(model)}
     if stage.do == "finetune":
         inputs["factors"] = going.tables[stage.to].row_for(stage.to).key
-    if going.done.has(stage.name, inputs):
+    before = going.done.has(stage.name, inputs)
+    if before:
         say(f"{stage.name} is done")
     else:
         say(f"{stage.name} begins")
@@ -155,6 +162,7 @@ def _make(going: Extension, stage: Stage) -> None:
     else:  # a row more of the same model
         assert going.table is not None, "the order of stages is checked"
         going.table = with_row(going.table, found.row_for(stage.to))
+    return not before
 
 
 def with_row(table: FactorTable, row: RopeFactors) -> FactorTable:

@@ -9,6 +9,8 @@ from typing import Any
 from longrope.errors import UserError
 
 _SCHEDULES = ("linear", "cosine", "constant")
+SAVED = ("float32", "bfloat16", "float16")
+"""Dtypes of a written checkpoint."""
 
 
 @dataclass(frozen=True)

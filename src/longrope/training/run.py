@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +16,13 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from longrope import __version__
 from longrope.checkpoint import LoadOptions
-from longrope.convert import as_table, to_transformers_config
+from longrope.convert import as_table
 from longrope.describe import describe_documents, describe_model, describe_options
 from longrope.documents import Document, hold_out, read_sources
 from longrope.errors import UserError, first_line
 from longrope.evaluate.perplexity import out_of_memory
-from longrope.export.transformers import extended_config
 from longrope.factors import FACTORS, FactorTable
-from longrope.files import disk_errors, write_atomically
+from longrope.files import disk_errors
 from longrope.folders import replaced_folder
 from longrope.lengths import as_length
 from longrope.model import LoadedModel, as_loaded, load_model
@@ -40,6 +38,7 @@ from longrope.training.state import damaged, keep_losses, last_whole
 from longrope.training.trainer import ShardingTrainer, gathered
 from longrope.training.windows import LongWindows, MixedWindows, collate
 from longrope.training.world import World
+from longrope.training.written import write_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +207,7 @@ def _train(
         whole = None
     if (given.lora is None or given.lora.merge) and world.main:
         with replaced_folder(path / CHECKPOINT) as folder:
-            write_checkpoint(folder, model, loaded, table, whole)
+            write_checkpoint(folder, model, loaded, table, whole, given.save_dtype)
     world.wait()
     return watch.losses()
 
@@ -231,29 +230,3 @@ def _failures_told(path: Path, given: Training, last: str | None, watch: Watch) 
         if last is not None and (not watch.begun or isinstance(error, UnpicklingError)):
             raise damaged(Path(last), said) from None
         raise
-
-
-def write_checkpoint(
-    folder: Path, model: Any, loaded: LoadedModel, table: FactorTable, weights: Mapping[str, Any] | None = None
-) -> None:
-    """A transformers folder with its factors.json; config.json has the factors too, where it can express them.
-
-    weights: those to be written instead of the model's own, where these are shards.
-    """
-    model.save_pretrained(folder, state_dict=weights)
-    loaded.tokenizer.save_pretrained(str(folder))
-    write_factors(folder, loaded, table)
-
-
-def write_factors(folder: Path, loaded: LoadedModel, table: FactorTable) -> None:
-    """The factors of a transformers folder: its factors.json, and config.json where that can express them."""
-    table.save(folder / FACTORS)
-    last = table.rows[-1]
-    long = replace(table, rows=(last.with_values(up_to=table.original_length), last)) if len(table.rows) == 1 else table
-    try:
-        keys = to_transformers_config(long)
-    except UserError as error:
-        logger.info("config.json keeps the original window, %s is what counts: %s", FACTORS, error)
-        return
-    config = json.loads((folder / "config.json").read_text())
-    write_atomically(folder / "config.json", json.dumps(extended_config(config, keys, loaded), indent=2) + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 from longrope.checkpoint import LoadOptions, load_options, taken
 from longrope.errors import UserError
 from longrope.training.lora import LoraSettings
-from longrope.training.recipes import Recipe, recipe_of
+from longrope.training.recipes import SAVED, Recipe, recipe_of
 
 DEFAULT_TRACKER = "tensorboard"
 """What Trainer reports to where nothing is asked for."""
@@ -22,7 +22,8 @@ class Training:
     length: of a window in tokens. hold_out: leave out the documents that `extend` holds out, to measure on. mixed:
     share of windows that are packed of short documents under the row of their own length. lora: its rank, None for all
     weights. gradient_checkpointing: None is as memory asks for it. save_every: steps between checkpoints, of which the
-    last `keep` stay. tracker: whatever Trainer reports to.
+    last `keep` stay. save_dtype: of the checkpoint that is written at the end, None for that of training. tracker:
+    whatever Trainer reports to.
     """
 
     length: int
@@ -34,6 +35,7 @@ class Training:
     gradient_checkpointing: bool | None = None
     save_every: int | None = None
     keep: int = 2
+    save_dtype: str | None = None
     tracker: str = DEFAULT_TRACKER
     seed: int = 0
 
@@ -57,6 +59,9 @@ def settings_of(
     for flag, value in (("--save-every", given.save_every), ("--keep", given.keep)):
         if value is not None and value < 1:
             raise UserError(flag, got=value, rule="it is at least 1", do="give a larger number")
+    if given.save_dtype not in (None, *SAVED):
+        rule, do = f"it is one of {', '.join(SAVED)}", "choose one of them, or leave it out"
+        raise UserError("--save-dtype", got=repr(given.save_dtype), rule=rule, do=do)
     options = load_options(options, keywords)
     if options.quantize is not None and adapters is None:
         rule = "weights of so few bits are not trained"
@@ -69,7 +74,9 @@ def settings_of(
 
 def described(given: Training, recipe: Recipe) -> dict[str, Any]:
     """What the result depends on, for config.json."""
-    told = {name: value for name, value in vars(given).items() if name not in ("tracker", "keep", "lora", "hold_out")}
+    apart = ("tracker", "keep", "lora", "hold_out", "save_dtype")
+    told = {name: value for name, value in vars(given).items() if name not in apart}
     told |= {"hold_out": True} if given.hold_out else {}
+    told |= {"save_dtype": given.save_dtype} if given.save_dtype else {}
     told |= {"documents": list(given.documents), "short_documents": list(given.short_documents)}
     return told | vars(recipe) | {"lora": vars(given.lora) if given.lora else None}
