@@ -172,16 +172,16 @@ def draw_regimes(data: Data) -> Figure:
     for index, (start, row) in enumerate(zip(starts, rows, strict=False)):
         inside = (lengths > start) & (lengths <= row)
         axis.axvspan(start, min(row, len(spent)), color=SEEN, alpha=0.06 + 0.07 * index, linewidth=0)
-        axis.text(start + 8, max(spent) * 1.09, f"row {index + 1}, up to {row}", fontsize=8, va="top")
+        axis.text(start + 8, max(spent) * 1.17, f"row {index + 1}, up to {row}", fontsize=8, va="top")
         axis.plot(lengths[inside], np.array(spent)[inside], color=SEEN, linewidth=1.6)
     for row in rows[:-1]:
         axis.plot([row, row + 1], [spent[row - 1], spent[row]], color=UNSEEN, linewidth=2.2)
         # above the line, where nothing crosses it
-        axis.text(row + 8, spent[row] + 260, f"cache made again: {row} tokens", fontsize=8, va="center")
+        axis.text(row + 8, spent[row] + 420, f"cache made again: {row} tokens", fontsize=8, va="center")
     axis.plot(lengths, lengths, color=MARK, linewidth=1, linestyle=":")
     axis.text(len(spent) - 8, len(spent) * 0.78, "without a boundary", fontsize=8, ha="right", va="top")
     axis.set(xlabel="length of the text so far, in tokens", ylabel="tokens run through the model", xlim=(0, len(spent)))
-    axis.set_ylim(0, max(spent) * 1.12)
+    axis.set_ylim(0, max(spent) * 1.2)
     return figure
 
 
