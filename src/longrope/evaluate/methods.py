@@ -12,7 +12,7 @@ from longrope.evaluate.paired import Difference
 from longrope.factors import FactorTable, RopeFactors
 from longrope.model import LoadedModel
 
-DEFAULT_METHODS = ("none", "pi", "ntk", "ntk+su", "ntk-cd", "dynamic-ntk", "yarn", "yarn+su", "yarn-rcd", "llama3")
+DEFAULT_METHODS = tuple("none pi ntk ntk+su ntk-cd dynamic-ntk yarn yarn+su yarn-rcd llama3 llama3+su".split())
 
 
 @dataclass(frozen=True)
