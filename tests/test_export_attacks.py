@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, LagunaConfig
+from transformers import LagunaConfig, LagunaForCausalLM
 
 import longrope as package
 from byte_tokenizer import BOS, EOS, PAD
@@ -100,7 +100,7 @@ def test_a_class_that_cannot_read_its_engines_keys_is_refused(tmp_path: Path) ->
         shared_expert_intermediate_size=16, num_experts=2, num_experts_per_tok=1, sliding_window=16,
         max_position_embeddings=ORIGINAL, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
-    folder = save(AutoModelForCausalLM.from_config(own), tmp_path / "model")
+    folder = save(LagunaForCausalLM(own), tmp_path / "model")
     rows = table(shape=RopeShape(500_000.0, 8, ORIGINAL))
     message = r"^export: got KeyError \('full_attention'\) from LagunaRotaryEmbedding; .*use --engine transformers$"
     with pytest.raises(UserError, match=message):

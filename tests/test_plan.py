@@ -23,6 +23,7 @@ from common import random_llama, random_windows
 from cost_table import PAGE, models, row, stages_of
 from longrope.baselines import baseline
 from longrope.checkpoint import TINY, LoadOptions
+from longrope.console_tables import plan_table
 from longrope.errors import UserError
 from longrope.model import LoadedModel, load_model
 from longrope.planning import activations, memory
@@ -383,3 +384,17 @@ def test_shards_divide_weights_and_shared_windows_activations(tmp_path: Path) ->
     assert spread["optimizer"] == alone["optimizer"] / 8 == shape.parameters
     assert spread["kept"] == alone["kept"] / 8 == 32 * 4 * 4096 * 131072 / 8
     assert replace(shape, layers=1).cached_tokens(10) == 320, "windows are one a layer"
+
+
+def test_the_table_writes_large_work_and_short_times_out() -> None:
+    stages = [("01-search-128k", 3.08e18, 1.3), ("prompt-128k", 6.33e15, 0.0059), ("unknown", 5e13, None)]
+    results = [
+        {"method": name, "tokens": 1e6, "flops": flops, "hours": hours, "memory": {}, "value": 0.0}
+        | {"fits": True, "layout": "one device", "advice": ""}
+        for name, flops, hours in stages
+    ]
+    settings = {"to": 131_072, "gpus": "8xH100-80GB", "bytes_each": 72e9, "mfu": None}
+    table = plan_table({"model": "M", "parameters": 8, "settings": settings, "results": results})
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["PFLOP"] == ["3,080", "6.33", "0.05"]
+    assert columns["time"] == ["78\N{NO-BREAK SPACE}min", "21\N{NO-BREAK SPACE}s", "-"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shlex
 import shutil
@@ -23,7 +24,6 @@ from commands import longrope
 from longrope.baselines import METHODS, baseline, critical_dimension
 from longrope.errors import UserError
 from longrope.report import write_csv, write_png, write_report, write_tensorboard
-from longrope.report.by_length import log_ticks
 from longrope.report.facts import (
     Card,
     cards,
@@ -35,6 +35,7 @@ from longrope.report.facts import (
     table_rows,
     verdict,
 )
+from longrope.report.figures import log_ticks, on_log_axis
 from longrope.report.plots import plots_of
 from longrope.report.read import read_run
 from longrope.report.results import MEASURES
@@ -325,7 +326,7 @@ def test_the_page_says_what_was_searched_and_what_was_done(tasks: Path) -> None:
         "Work": "4 candidates on all windows, 1 without a finite value, 2 on some windows only, 1 gradient step, "
         "2.05k tokens run again to save memory, beside the token-passes",
     }
-    remark = "in token-passes of all windows: 61.4k, 3\N{NO-BREAK SPACE}s of work"
+    remark = "61.4k token-passes, 3\N{NO-BREAK SPACE}s of work"
     assert cards(read)[-1] == Card("Evaluations", "7.5", remark)
     (tasks / "metrics.json").unlink()
     assert headline(read_run(tasks)).endswith("best value 4.25 after 7.5 evaluations")
@@ -390,6 +391,20 @@ def test_log_ticks_are_few_round_numbers_inside_the_range(low: float, high: floa
     assert 1 <= len(ticks) <= 9
     assert ticks == sorted(set(ticks))
     assert all(low * 0.97 <= tick <= high * 1.03 for tick in ticks)
+
+
+def test_numbers_stand_written_out_at_a_log_axis() -> None:
+    assert on_log_axis([16, None, 2048, 0, math.inf])["ticktext"] == ["20", "50", "100", "200", "500", "1000", "2000"]
+    assert on_log_axis([64, 131_072])["ticktext"] == ["100", "300", "1000", "3000", "10k", "30k", "100k"]
+    assert on_log_axis([None]) == {"type": "log"}
+
+
+def test_no_plot_leaves_the_ticks_of_a_log_axis_to_plotly(run: Path) -> None:
+    add_positions(run)
+    axes = [figure["layout"][axis] for figure in figures_of(run).values() for axis in ("xaxis", "yaxis")]
+    logarithmic = [axis for axis in axes if axis.get("type") == "log"]
+    assert len(logarithmic) >= 6
+    assert [axis for axis in logarithmic if "tickvals" not in axis and axis.get("dtick") != 1] == []
 
 
 # --- what may be missing ---------------------------------------------------------------------------------------------
@@ -562,7 +577,7 @@ def test_the_cards_hold_the_key_numbers(run: Path) -> None:
         ("Perplexity at 2048", "4.268", "3.841 – 4.695"),
         ("Best baseline", "4.490", "YaRN, ours −4.9%"),
         ("Attention factor", "1.170", "4 start tokens"),
-        ("Evaluations", "7", "in token-passes of all windows: 14.3k, 4\N{NO-BREAK SPACE}s of work"),
+        ("Evaluations", "7", "14.3k token-passes, 4\N{NO-BREAK SPACE}s of work"),
     ]
 
 
@@ -698,7 +713,9 @@ def test_the_studies_of_non_uniformity_are_drawn(full: Path) -> None:
     assert groups["only these rescaled"]["y"] == [40.1, 5.0]
     assert groups["all but these"]["y"] == [5.0, 40.0]
     starts = {trace["name"]: (trace["x"], trace["y"]) for trace in figures["nonuniformity-start"]["data"]}
-    assert starts == {"pi": ([0, 4], [9.0, 8.5]), "yarn": ([0, 4], [4.6, 4.6])}
+    assert starts == {"PI": ([0, 4], [9.0, 8.5]), "YaRN": ([0, 4], [4.6, 4.6])}
+    colours = {trace["name"]: trace["line"]["color"] for trace in figures["nonuniformity-start"]["data"]}
+    assert colours == {"PI": look("pi").colour, "YaRN": look("yarn").colour}, "as everywhere on the page"
     assert not [name for name in figures if name.startswith("results-nonuniformity")]
     (attention,) = figures["nonuniformity-attention"]["data"]
     assert (attention["x"], attention["y"]) == (["none", "su"], [5.0, 4.6])

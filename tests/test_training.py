@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, FalconH1Config
+from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 
 from commands import TARGET, contents, longrope, refused, start, table, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
@@ -379,10 +379,15 @@ def test_without_steps_a_recipe_has_to_say_them(here: Path) -> None:
 
 
 def test_adapters_leave_out_what_state_space_layers_hand_to_their_kernels() -> None:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    mixer = {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    mixer: dict[str, Any] = {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8}
     config = FalconH1Config(vocab_size=64, num_key_value_heads=1, **shape, **mixer)
-    adapted = with_lora(AutoModelForCausalLM.from_config(config), LoraSettings(rank=2), seed=0)
+    adapted = with_lora(FalconH1ForCausalLM(config), LoraSettings(rank=2), seed=0)
     names = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
     kinds = {name.rpartition(".")[2] for name in names}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "gate_proj", "up_proj", "down_proj"}

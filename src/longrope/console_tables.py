@@ -10,6 +10,7 @@ from rich.text import Text
 
 from longrope.errors import plural
 from longrope.lengths import format_length
+from longrope.report.style import duration_text
 from longrope.runs import lower_is_better
 
 if TYPE_CHECKING:
@@ -146,21 +147,19 @@ def plan_table(document: Mapping[str, Any]) -> Table:
     settings = document["settings"]
     title = f"{document['model']}, {document['parameters']:,} parameters, to {format_length(settings['to'])}"
     shown = Table(title=title, title_justify="left", caption=_assumed(settings), caption_justify="left")
-    for name in ("stage", "tokens", "PFLOP", "GB", "hours"):
+    for name in ("stage", "tokens", "PFLOP", "GB", "time"):
         shown.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     shown.add_column("fits, and how", overflow="fold")
     for each in document["results"]:
-        hours = (
-            "-" if each["hours"] is None else f"{each['hours']:.2g}" if each["hours"] < 10 else f"{each['hours']:,.0f}"
-        )
+        time = "-" if each["hours"] is None else duration_text(3600 * each["hours"])
+        work = each["flops"] / 1e15
+        petas = f"{work:,.0f}" if work >= 100 else f"{work:.3g}"
         parts = sorted(each["memory"].items(), key=lambda part: -part[1])
         made_of = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts if value >= 5e7)
         how = f"{'yes' if each['fits'] else 'NO'}: {each['layout']}" + (f" ({made_of})" if made_of else "")
         how += f"; it would with {each['advice']}" if each["advice"] else ""
         amount = f"{each['value'] / 1e9:.1f}" if each["memory"] else "-"
-        shown.add_row(
-            each["method"], f"{each['tokens'] / 1e6:,.1f}M", f"{each['flops'] / 1e15:,.3g}", amount, hours, how
-        )
+        shown.add_row(each["method"], f"{each['tokens'] / 1e6:,.1f}M", petas, amount, time, how)
     return shown
 
 

@@ -34,8 +34,8 @@ SEARCH_WINDOWS, UNSEEN_WINDOWS = 8, 24
 """Of the target length, and of each measured one."""
 # The same operations on the same device: only a half-precision kernel may differ between two calls.
 MOST_LOGIT_GAP = {"torch.float32": 1e-5}
-METHODS = ("none", "pi", "ntk", "dynamic-ntk", "yarn", "yarn+su")
-"""What the search is compared with."""
+METHODS = ("none", "pi", "ntk", "dynamic-ntk", "yarn", "yarn+su", "llama3", "llama3+su")
+"""What the search is compared with; without the last, the best that needs no search, its gain would look larger."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from longrope.factors import FactorTable, RopeFactors
 from longrope.files import finite_or_none
 from longrope.model import LoadedModel
 
-DEFAULT_METHODS = ("none", "pi", "ntk", "ntk+su", "ntk-cd", "dynamic-ntk", "yarn", "yarn+su", "yarn-rcd", "llama3")
+DEFAULT_METHODS = tuple("none pi ntk ntk+su ntk-cd dynamic-ntk yarn yarn+su yarn-rcd llama3 llama3+su".split())
 """What `compare` compares where nothing is named."""
 
 

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from longrope.report.facts import measured_on, methods_of, verdict
-from longrope.report.figures import Plot, letters, make_axis, make_figure, make_mark, make_trace
+from longrope.report.figures import Plot, letters, make_axis, make_figure, make_mark, make_trace, on_log_axis
 from longrope.report.read import RunData
 from longrope.report.style import length_text, look, title_of, value_text
 from longrope.runs import lower_is_better
@@ -39,9 +37,7 @@ def results_plot(run: RunData, name: str = "results") -> Plot | None:
     positive = [result.value for result in run.results if result.value is not None and result.value > 0]
     vertical: dict[str, Any] = {} if lower_is_better(run.measure) else {"rangemode": "tozero"}
     if lower_is_better(run.measure) and positive:
-        ticks = log_ticks(min(positive), max(positive))
-        texts = [f"{tick:g}" for tick in ticks]
-        vertical = {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": texts}
+        vertical = on_log_axis(positive)
     figure = make_figure(
         traces,
         xaxis=_length_axis(run.lengths),
@@ -67,17 +63,6 @@ def _result_trace(run: RunData, method: str) -> dict[str, Any]:
         below = [max(0.0, value - low) for value, low, _ in ends]
         trace["error_y"] = {"symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 3}
     return trace
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers for a log axis from `low` to `high`: sparse over decades, dense within one."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ([1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8], np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
-        ticks = [float(f"{digit * 10.0**decade:.3g}") for decade in decades for digit in digits]
-        inside = [tick for tick in ticks if low * 0.98 <= tick <= high * 1.02]
-        if len(inside) >= 5:
-            break
-    return inside[:: math.ceil(len(inside) / 9)] if inside else [low]
 
 
 def gap_plot(run: RunData, name: str = "gap") -> Plot | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from longrope.baselines import RULES
 from longrope.errors import plural
-from longrope.report.figures import Figure, Plot, letters, make_axis, make_figure, make_trace
+from longrope.report.figures import Figure, Plot, letters, make_axis, make_figure, make_trace, on_log_axis
 from longrope.report.read import RunData
 from longrope.report.searched import counts
 from longrope.report.style import DOTS, OURS_COLOUR, count_text, is_ours, look, run_colour, stage_of, value_text
@@ -56,7 +56,7 @@ def convergences_plot(runs: Sequence[RunData]) -> Plot | None:
     figure = make_figure(
         traces,
         xaxis=make_axis("token-passes", rangemode="tozero", nticks=6),
-        yaxis=make_axis(" or ".join(sorted(objectives)), type="log"),
+        yaxis=make_axis(" or ".join(sorted(objectives)), **on_log_axis(v for trace in traces for v in trace["y"])),
         showlegend=True,
     )
     caption = "The best candidate on all windows so far. Runs on other windows, models or lengths have other values."

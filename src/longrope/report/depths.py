@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longrope.report.facts import methods_of
-from longrope.report.figures import Plot, letters, make_axis, make_figure, make_heat_map, make_trace
+from longrope.report.figures import Plot, letters, make_axis, make_figure, make_heat_map, make_trace, on_log_axis
 from longrope.report.read import RunData
 from longrope.report.results import Result
 from longrope.report.style import length_text, look, value_text
@@ -25,8 +25,8 @@ def position_plot(run: RunData) -> Plot | None:
                 traces[-1]["hovertemplate"] = "%{y:.3f} up to position %{x:,}"
     figure = make_figure(
         traces,
-        xaxis=make_axis("position in the window", type="log"),
-        yaxis=make_axis(letters(run.measure), type="log"),
+        xaxis=make_axis("position in the window", **on_log_axis(place for trace in traces for place in trace["x"])),
+        yaxis=make_axis(letters(run.measure), **on_log_axis(value for trace in traces for value in trace["y"])),
         legend_traceorder="reversed",
     )
     caption = (

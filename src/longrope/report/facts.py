@@ -168,7 +168,7 @@ def _search_card(run: RunData) -> Card:
     seconds = duration_text(sum(evaluation.seconds for evaluation in run.evaluations))
     if run.evaluation_tokens is None:
         return Card("Token-passes", count_text(tokens), f"{seconds} of work")
-    remark = f"in token-passes of all windows: {count_text(tokens)}, {seconds} of work"
+    remark = f"{count_text(tokens)} token-passes, {seconds} of work"
     return Card("Evaluations", number_text(tokens / run.evaluation_tokens), remark)
 
 

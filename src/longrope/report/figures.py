@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longrope.report.style import GREY, Look
+import numpy as np
+
+from longrope.report.style import GREY, Look, count_text
 
 Figure = dict[str, Any]
 """A figure of plotly as plain data."""
@@ -58,6 +60,30 @@ def make_figure(traces: Sequence[Mapping[str, Any]], **layout: Any) -> Figure:
 def make_axis(title: str, **more: Any) -> dict[str, Any]:
     """An axis that no finger can move."""
     return {"title": {"text": title, "standoff": 8}, "automargin": True, "zeroline": False, "fixedrange": True, **more}
+
+
+def on_log_axis(values: Iterable[float | None]) -> dict[str, Any]:
+    """A logarithmic axis for values, of which those above 0 and finite count, with numbers written out at its ticks.
+
+    plotly's own ticks are the digits 2 to 9 between powers of ten, which crowd and which few can read.
+    """
+    inside = [value for value in values if value is not None and 0 < value < math.inf]
+    if not inside:
+        return {"type": "log"}
+    ticks = log_ticks(min(inside), max(inside))
+    texts = [f"{tick:g}" if tick < 10_000 else count_text(tick) for tick in ticks]
+    return {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": texts}
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a log axis from `low` to `high`: sparse over decades, dense within one."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ([1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8], np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
+        ticks = [float(f"{digit * 10.0**decade:.3g}") for decade in decades for digit in digits]
+        inside = [tick for tick in ticks if low * 0.98 <= tick <= high * 1.02]
+        if len(inside) >= 5:
+            break
+    return inside[:: math.ceil(len(inside) / 9)] if inside else [low]
 
 
 def make_trace(x: Sequence[float], y: Sequence[float | None], style: Look, **more: Any) -> dict[str, Any]:

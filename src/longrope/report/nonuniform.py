@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from longrope.report.facts import Cell, Row, methods_of
-from longrope.report.figures import Plot, letters, make_axis, make_figure, make_trace
+from longrope.report.figures import Plot, letters, make_axis, make_figure, make_trace, on_log_axis
 from longrope.report.read import RunData
 from longrope.report.results import Result
 from longrope.report.style import GREY, OURS_COLOUR, UNSCALED, Look, length_text, look, parts_of, value_text
 from longrope.report.tables import Table
 
-_MADE_OF = ("#1F86C7", "#009E73", "#E69F00", "#CC79A7", "#8C6BD1")
+_DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")
 
 
@@ -97,7 +98,7 @@ def _groups(run: RunData, chosen: list[Result]) -> Plot | None:
             traces += [level | {"mode": "lines", "hovertemplate": "%{y:.3f}"}] if level else []
     if not traces:
         return None
-    figure = make_figure(traces, xaxis=make_axis("pair i (fast pairs left)"), yaxis=make_axis("perplexity", type="log"))
+    figure = make_figure(traces, xaxis=make_axis("pair i (fast pairs left)"), yaxis=_perplexity(traces))
     caption = (
         f"{_at(chosen)} Perplexity when only one group of pairs is rescaled, and when all others are: where the lines "
         "part, the group matters."
@@ -107,40 +108,43 @@ def _groups(run: RunData, chosen: list[Result]) -> Plot | None:
 
 def _start_tokens(run: RunData, chosen: list[Result]) -> Plot | None:
     traces: list[dict[str, Any]] = []
-    for result in chosen:
+    for number, result in enumerate(chosen):
         rows = result.details.get("start_tokens", ())
         for name in dict.fromkeys(row[1] for row in rows):
             own = sorted((row[0], row[2]) for row in rows if row[1] == name and None not in (row[0], row[2]))
-            style = _made_of(len(traces), _name(run, result, chosen, name))
+            style = _method(run, chosen, number, name)
             trace = make_trace([start for start, _ in own], [value for _, value in own], style)
             traces.append(trace | {"hovertemplate": "%{y:.3f} with %{x} start tokens"})
     if not traces:
         return None
-    figure = make_figure(
-        traces, xaxis=make_axis("start tokens that are not rescaled"), yaxis=make_axis("perplexity", type="log")
-    )
+    figure = make_figure(traces, xaxis=make_axis("start tokens that are not rescaled"), yaxis=_perplexity(traces))
     return Plot("nonuniformity-start", "By start tokens kept", _at(chosen), figure, log="y")
 
 
 def _attention(run: RunData, chosen: list[Result]) -> Plot | None:
     traces: list[dict[str, Any]] = []
-    for result in chosen:
+    for number, result in enumerate(chosen):
         rows = result.details.get("attention", ())
         for method in dict.fromkeys(row[1] for row in rows):
             own = [row for row in rows if row[1] == method]
-            style = _made_of(len(traces), _name(run, result, chosen, method))
+            style = _method(run, chosen, number, method)
             trace = make_trace([], [row[2] for row in own], style, hovertemplate="%{y:.3f} with %{x}")
             traces.append(trace | {"mode": "markers", "x": [letters(row[0]) for row in own]})
             traces[-1]["marker"]["size"] = 11
     if not traces:
         return None
-    figure = make_figure(
-        traces, xaxis=make_axis("attention factor", type="category"), yaxis=make_axis("perplexity", type="log")
-    )
+    figure = make_figure(traces, xaxis=make_axis("attention factor", type="category"), yaxis=_perplexity(traces))
     return Plot("nonuniformity-attention", "By attention factor", _at(chosen), figure, log="y")
 
 
-def _made_of(number: int, label: str) -> Look:
-    """A look by order, for what is no method: the same in each study."""
-    colour, symbol = _MADE_OF[number % len(_MADE_OF)], _SYMBOLS[number % len(_SYMBOLS)]
-    return Look(label, ours=False, colour=colour, dash="solid", symbol=symbol, width=2)
+def _perplexity(traces: list[dict[str, Any]]) -> dict[str, Any]:
+    return make_axis("perplexity", **on_log_axis(value for trace in traces for value in trace["y"]))
+
+
+def _method(run: RunData, chosen: list[Result], number: int, method: str) -> Look:
+    """A method's look as everywhere on the page; where several studies are shown, their lines and symbols differ."""
+    own = look(method)
+    style = replace(own, label=_name(run, chosen[number], chosen, own.label))
+    if len(chosen) == 1:
+        return style
+    return replace(style, dash=_DASHES[number % len(_DASHES)], symbol=_SYMBOLS[number % len(_SYMBOLS)])

@@ -42,7 +42,8 @@ from longrope.training.written import write_checkpoint
 
 logger = logging.getLogger(__name__)
 
-_STATE = "checkpoints"
+STATE = "checkpoints"
+"""Folder of a run's training checkpoints, from which it goes on."""
 
 
 def finetune(
@@ -108,7 +109,7 @@ def _begin(run: RunFolder | None, table: FactorTable) -> tuple[dict[str, Any] | 
     if run.finished:
         return run.metrics(), None
     run.save_factors(table)
-    last = last_whole(run.path / _STATE)
+    last = last_whole(run.path / STATE)
     check_shards(last)
     keep_losses(run.path / LOSSES, last)
     return None, None if last is None else str(last)
@@ -184,7 +185,7 @@ def _train(
             else with_lora(model, given.lora, given.seed, quantized=loaded.options.quantize is not None)
         )
         with chunked_loss(model):
-            arguments = arguments_of(loaded, trained, given, recipe, path / _STATE, world)
+            arguments = arguments_of(loaded, trained, given, recipe, path / STATE, world)
             watch = Watch(path / LOSSES, total=cast(int, recipe.steps), on_progress=on_progress)
             trainer = (ShardingTrainer if world.sharded else Trainer)(
                 model=trained, args=arguments, train_dataset=windows, data_collator=collate, callbacks=[watch]
