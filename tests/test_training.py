@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -391,3 +393,19 @@ def test_adapters_leave_out_what_state_space_layers_hand_to_their_kernels() -> N
     names = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
     kinds = {name.rpartition(".")[2] for name in names}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_a_disk_without_room_for_the_folder_of_checkpoints_is_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = os.makedirs
+
+    def full(name: str, *arguments: Any, **keywords: Any) -> None:
+        if Path(name).name == "checkpoints":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        made(name, *arguments, **keywords)
+
+    with monkeypatch.context() as fault:
+        fault.setattr(os, "makedirs", full)
+        with pytest.raises(UserError, match=r"^output: got .*run \(No space left on device\);"):
+            train(here)
+    train(here)
+    assert (here / "run" / "DONE").exists()

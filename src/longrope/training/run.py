@@ -187,9 +187,10 @@ def _train(
         with chunked_loss(model):
             arguments = arguments_of(loaded, trained, given, recipe, path / STATE, world)
             watch = Watch(path / LOSSES, total=cast(int, recipe.steps), on_progress=on_progress)
-            trainer = (ShardingTrainer if world.sharded else Trainer)(
-                model=trained, args=arguments, train_dataset=windows, data_collator=collate, callbacks=[watch]
-            )
+            with disk_errors(path):  # it makes the folder of its checkpoints
+                trainer = (ShardingTrainer if world.sharded else Trainer)(
+                    model=trained, args=arguments, train_dataset=windows, data_collator=collate, callbacks=[watch]
+                )
             for callback in (PrinterCallback, ProgressCallback):  # stdout is for our JSON
                 trainer.remove_callback(callback)
             with _failures_told(path, given, last, watch):
