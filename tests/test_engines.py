@@ -174,7 +174,10 @@ def test_a_gguf_has_factors_lengths_and_weights(dtype: str, window: str, model: 
         assert "llama.rope.scaling.type" not in fields
         assert set(tensors) == ({"rope_freqs.weight"} if window == "long" else set())
     assert [said for said in verify(folder) if said.ok is False] == []
-    assert [said for said in verify(path) if said.ok is False] == []
+    told = verify(path)
+    assert [said for said in told if said.ok is False] == []
+    scaling = {said.name: said.what for said in told}["scaling"]
+    assert scaling == ("longrope" if window == "dynamic" else "none is written")
     _same_weights(path, model, 4e-2 if dtype == "q8_0" else 1e-2 if dtype == "bf16" else 1e-3)
 
 

@@ -181,9 +181,9 @@ def _gguf(path: Path, served: FactorTable | None, against: str | None, options: 
     yield Said("attention factor", math.isclose(found, rows[-1].attention_factor, rel_tol=1e-6), f"{found:.6g}")
     both = "rope_factors_long.weight" in tensors
     original = value("rope.scaling.original_context_length")
-    yield Said("original length", not both or original == served.original_length, f"{original}")
+    yield Said("original length", not both or original == served.original_length, _or_none(original))
     kind = value("rope.scaling.type")
-    yield Said("scaling", kind == ("longrope" if both else None), f"type {kind}")
+    yield Said("scaling", kind == ("longrope" if both else None), _or_none(kind))
     forbidden = [] if value("rope.scaling.factor") is None else ["rope.scaling.factor"]
     forbidden += ["rope_freqs.weight beside the lists"] if both and always is not None else []
     yield Said("configuration", not forbidden, ", ".join(forbidden) or "nothing that scales a second time")
@@ -191,3 +191,8 @@ def _gguf(path: Path, served: FactorTable | None, against: str | None, options: 
     yield Said("regime", None, told)
     if against is not None:
         yield from beside_llama_cpp(path, against, served, window, options)
+
+
+def _or_none(value: object) -> str:
+    """What a file says, or that it says nothing."""
+    return "none is written" if value is None else f"{value}"
