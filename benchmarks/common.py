@@ -124,7 +124,9 @@ def memory_of(side: str, **options: int | str) -> dict[str, int]:
     return used
 
 
-def random_llama(*, vocabulary: int, hidden: int, layers: int, seed: int, device: str) -> LoadedModel:
+def random_llama(
+    *, vocabulary: int, hidden: int, layers: int, seed: int, device: str, dtype: str = "auto"
+) -> LoadedModel:
     """A Llama with random weights and heads of 64 dimensions, as `load_model` would load it; never saved."""
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -135,7 +137,7 @@ def random_llama(*, vocabulary: int, hidden: int, layers: int, seed: int, device
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    options = LoadOptions(device=device)
+    options = LoadOptions(device=device, dtype=dtype).resolved()
     torch.manual_seed(seed)  # transformers draws weights from torch's own generator
     model = cast(Any, LlamaForCausalLM(config)).eval().requires_grad_(False)
     on_cuda = options.placement.startswith("cuda")

@@ -25,10 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 
 from common import random_llama, random_windows
 from longrope.baselines import baseline
+from longrope.checkpoint import AUTOCAST, LoadOptions
 from longrope.configs import rope_config, table_from_config
 from longrope.model import LoadedModel
 from longrope.planning import memory
-from longrope.planning.precision import MIXED
+from longrope.planning.precision import precision_of
 from longrope.planning.rates import measured_rates
 from longrope.planning.shape import ModelShape
 from longrope.planning.speed import Rates, seconds
@@ -41,6 +42,7 @@ from longrope.training.lora import LoraSettings, with_lora
 from longrope.training.loss import chunked_loss
 from longrope.windows import Window
 
+PRECISION = precision_of(LoadOptions(device="cpu").resolved().dtype, cuda=False)
 RANK = 16
 WARM_UP = 64  # tokens
 STEPS = 3  # of a training; the first has no moments yet
@@ -125,7 +127,8 @@ def train(loaded: LoadedModel, window: Window, point: Point, steps: int) -> floa
         model.requires_grad_(True) if point.kind == "train" else None
         with chunked_loss(model):
             arguments = TrainingArguments(
-                output_dir=folder, max_steps=steps, per_device_train_batch_size=1, learning_rate=1e-6, bf16=True,
+                output_dir=folder, max_steps=steps, per_device_train_batch_size=1, learning_rate=1e-6,
+                bf16=loaded.options.dtype == AUTOCAST,
                 optim="adamw_torch", max_grad_norm=1.0, save_strategy="no", logging_strategy="no", report_to=[],
                 disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False,
                 activation_checkpointing=point.again, activation_checkpointing_kwargs={"use_reentrant": False},
@@ -151,20 +154,20 @@ def run(loaded: LoadedModel, window: Window, point: Point) -> float:
 def predicted_memory(point: Point, shape: ModelShape) -> dict[str, float]:
     """Bytes by their parts, as `plan` has them."""
     if point.kind == "forward":
-        return memory.forward(shape, MIXED, point.tokens, "cpu")
+        return memory.forward(shape, PRECISION, point.tokens, "cpu")
     if point.kind == "prefill":
-        return memory.by_chunks(shape, MIXED, point.tokens, "cpu", scored=False)
+        return memory.by_chunks(shape, PRECISION, point.tokens, "cpu", scored=False)
     if point.kind == "gradient":
-        return memory.gradient(shape, MIXED, point.tokens, "cpu", again=point.again)
+        return memory.gradient(shape, PRECISION, point.tokens, "cpu", again=point.again)
     rank = RANK if point.kind == "lora" else 0
-    return memory.train(shape, MIXED, point.tokens, "cpu", again=point.again, rank=rank)
+    return memory.train(shape, PRECISION, point.tokens, "cpu", again=point.again, rank=rank)
 
 
 def predicted_seconds(point: Point, shape: ModelShape, rates: Rates) -> float:
     """Seconds, as `plan --gpus cpu` has them."""
     kind, rank = ("forward", 0) if point.kind == "prefill" else (point.kind, RANK * (point.kind == "lora"))
     scored = point.kind != "prefill"
-    return seconds(shape, MIXED, point.tokens, rates, kind, rank=rank, again=point.again, scored=scored)
+    return seconds(shape, PRECISION, point.tokens, rates, kind, rank=rank, again=point.again, scored=scored)
 
 
 def status(name: str) -> int:
@@ -185,9 +188,9 @@ def main() -> None:
     first = run(loaded, window, point)
     peak = status("VmHWM") - before
     shape = shape_of(loaded.model)
-    rates = [measured_rates(shape, MIXED, point.tokens, seed=point.seed)]
+    rates = [measured_rates(shape, PRECISION, point.tokens, seed=point.seed)]
     took = run(build(point), window, point)
-    rates.append(measured_rates(shape, MIXED, point.tokens, seed=point.seed))
+    rates.append(measured_rates(shape, PRECISION, point.tokens, seed=point.seed))
     mean = Rates(*(float(np.mean([getattr(each, part.name) for each in rates])) for part in fields(Rates)))
     parts = predicted_memory(point, shape)
     told: dict[str, Any] = {"point": asdict(point), "peak_bytes": peak, "seconds": took, "seconds_first": first}

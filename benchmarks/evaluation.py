@@ -218,9 +218,8 @@ def measure_all(sizes: Sizes, *, seed: int, threads: int, device: str) -> list[F
     """Every figure; memory first, because a child process is born with the peak of its parent."""
     memory = window_memory(sizes, seed=seed, threads=threads, device=device)
     of_gradient = gradient_memory(sizes, seed=seed, threads=threads, device=device)
-    shape = {"vocabulary": VOCABULARY, "hidden": sizes.hidden, "layers": sizes.layers}
     tiny = load_model(TINY, LoadOptions(device=device))
-    large = random_llama(**shape, seed=seed, device=device)
+    large = random_llama(vocabulary=VOCABULARY, hidden=sizes.hidden, layers=sizes.layers, seed=seed, device=device)
     text = windows_of(tiny, read_sources(["stdlib"], share="search"), sizes.length, sizes.windows, seed)
     random = random_windows(VOCABULARY, length=sizes.length, count=sizes.random_windows, seed=seed)
     return [

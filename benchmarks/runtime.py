@@ -28,6 +28,7 @@ from longrope.documents import read_sources
 from longrope.evaluate.passkey import PasskeyMeasure
 from longrope.factors import FactorTable, unscaled
 from longrope.model import LoadedModel, load_model
+from longrope.runtime.caches import CACHE, cache_of
 from longrope.runtime.switch import Switch
 from longrope.windows import Window, windows_of
 
@@ -125,9 +126,9 @@ def cost_of_a_switch(loaded: LoadedModel, sizes: Sizes) -> Figure:
     try:
         with torch.inference_mode():
             for _ in range(sizes.switches + 1):
-                cache = model(ids[:, : boundary - 1]).past_key_values
-                step = timed(partial(model, ids[:, boundary - 1 : boundary], past_key_values=cache))
-                crossing = timed(partial(model, ids[:, boundary:], past_key_values=cache))
+                cache = cache_of(model(ids[:, : boundary - 1]))
+                step = timed(partial(model, ids[:, boundary - 1 : boundary], **{CACHE: cache}))
+                crossing = timed(partial(model, ids[:, boundary:], **{CACHE: cache}))
                 prefill = timed(lambda: model(ids[:, :boundary], logits_to_keep=1))
                 ratios.append((crossing - step) / prefill)
     finally:
@@ -150,9 +151,9 @@ def losses_around(loaded: LoadedModel, windows: list[Window], boundary: int, aro
     cached, whole, stale = [], [], []
     with torch.inference_mode():
         switch = Switch(loaded.model, loaded.patch(), table)
-        cache = model(ids[:, :start]).past_key_values
+        cache = cache_of(model(ids[:, :start]))
         for at in range(start, start + 2 * around):
-            output = model(ids[:, at : at + 1], past_key_values=cache)
+            output = model(ids[:, at : at + 1], **{CACHE: cache})
             cached.append(loss(output.logits, at + 1))
         switch.undo()
         with loaded.patch() as patch:
@@ -160,10 +161,10 @@ def losses_around(loaded: LoadedModel, windows: list[Window], boundary: int, aro
                 patch.install(table.row_for(at + 1))
                 whole.append(loss(model(ids[:, : at + 1], use_cache=False).logits, at + 1))
             patch.install(table.row_for(start))
-            cache = model(ids[:, :start]).past_key_values
+            cache = cache_of(model(ids[:, :start]))
             for at in range(start, start + 2 * around):
                 patch.install(table.row_for(at + 1))  # keys stay as they were cached, as in stock transformers
-                stale.append(loss(model(ids[:, at : at + 1], past_key_values=cache).logits, at + 1))
+                stale.append(loss(model(ids[:, at : at + 1], **{CACHE: cache}).logits, at + 1))
     return {name: torch.stack(each) for name, each in (("cached", cached), ("whole", whole), ("stale", stale))}
 
 

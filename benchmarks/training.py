@@ -33,7 +33,7 @@ from common import (
     timed,
 )
 from longrope.baselines import baseline
-from longrope.checkpoint import TINY, LoadOptions
+from longrope.checkpoint import AUTOCAST, TINY, LoadOptions
 from longrope.documents import read_sources
 from longrope.model import LoadedModel, load_model
 from longrope.training.loss import chunked_loss
@@ -78,7 +78,7 @@ def train(loaded: LoadedModel, windows: Sequence[Window], steps: int) -> None:
             max_steps=steps,
             per_device_train_batch_size=1,
             learning_rate=1e-6,
-            bf16=True,
+            bf16=loaded.options.dtype in (AUTOCAST, "bfloat16"),
             save_strategy="no",
             logging_strategy="no",
             report_to=[],

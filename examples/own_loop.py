@@ -33,10 +33,11 @@ def main() -> None:
 
     with longrope.apply(model, args.factors) as handle, torch.no_grad():
         answer = model(input_ids=ids, use_cache=True)
+        cache = "cache" if "cache" in answer else "past_key_values"  # its name before transformers 5.24
         for _ in range(20):
             token = answer.logits[:, -1:].argmax(-1)
             ids = torch.cat((ids, token), dim=1)
-            answer = model(input_ids=token, past_key_values=answer.past_key_values, use_cache=True)
+            answer = model(input_ids=token, **{cache: answer[cache]}, use_cache=True)
         whole = model(input_ids=ids).logits[:, -1]
         gap = (answer.logits[:, -1] - whole).abs().max().item()
         print(f"{ids.shape[1]} tokens, {handle.recomputed} of them run again, largest gap to one pass {gap:.1e}")

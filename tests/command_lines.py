@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from longrope.baselines import METHODS as BASELINES
-from longrope.checkpoint import DTYPES, LoadOptions
+from longrope.checkpoint import AUTOCAST, DTYPES, LoadOptions
 from longrope.cli import app
 from longrope.errors import UserError
 from longrope.evaluate.run import COMPARED, MeasureSettings, check_measure
@@ -98,4 +98,4 @@ def _together(command: str, given: Mapping[str, Any]) -> None:
     elif command == "compare":
         check_measure(given["measure"], MeasureSettings(documents=given["documents"] or ["D"]), COMPARED)
     if command != "export" and "dtype" in given:
-        _one_of("--dtype", ["auto", *DTYPES])(given["dtype"])
+        _one_of("--dtype", ["auto", AUTOCAST, *DTYPES])(given["dtype"])

@@ -388,7 +388,7 @@ def test_several_windows_are_summed(fresh: LoadedModel) -> None:
 
 
 def test_under_autocast_it_is_about_the_same(fresh: LoadedModel, tmp_path: Path) -> None:
-    rough = loaded_model("llama", tmp_path, dtype="auto", rope_precision="float32")
+    rough = loaded_model("llama", tmp_path, dtype="autocast", rope_precision="float32")
     factors = some_factors(fresh)
     found = []
     for loaded in (fresh, rough):
@@ -500,7 +500,7 @@ def test_little_free_memory_asks_for_checkpoints_before_any_runs_out(
 
 
 @pytest.mark.parametrize(("attention", "name"), [("sdpa", "llama"), ("eager", "llama"), ("eager", "gemma2")])
-@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize("dtype", ["float32", "autocast"])
 def test_what_a_window_keeps_is_told_from_a_few_tokens(tmp_path: Path, attention: str, name: str, dtype: str) -> None:
     loaded = loaded_model(name, tmp_path, attention=attention, dtype=dtype, rope_precision="float32")
     with loaded.patch() as patch:

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "longrope"
 
 # From the ground up; a module imports from its own layer's line or from lines above it in this list.
 LAYERS = [
-    ["errors"],
+    ["errors", "hardware"],
     ["lengths", "seals", "room", "ray_cluster"],
     ["files"],
     ["factors", "folders"],

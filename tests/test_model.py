@@ -90,7 +90,9 @@ def test_logits_by_chunk_are_the_whole_logits(
 def test_logits_by_chunk_under_autocast_are_those_of_the_model_and_its_weights_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_model(str(save(build("llama", tie_word_embeddings=True), tmp_path / "llama")))
+    loaded = load_model(
+        str(save(build("llama", tie_word_embeddings=True), tmp_path / "llama")), LoadOptions(dtype="autocast")
+    )
     monkeypatch.setattr("longrope.model.chunk_rows", lambda *_: 7)
     head: Any = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     weight, ids = head.weight, tokens(50)
@@ -158,13 +160,26 @@ def test_a_class_without_sdpa_loads_by_default_and_says_so_when_it_is_asked_for(
     assert "does not support an attention implementation" in refusal(tmp_path / name, LoadOptions(attention="sdpa"))
 
 
-def test_auto_on_a_cpu_is_float32_weights_under_bfloat16_autocast(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fast", "resolved", "computed"), [(True, "autocast", torch.bfloat16), (False, "float32", torch.float32)]
+)
+def test_auto_on_a_cpu_is_under_autocast_where_the_processor_multiplies_bfloat16(
+    fast: bool, resolved: str, computed: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longrope.checkpoint.half_is_fast_on_cpu", lambda: fast)
     loaded = loaded_from(tmp_path, "llama", LoadOptions(device="cpu"))
     assert loaded.model.dtype == torch.float32
+    assert loaded.options.dtype == resolved  # what a run writes down
     with loaded.autocast():
-        assert loaded.model(tokens(4)).logits.dtype == torch.bfloat16
-    with loaded_from(tmp_path, "llama").autocast():
-        assert loaded.model(tokens(4)).logits.dtype == torch.float32
+        assert loaded.model(tokens(4)).logits.dtype == computed
+
+
+def test_autocast_can_be_asked_for_and_float32_is_never_under_it(tmp_path: Path) -> None:
+    for dtype, computed in (("autocast", torch.bfloat16), ("float32", torch.float32)):
+        loaded = loaded_from(tmp_path, "llama", LoadOptions(device="cpu", dtype=dtype))
+        assert loaded.model.dtype == torch.float32
+        with loaded.autocast():
+            assert loaded.model(tokens(4)).logits.dtype == computed
 
 
 def test_the_precision_of_angles_reaches_the_patch(tmp_path: Path) -> None:
@@ -175,7 +190,10 @@ def test_the_precision_of_angles_reaches_the_patch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "--dtype: got 'int8'; it is one of auto, float32, bfloat16, float16; choose one of them"),
+        (
+            {"dtype": "int8"},
+            "--dtype: got 'int8'; it is one of auto, autocast, float32, bfloat16, float16; choose one of them",
+        ),
         (
             {"device": "nowhere"},
             "--device: got 'nowhere'; it is auto, cpu, cuda, cuda:N, mps, balanced or sequential; choose one of them",

@@ -15,6 +15,7 @@ from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.patch import Patch, ScaledRotary, global_layers_turn, rotary_modules
 from longrope.rope import RopeTensors
+from longrope.runtime.caches import CACHE, cache_of
 from models import ARCHITECTURES, ORIGINAL, SCALED, build, tokens
 
 LONG = 4 * ORIGINAL
@@ -194,8 +195,8 @@ def test_continuing_a_cache_inside_one_regime_is_the_full_pass(name: str, cached
     with Patch(model, shape) as patch:
         patch.install(table(shape))
         expected = logits(model, ids)
-        cache = model(input_ids=ids[:, :cached], use_cache=True).past_key_values
-        continued = logits(model, ids[:, cached:], past_key_values=cache, use_cache=True)
+        cache = cache_of(model(input_ids=ids[:, :cached], use_cache=True))
+        continued = logits(model, ids[:, cached:], **{CACHE: cache}, use_cache=True)
     torch.testing.assert_close(continued, expected[:, cached:], rtol=0, atol=1e-4)
 
 
@@ -204,9 +205,9 @@ def test_a_cache_that_crosses_a_boundary_is_refused() -> None:
     shape = shape_of(model)
     with Patch(model, shape) as patch:
         patch.install(table(shape))
-        cache = model(input_ids=ids[:, :ORIGINAL], use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids[:, :ORIGINAL], use_cache=True))
         with pytest.raises(UserError) as error:
-            model(input_ids=ids[:, ORIGINAL:], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, ORIGINAL:], **{CACHE: cache}, use_cache=True)
     assert str(error.value) == (
         f"sequence: got {ORIGINAL} cached tokens and {ORIGINAL + 1} in all; "
         "keys cached under one row of the factor table are wrong under another; "

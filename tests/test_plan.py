@@ -33,6 +33,7 @@ from longrope.planning.precision import HALF, MIXED
 from longrope.planning.shape import ModelShape, all_pairs, pairs
 from longrope.planning.speed import Rates, seconds
 from longrope.planning.subject import shape_of, subject
+from longrope.runtime.caches import CACHE
 from longrope.search.objective import Evaluator
 from longrope.search.tasks import Task
 from longrope.training.lora import LoraSettings, with_lora
@@ -43,7 +44,7 @@ TOKENS, VOCABULARY, RANK = 512, 250, 8
 
 @pytest.fixture
 def loaded() -> LoadedModel:
-    return random_llama(vocabulary=VOCABULARY, hidden=128, layers=3, seed=0, device="cpu")
+    return random_llama(vocabulary=VOCABULARY, hidden=128, layers=3, seed=0, device="cpu", dtype="autocast")
 
 
 def shape_at(config: dict[str, Any], folder: Path) -> ModelShape:
@@ -210,7 +211,7 @@ def test_a_cache_has_the_bytes_predicted(loaded: LoadedModel, tokens: int) -> No
     cache: Any = DynamicCache(config=loaded.model.config)
     model: Any = loaded.model
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, tokens, dtype=torch.long), past_key_values=cache)
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long), **{CACHE: cache})
     held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
     assert held == shape_of(model).cache_bytes(tokens, 4)
 

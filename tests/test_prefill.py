@@ -16,7 +16,7 @@ from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.model import load_model
 from longrope.runtime.attention import attend
-from longrope.runtime.caches import RoomyCache
+from longrope.runtime.caches import CACHE, RoomyCache, cache_of
 from longrope.windows import Window
 from models import ARCHITECTURES, ORIGINAL, build, tokens
 from test_runtime import ENDS, FAMILIES, GREEDY, Reference, generate, table_of, text
@@ -70,14 +70,16 @@ def test_a_chunk_is_attended_to_without_a_mask_and_into_a_cache_with_room(monkey
     ids = text(40)
     made = model.generate(torch.tensor([ids]), max_new_tokens=9, return_dict_in_generate=True, **GREEDY)
     assert seen == [22, 22, 33, 33, 39, 39], "of two layers; the first chunk is causal by itself, the last token alone"
-    assert isinstance(made.past_key_values, RoomyCache)
-    layer: Any = made.past_key_values.layers[0]
+    assert isinstance(cache_of(made), RoomyCache)
+    layer: Any = cache_of(made).layers[0]
     assert layer.capacity == 49
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_under_autocast_a_prompt_by_chunks_has_the_logits_of_a_whole_pass(tmp_path: Path) -> None:
-    loaded = load_model(str(write_checkpoint(tmp_path / "model")), LoadOptions(device="cpu", threads=1))
+    loaded = load_model(
+        str(write_checkpoint(tmp_path / "model")), LoadOptions(device="cpu", dtype="autocast", threads=1)
+    )
     model: Any = loaded.model
     applied = longrope.apply(model, table_of(model), chunk=11)
     assert applied.switch is not None
@@ -86,14 +88,14 @@ def test_under_autocast_a_prompt_by_chunks_has_the_logits_of_a_whole_pass(tmp_pa
         cache = RoomyCache(model.config, 70)
         for _ in applied.switch.fill(cache, ids[:, :-1], 60):
             pass
-        by_chunks = model(ids[:, -1:], past_key_values=cache).logits[0, -1]
+        by_chunks = model(ids[:, -1:], **{CACHE: cache}).logits[0, -1]
         whole = model(ids).logits[0, -1]
     assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16}  # type: ignore[union-attr]
     assert torch.allclose(by_chunks.float(), whole.float(), atol=0.05)
 
 
 def run(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
-    answer: torch.Tensor = model(ids, past_key_values=cache).logits
+    answer: torch.Tensor = model(ids, **{CACHE: cache}).logits
     return answer
 
 
@@ -184,7 +186,7 @@ def test_a_window_that_was_widened_is_room_for_the_whole_text(monkeypatch: pytes
     seen = attended_lengths(monkeypatch)
     made = model.generate(torch.tensor([text(40)]), max_new_tokens=2, return_dict_in_generate=True, **GREEDY)
     assert seen == [22, 22, 33, 33, 39, 39]
-    assert not any(made.past_key_values.is_sliding)
+    assert not any(cache_of(made).is_sliding)
     monkeypatch.setattr(room, "free_memory", lambda device: 0)
     with pytest.raises(UserError, match=r"^memory: got a cache of 50 tokens"):
         generate(model, text(40), 10)
@@ -195,7 +197,7 @@ def test_a_long_turn_on_top_of_a_cache_is_run_by_chunks(monkeypatch: pytest.Monk
     applied = longrope.apply(model, table_of(model), chunk=7)
     cache = RoomyCache(model.config, ENDS[2])
     first = text(ORIGINAL - 10)
-    model.generate(torch.tensor([first]), max_new_tokens=1, past_key_values=cache, **GREEDY)
+    model.generate(torch.tensor([first]), max_new_tokens=1, **{CACHE: cache}, **GREEDY)
     lengths: list[int] = []
     own = model.model.forward
 
@@ -205,7 +207,7 @@ def test_a_long_turn_on_top_of_a_cache_is_run_by_chunks(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(model.model, "forward", counted)
     longer = [*first, *text(30, 3)]
-    assert generate(model, longer, 3, past_key_values=cache) == Reference("llama").greedy(longer, 3)
+    assert generate(model, longer, 3, **{CACHE: cache}) == Reference("llama").greedy(longer, 3)
     assert max(lengths) <= 7
     assert applied.recomputed == len(first), "made again once, under the row of the whole"
 

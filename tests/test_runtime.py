@@ -24,6 +24,7 @@ from longrope.configs import rope_config
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
 from longrope.patch import Patch, widen_window
+from longrope.runtime.caches import CACHE, cache_of
 from longrope.runtime.switch import POLICIES
 from models import ORIGINAL, build, tokens
 
@@ -102,7 +103,7 @@ def test_logits_of_a_loop_with_a_cache_are_those_of_a_full_recompute(pair: tuple
     output = model(torch.tensor([ids[:start]]))
     for end in range(start, len(ids)):
         assert torch.allclose(output.logits[0, -1], reference.logits(ids[:end]), atol=2e-5), end
-        output = model(torch.tensor([ids[end : end + 1]]), past_key_values=output.past_key_values)
+        output = model(torch.tensor([ids[end : end + 1]]), **{CACHE: cache_of(output)})
 
 
 def test_each_sequence_of_a_padded_batch_has_the_row_of_its_own_length(pair: tuple[Any, Reference]) -> None:
@@ -136,8 +137,8 @@ def test_stock_transformers_is_wrong_where_ours_is_exact(family: str) -> None:
     ids = text(ORIGINAL + 1)
 
     def after_the_boundary(model: Any) -> Tensor:
-        cache = model(torch.tensor([ids[:ORIGINAL]])).past_key_values
-        answer: Tensor = model(torch.tensor([ids[ORIGINAL:]]), past_key_values=cache).logits[0, -1]
+        cache = cache_of(model(torch.tensor([ids[:ORIGINAL]])))
+        answer: Tensor = model(torch.tensor([ids[ORIGINAL:]]), **{CACHE: cache}).logits[0, -1]
         return answer
 
     whole = stock(torch.tensor([ids]), use_cache=False).logits[0, -1]
@@ -174,7 +175,7 @@ def test_every_way_to_generate_is_exact(llama: tuple[Any, Reference], how: dict[
     model, reference = llama
     if how.get("cache_implementation") == "offloaded" and not torch.cuda.is_available():
         # transformers offloads from CUDA alone: here its layers are taken through the same calls without it
-        how = {"past_key_values": DynamicCache(config=model.config)}
+        how = {CACHE: DynamicCache(config=model.config)}
     ids = text(prompt) if "prompt_lookup_num_tokens" not in how else (text(6) * 20)[:prompt]
     assert generate(model, ids, 12, **how) == reference.greedy(ids, 12)
 
@@ -241,21 +242,21 @@ def test_a_loop_with_a_static_cache_is_exact(llama: tuple[Any, Reference]) -> No
     ids = text(ENDS[1] + 4)
     cache = StaticCache(config=model.config, max_cache_len=ENDS[2])
     start = ORIGINAL - 2
-    output = model(torch.tensor([ids[:start]]), past_key_values=cache)
+    output = model(torch.tensor([ids[:start]]), **{CACHE: cache})
     for end in range(start, len(ids)):
         assert torch.allclose(output.logits[0, -1], reference.logits(ids[:end]), atol=2e-5), end
-        output = model(torch.tensor([ids[end : end + 1]]), past_key_values=cache)
+        output = model(torch.tensor([ids[end : end + 1]]), **{CACHE: cache})
 
 
 def test_several_tokens_on_top_of_a_cache_each_have_the_row_of_their_length(llama: tuple[Any, Reference]) -> None:
     model, reference = llama
     ids = text(ENDS[1] + 5)
-    cache = model(torch.tensor([ids[:10]])).past_key_values
-    output = model(torch.tensor([ids[10:]]), past_key_values=cache, output_hidden_states=True)
+    cache = cache_of(model(torch.tensor([ids[:10]])))
+    output = model(torch.tensor([ids[10:]]), **{CACHE: cache}, output_hidden_states=True)
     assert output.logits.shape[1] == output.hidden_states[-1].shape[1] == len(ids) - 10
     for end in (11, ORIGINAL, ORIGINAL + 1, ENDS[1], ENDS[1] + 1, len(ids)):
         assert torch.allclose(output.logits[0, end - 11], reference.logits(ids[:end]), atol=2e-5), end
-    last = model(torch.tensor([ids[20:]]), past_key_values=cropped(output.past_key_values, 20), logits_to_keep=2)
+    last = model(torch.tensor([ids[20:]]), **{CACHE: cropped(cache_of(output), 20)}, logits_to_keep=2)
     assert torch.allclose(last.logits[0], output.logits[0, -2:], atol=2e-5)
 
 
@@ -267,8 +268,8 @@ def cropped(cache: Any, length: int) -> Any:
 def test_a_cropped_cache_goes_back_to_the_row_of_its_length(llama: tuple[Any, Reference]) -> None:
     model, reference = llama
     ids = text(ORIGINAL + 4)
-    cache = cropped(model(torch.tensor([ids])).past_key_values, ORIGINAL - 2)
-    output = model(torch.tensor([ids[ORIGINAL - 2 : ORIGINAL - 1]]), past_key_values=cache)
+    cache = cropped(cache_of(model(torch.tensor([ids]))), ORIGINAL - 2)
+    output = model(torch.tensor([ids[ORIGINAL - 2 : ORIGINAL - 1]]), **{CACHE: cache})
     assert torch.allclose(output.logits[0, -1], reference.logits(ids[: ORIGINAL - 1]), atol=2e-5)
 
 
@@ -276,25 +277,25 @@ def test_a_copied_prompt_goes_on_in_two_ways(llama: tuple[Any, Reference]) -> No
     """The prompt cache of transformers' documentation: deep copies of a cache, each going across the boundary."""
     model, reference = llama
     ids = text(ORIGINAL - 2)
-    prompt = model(torch.tensor([ids])).past_key_values
+    prompt = cache_of(model(torch.tensor([ids])))
     for seed in (1, 2):
         longer = [*ids, *text(6, seed)]
         cache = copy.deepcopy(prompt)
-        made = generate(model, longer, 3, past_key_values=cache)
+        made = generate(model, longer, 3, **{CACHE: cache})
         assert made == reference.greedy(longer, 3)
 
 
 def test_a_reordered_cache_of_a_loop_is_exact(llama: tuple[Any, Reference]) -> None:
     model, reference = llama
     first, second = text(ORIGINAL), text(ORIGINAL, 1)
-    cache = model(torch.tensor([first, second])).past_key_values
+    cache = cache_of(model(torch.tensor([first, second])))
     cache.reorder_cache(torch.tensor([1, 1]))
-    logits = model(torch.tensor([[7], [9]]), past_key_values=cache).logits[:, -1]
+    logits = model(torch.tensor([[7], [9]]), **{CACHE: cache}).logits[:, -1]
     for row, token in zip(logits, (7, 9), strict=True):
         assert torch.allclose(row, reference.logits([*second, token]), atol=2e-5)
     cache.batch_select_indices(torch.tensor([1]))
     cache.batch_repeat_interleave(2)
-    again = model(torch.tensor([[3], [4]]), past_key_values=cache).logits[:, -1]
+    again = model(torch.tensor([[3], [4]]), **{CACHE: cache}).logits[:, -1]
     for row, token in zip(again, (3, 4), strict=True):
         assert torch.allclose(row, reference.logits([*second, 9, token]), atol=2e-5)
 
@@ -376,11 +377,11 @@ def test_undo_restores_the_model_and_its_methods(tmp_path: Path) -> None:
 def test_a_loop_that_grows_past_the_table_is_refused(policy: str) -> None:
     model: Any = build("llama").requires_grad_(False)
     longrope.apply(model, table_of(model), policy=policy)
-    cache = model(torch.tensor([text(ENDS[2] - 2)])).past_key_values
+    cache = cache_of(model(torch.tensor([text(ENDS[2] - 2)])))
     for _ in range(2):
-        cache = model(torch.tensor([[1]]), past_key_values=cache).past_key_values
+        cache = cache_of(model(torch.tensor([[1]]), **{CACHE: cache}))
     with refused(r"^sequence: got 81 tokens; the factor table ends at 80; "):
-        model(torch.tensor([[1]]), past_key_values=cache)
+        model(torch.tensor([[1]]), **{CACHE: cache})
 
 
 def refused(match: str) -> Any:
@@ -399,28 +400,28 @@ def test_bad_input_is_refused_in_one_line(llama: tuple[Any, Reference]) -> None:
         model.generate(torch.tensor([text(80)]), max_new_tokens=1, **GREEDY)
     with refused(r"^position_ids: got position 4 after 5; positions of a sequence ascend; "):
         model(ids[:, :3], position_ids=torch.tensor([[3, 5, 4]]))
-    cache = model(ids).past_key_values
+    cache = cache_of(model(ids))
     with refused(r"^position_ids: got position 19 after 19; "):
-        model(one, past_key_values=cache, position_ids=torch.tensor([[19]]))
+        model(one, **{CACHE: cache}, position_ids=torch.tensor([[19]]))
     with refused(r"^position_ids: got shape \(1, 2\); they are \(1, 1\) here"):
-        model(one, past_key_values=cache, position_ids=torch.tensor([[20, 21]]))
+        model(one, **{CACHE: cache}, position_ids=torch.tensor([[20, 21]]))
     holes = torch.ones_like(ids)
     holes[0, 5:8] = 0
     with refused(r"^attention mask: got a mask with holes; padding is at one side of a text, and stays; pad on"):
         model(ids, attention_mask=holes)
     with refused(r"^attention mask: got 1 columns; it has one for each of the 21 tokens"):
-        model(one, past_key_values=cache, attention_mask=torch.ones(1, 1))
+        model(one, **{CACHE: cache}, attention_mask=torch.ones(1, 1))
     with refused(r"^batch: got 2, 1 in the cache; "):
-        model(torch.tensor([[1], [2]]), past_key_values=cache)
+        model(torch.tensor([[1], [2]]), **{CACHE: cache})
     with refused(r"^labels: got tokens across a boundary; "):
-        model(torch.tensor([text(40)]), past_key_values=cache, labels=torch.tensor([text(40)]))
+        model(torch.tensor([text(40)]), **{CACHE: cache}, labels=torch.tensor([text(40)]))
     stock: Any = build("llama").requires_grad_(False)
     with refused(r"^cache: got 20 tokens that were cached without these factors; .*start with an empty cache$"):
-        model(one, past_key_values=stock(ids).past_key_values)
+        model(one, **{CACHE: cache_of(stock(ids))})
     other = table_of(stock)
     applied = longrope.apply(stock, FactorTable(other.rope_theta, other.rotary_dim, ORIGINAL, other.rows[:2]))
     with refused(r"^cache: got 20 tokens that were cached without these factors; "):
-        model(one, past_key_values=stock(ids).past_key_values)
+        model(one, **{CACHE: cache_of(stock(ids))})
     with refused(r"^model: got a model that already carries factors; "):
         longrope.apply(stock, other)
     applied.undo()
@@ -452,11 +453,11 @@ def test_a_loop_that_writes_every_token_into_one_tensor_is_exact(llama: tuple[An
     model, reference = llama
     ids = text(ENDS[1] + 2)
     whole, buffer = torch.tensor([ids[:20]]), torch.zeros(1, 1, dtype=torch.long)
-    cache = model(whole).past_key_values
+    cache = cache_of(model(whole))
     whole.zero_()
     for end in range(20, len(ids)):
         buffer.fill_(ids[end])
-        output = model(buffer, past_key_values=cache)
+        output = model(buffer, **{CACHE: cache})
     assert torch.allclose(output.logits[0, -1], reference.logits(ids), atol=2e-5)
 
 
@@ -471,7 +472,7 @@ def test_left_padding_alone_tells_each_text_its_length(llama: tuple[Any, Referen
             assert torch.allclose(row, reference.logits(each), atol=2e-5), step
         texts = [[*each, 7 + step] for each in texts]
         # without a mask from here on: what was padding stays so
-        output = model(torch.tensor([[7 + step]] * 2), past_key_values=output.past_key_values)
+        output = model(torch.tensor([[7 + step]] * 2), **{CACHE: cache_of(output)})
 
 
 def test_settings_in_a_configuration_are_those_of_transformers(llama: tuple[Any, Reference]) -> None:
@@ -501,8 +502,8 @@ def test_a_model_that_is_asked_for_something_else_while_it_generates_is_exact(ll
 
     class Asks:
         def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-            cache = model(torch.tensor([other[:8]])).past_key_values
-            logits = model(torch.tensor([other[8:]]), past_key_values=cache).logits[0, -1]
+            cache = cache_of(model(torch.tensor([other[:8]])))
+            logits = model(torch.tensor([other[8:]]), **{CACHE: cache}).logits[0, -1]
             assert torch.allclose(logits, reference.logits(other), atol=2e-5)
             return scores
 
@@ -540,7 +541,7 @@ def test_phi3_keeps_its_cache_at_its_original_length() -> None:
     with longrope.apply(model, table_of(model), chunk=7) as applied:
         cache = StaticCache(config=model.config, max_cache_len=ENDS[2])
         ids = text(ORIGINAL - 3)
-        assert generate(model, ids, 8, past_key_values=cache) == Reference("phi3").greedy(ids, 8)
+        assert generate(model, ids, 8, **{CACHE: cache}) == Reference("phi3").greedy(ids, 8)
         assert applied.recomputed == ORIGINAL
         assert cache.get_seq_length() == ORIGINAL + 4
 
@@ -548,8 +549,8 @@ def test_phi3_keeps_its_cache_at_its_original_length() -> None:
 def test_a_cache_is_pickled_with_what_it_was_made_of(llama: tuple[Any, Reference]) -> None:
     model, reference = llama
     ids = text(ORIGINAL)
-    cache = pickle.loads(pickle.dumps(model(torch.tensor([ids])).past_key_values))
-    output = model(torch.tensor([[3]]), past_key_values=cache)
+    cache = pickle.loads(pickle.dumps(cache_of(model(torch.tensor([ids])))))
+    output = model(torch.tensor([[3]]), **{CACHE: cache})
     assert torch.allclose(output.logits[0, -1], reference.logits([*ids, 3]), atol=2e-5)
 
 
@@ -585,19 +586,19 @@ def test_a_single_row_ends_where_it_says(llama: tuple[Any, Reference]) -> None:
     with longrope.apply(model, row):
         with refused(r"^sequence: got 57 tokens; the factor table ends at 56; "):
             model(torch.tensor([text(57)]))
-        cache = model(torch.tensor([text(20)])).past_key_values
+        cache = cache_of(model(torch.tensor([text(20)])))
     with longrope.apply(model, table_of(model).rows[2]), refused(r"^cache: got 20 tokens that were cached without"):
-        model(torch.tensor([[1]]), past_key_values=cache)
+        model(torch.tensor([[1]]), **{CACHE: cache})
 
 
 def test_masks_that_change_what_is_cached_are_refused(llama: tuple[Any, Reference]) -> None:
     model, _ = llama
-    cache = model(torch.tensor([text(20)])).past_key_values
+    cache = cache_of(model(torch.tensor([text(20)])))
     mask = torch.ones(1, 22, dtype=torch.long)
     mask[0, 4] = 0
     with refused(r"^attention mask: got cached tokens masked otherwise than before; "):
-        model(torch.tensor([[1, 2]]), past_key_values=cache, attention_mask=mask)
+        model(torch.tensor([[1, 2]]), **{CACHE: cache}, attention_mask=mask)
     with refused(r"^attention mask: got a mask with holes; "):
         model.generate(torch.tensor([text(22)]), attention_mask=mask, max_new_tokens=2, **GREEDY)
     with refused(r"^output_attentions: got tokens across a boundary; "):
-        model(torch.tensor([text(40)]), past_key_values=cache, output_attentions=True)
+        model(torch.tensor([text(40)]), **{CACHE: cache}, output_attentions=True)

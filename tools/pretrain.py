@@ -40,6 +40,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from byte_tokenizer import BOS, EOS, PAD, VOCABULARY, byte_tokenizer
 from longrope.checkpoint import model_source
 from longrope.documents import read_sources
+from longrope.hardware import half_is_fast_on_cpu
 from recall import recall_text
 
 logger = logging.getLogger("pretrain")
@@ -167,7 +168,7 @@ def train(settings: Settings, out: Path, save_every: int, compile_model: bool) -
         adam_beta2=0.95,
         weight_decay=0.1,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=torch.cuda.is_available() or half_is_fast_on_cpu(),
         logging_steps=50,
         save_steps=save_every,
         save_total_limit=2,

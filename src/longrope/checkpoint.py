@@ -27,6 +27,7 @@ from longrope.errors import UserError
 from longrope.factors import FACTORS, FactorTable
 from longrope.files import read_json
 from longrope.guard import check_attention, check_files, check_sizes
+from longrope.hardware import half_is_fast_on_cpu
 from longrope.patch import CHOOSE_ROPE
 
 TINY = "tiny"
@@ -34,7 +35,9 @@ TINY = "tiny"
 CONFIG_ENTRY = "longrope_factors"
 """Of a configuration that was saved with a table on its model."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Of weights, by the words of --dtype other than auto."""
+"""Of weights, by the words of --dtype other than auto and autocast."""
+AUTOCAST = "autocast"
+"""Of --dtype: float32 weights, bfloat16 where products are computed."""
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 """Of angles, by the words of --rope-precision."""
 _QUANTIZATIONS = ("8bit", "4bit")
@@ -48,7 +51,10 @@ class LoadOptions:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:N, mps; balanced or sequential spread it over all GPUs."""
     dtype: str = "auto"
-    """auto (CPU: float32 weights under bf16 autocast; CUDA: bfloat16), float32, bfloat16 or float16."""
+    """auto, autocast (float32 weights under bf16 autocast), float32, bfloat16 or float16.
+
+    auto is bfloat16 on CUDA; on a CPU autocast where the processor multiplies bfloat16, else float32.
+    """
     attention: str = "auto"
     """transformers' attn_implementation: sdpa, eager, flash_attention_2, ...; auto is sdpa where the class has it."""
     original_length: int | None = None
@@ -64,7 +70,7 @@ class LoadOptions:
     """8bit or 4bit: weights of linear layers by bitsandbytes, on CUDA, for bases that do not fit otherwise."""
 
     def __post_init__(self) -> None:
-        _one_of("--dtype", self.dtype, ("auto", *DTYPES))
+        _one_of("--dtype", self.dtype, ("auto", AUTOCAST, *DTYPES))
         _check_device(self.device)
         _one_of("--rope-precision", self.rope_precision, tuple(PRECISIONS))
         if self.quantize is not None:
@@ -78,6 +84,15 @@ class LoadOptions:
         if self.device != "auto":
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def resolved(self) -> LoadOptions:
+        """The same with the dtype that `auto` is on this machine, which results depend on."""
+        if self.dtype != "auto":
+            return self
+        if self.placement != "cpu" and torch.cuda.is_available():
+            return replace(self, dtype="bfloat16")
+        fast = self.placement == "cpu" and half_is_fast_on_cpu()
+        return replace(self, dtype=AUTOCAST if fast else "float32")
 
 
 def load_options(options: LoadOptions | None, given: Mapping[str, Any]) -> LoadOptions:
@@ -253,8 +268,7 @@ def load_weights(name: str, source: str, config: Any, options: LoadOptions) -> t
     folder = Path(source)
     check_files(name, source)
     placement = options.placement
-    on_cuda = placement != "cpu" and torch.cuda.is_available()
-    dtype = DTYPES.get(options.dtype, torch.bfloat16 if on_cuda else torch.float32)
+    dtype = DTYPES.get(options.resolved().dtype, torch.float32)
     quantization = _quantization(options, dtype)
     try:
         model, info = _from_pretrained(

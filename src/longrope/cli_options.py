@@ -39,7 +39,9 @@ Device = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        "--dtype", help="auto (CPU: float32 under bf16 autocast, CUDA: bfloat16), float32, bfloat16, float16."
+        "--dtype",
+        help="auto (CUDA: bfloat16; CPU: autocast where it has bf16, else float32), autocast (float32 under bf16), "
+        "float32, bfloat16, float16.",
     ),
 ]
 Attention = Annotated[

@@ -37,7 +37,7 @@ def plan(
     ] = None,
     quantize: Quantize = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="As search and finetune have it: auto, float32, bfloat16, float16.")
+        str, typer.Option("--dtype", help="As search and finetune have it: auto, autocast, float32, bfloat16, float16.")
     ] = "auto",
     original_length: OriginalLength = None,
     as_json: Json = False,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longrope.baselines import baseline
 from longrope.checkpoint import (
+    AUTOCAST,
     PRECISIONS,
     LoadOptions,
     load_config,
@@ -138,9 +139,9 @@ class LoadedModel:
             )
 
     def autocast(self) -> AbstractContextManager[None]:
-        """bf16 autocast for float32 weights on CPU under `--dtype auto`, else nothing."""
-        if self.options.dtype == "auto" and self.device.type == "cpu":
-            return cast(AbstractContextManager[None], torch.autocast("cpu", dtype=torch.bfloat16))
+        """bf16 autocast for float32 weights under `--dtype autocast`, else nothing."""
+        if self.options.dtype == AUTOCAST:
+            return cast(AbstractContextManager[None], torch.autocast(self.device.type, dtype=torch.bfloat16))
         return nullcontext()
 
     def widen_window(self, target: int) -> None:
@@ -239,7 +240,7 @@ def cast_once(head: nn.Module | None) -> Iterator[None]:
 
 def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
     """Load MODEL: a folder, a Hub id, or `tiny`. Raises UserError for what cannot be loaded or extended."""
-    options = options or LoadOptions()
+    options = (options or LoadOptions()).resolved()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     source = model_source(name)

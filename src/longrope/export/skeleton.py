@@ -41,7 +41,7 @@ def skeleton(name: str, options: LoadOptions) -> LoadedModel:
         return load_model(name, options)
     model.requires_grad_(False)
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
-    loaded = LoadedModel(name, model, tokenizer, rope, own, table, "skeleton", options)
+    loaded = LoadedModel(name, model, tokenizer, rope, own, table, "skeleton", options.resolved())
     try:
         check_frequencies(model, rope.rope_theta, own.rows[0])
         if table:

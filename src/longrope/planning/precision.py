@@ -36,13 +36,16 @@ HALF, MIXED, SINGLE = Precision(2, 2, 2), Precision(4, 4, 2), Precision(4, 4, 4)
 def precision_of(dtype: str, *, cuda: bool, trained: bool = False) -> Precision:
     """That of `--dtype`, as `search` (or, of all weights, `finetune`) has it. Raises UserError for a word that is none.
 
-    auto is float32 under bf16 autocast on a CPU; on CUDA bfloat16, and for all weights float32 under bf16 autocast.
+    auto on CUDA is bfloat16, and for all weights float32 under bf16 autocast; on a CPU it is autocast, unless whoever
+    asks knows that processor (`LoadOptions.resolved`).
     """
-    known = ("auto", "float32", "bfloat16", "float16")
+    known = ("auto", "autocast", "float32", "bfloat16", "float16")
     if dtype not in known:
         raise UserError("--dtype", got=repr(dtype), rule=f"it is one of {', '.join(known)}", do="choose one of them")
     if dtype == "auto":
         return MIXED if trained or not cuda else HALF
+    if dtype == "autocast":
+        return MIXED
     if dtype == "float32":
         return MIXED if trained and cuda else SINGLE
     return HALF

@@ -46,6 +46,8 @@ def plan(
     check(settings, peak)
     machine = None if gpus == CPU else machine_of(gpus, peak)
     precision_of(settings.dtype, cuda=machine is not None)
+    if machine is None:
+        settings = replace(settings, dtype=LoadOptions(device="cpu", dtype=settings.dtype).resolved().dtype)
     loaded = subject(model, LoadOptions(device="cpu", original_length=original_length))
     chosen = plan_for(loaded.rope.original_length, to, stages, train=train)
     shape = shape_of(loaded.model, model)

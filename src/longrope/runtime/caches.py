@@ -9,8 +9,27 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, QuantizedCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longrope.errors import UserError
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What passes and `generate` take a cache by: the first from transformers 5.24 on, the second before."""
+CACHE = next(name for name in CACHE_NAMES if name in BaseModelOutputWithPast.__dataclass_fields__)
+"""The one of this transformers, by which they return it, too."""
+
+
+def given_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among what a forward pass or `generate` is given, by its name of any transformers; None without."""
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a forward pass or `generate` returned, as a field or in a tuple; None without."""
+    found = getattr(output, CACHE, None)
+    if found is None and isinstance(output, tuple):
+        found = next((each for each in output if isinstance(each, Cache)), None)
+    return found
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]

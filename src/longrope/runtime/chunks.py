@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longrope.model import decoder_of
 from longrope.runtime.attention import without_masks
+from longrope.runtime.caches import CACHE
 from longrope.runtime.history import Flags, Whole
 
 # Tokens of a forward pass over a long text; the benchmark of prompts says what they take.
@@ -42,4 +43,4 @@ def by_chunks(
         given = {name: inputs[:, start:end], "position_ids": at, "attention_mask": mask}
         # A static cache is as wide as its room from the first chunk on: only a mask says what is in it
         with without_masks(model) if whole and cached + start and not cache.is_compileable else nullcontext():
-            yield start, decoder(**given, past_key_values=cache, use_cache=True)
+            yield start, decoder(**given, **{CACHE: cache}, use_cache=True)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from longrope.errors import UserError
 from longrope.runtime.history import Flags, History, Whole
@@ -166,11 +165,3 @@ def _mask_columns(mask: Any, *, new: int, cached: int, start: int, end: int) -> 
         return mask[:, : cached + end] if mask.shape[1] == cached + new else mask
     seen = mask[:, :, start:end]
     return seen[..., : cached + end] if mask.shape[-1] == cached + new else seen
-
-
-def cache_of(output: Any) -> Cache | None:
-    """The cache that a forward pass returned, as an object or in a tuple."""
-    found = getattr(output, "past_key_values", None)
-    if found is None and isinstance(output, tuple):
-        found = next((each for each in output if isinstance(each, Cache)), None)
-    return found

@@ -13,7 +13,7 @@ from transformers import Cache, GenerationConfig
 
 from longrope.errors import UserError
 from longrope.lengths import format_length
-from longrope.runtime.caches import make_cache
+from longrope.runtime.caches import CACHE, CACHE_NAMES, given_cache, make_cache
 from longrope.runtime.room import check_room
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def _generate(
     try:
         with switch.at_least(least):
             if ids is not None and _is_long(switch, ids, flat, config, kwargs):
-                kwargs["past_key_values"] = _prefilled(switch, ids, least[0], new, config, kwargs)
+                prefilled = _prefilled(switch, ids, least[0], new, config, kwargs)
+                kwargs = {name: each for name, each in kwargs.items() if name not in CACHE_NAMES} | {CACHE: prefilled}
             result = own(ids, generation_config, *args, **kwargs)
     finally:
         switch.patch.use_rows(None)  # of a pass that was broken off
@@ -156,7 +157,7 @@ def _is_long(
     switch: Switch, ids: Tensor, mask: Tensor | None, config: GenerationConfig, kwargs: dict[str, Any]
 ) -> bool:
     """Whether a prompt is run by chunks here: one text without padding, for a single sequence in a dynamic cache."""
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     cached = 0 if cache is None else int(cache.get_seq_length())
     if len(ids) > 1 or ids.shape[1] - cached <= switch.chunk or (mask is not None and not bool(mask.all())):
         return False
@@ -180,7 +181,7 @@ def _prefilled(
         switch.model.config.get_text_config(),
     )
     capacity = ids.shape[1] + new
-    cache = kwargs.get("past_key_values")
+    cache: Cache | None = given_cache(kwargs)
     if cache is None:
         cache = make_cache(config.cache_implementation, text, capacity, described)
     cached = int(cache.get_seq_length())

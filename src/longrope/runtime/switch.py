@@ -26,11 +26,10 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.patch import Patch
-from longrope.runtime.caches import by_place, put_rows
+from longrope.runtime.caches import by_place, cache_of, given_cache, put_rows
 from longrope.runtime.chunks import CHUNK, by_chunks, whole_text
 from longrope.runtime.columns import (
     attended_columns,
-    cache_of,
     columns_of,
     is_flat,
     lengths_of,
@@ -153,7 +152,7 @@ class Switch:
         inputs = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if inputs is None:
             return (), given  # transformers says what is missing
-        cache: Any = given.get("past_key_values")
+        cache: Any = given_cache(given)
         cached = 0 if cache is None else int(cache.get_seq_length())
         history = self._history(cache, cached)
         mask, position_ids = given.get("attention_mask"), given.get("position_ids")
@@ -195,7 +194,7 @@ class Switch:
         for start, end in pairwise(cuts):
             now = rows[:, start]
             if history is not None and (history.rows != now).any():
-                self._remake(given["past_key_values"], history, now)
+                self._remake(given_cache(given), history, now)
             self._use(now)
             piece = given if at_once else columns_of(given, inputs.shape[1], cached, start, end)
             part = slice(start, end)
@@ -206,7 +205,7 @@ class Switch:
             history = history or History(self._key)
             before.append(self.model.forward(**piece))
             history.add(*done)
-            keep_history(given["past_key_values"], history)
+            keep_history(given_cache(given), history)
         raise AssertionError("the last piece is the caller's")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -221,7 +220,7 @@ class Switch:
         if isinstance(done, _Next):
             done.history.add_tokens(done.inputs, done.positions)
             return None
-        cache = cache_of(output) or kwargs.get("past_key_values")
+        cache = cache_of(output) or given_cache(kwargs)
         if isinstance(cache, Cache) and cache.get_seq_length():
             history = done.history or history_of(cache) or History(self._key)
             history.add(done.inputs, done.positions, done.attended, done.rows)

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 from longrope.errors import UserError, first_line
 from longrope.model import LoadedModel
 from longrope.runtime.applied import Applied
-from longrope.runtime.caches import RoomyCache, by_place
+from longrope.runtime.caches import CACHE, RoomyCache, by_place, cache_of
 from longrope.windows import bos_of, token_ids
 
 _CACHES = ("device", "offloaded", "quantized")
@@ -175,9 +175,9 @@ def write_text(
     given = torch.tensor([list(ids)], device=loaded.device)
     more = _cache(cache, loaded)
     if earlier is not None:
-        more = {"past_key_values": earlier}
+        more = {CACHE: earlier}
     elif cache == "device" and sampling.beams == 1:
-        more = {"past_key_values": RoomyCache(model.config.get_text_config(), len(ids) + new)}
+        more = {CACHE: RoomyCache(model.config.get_text_config(), len(ids) + new)}
     clock = _Clock(Writer(loaded.tokenizer, write) if write is not None else None) if sampling.beams == 1 else None
     before, begun = applied.recomputed, time.perf_counter()
     own_settings, own.generation_config = own.generation_config, settings  # what is not given here has defaults
@@ -201,7 +201,7 @@ def write_text(
     if clock is None and write is not None:
         write(str(text))
     recomputed = applied.recomputed - before
-    return Made(str(text), len(ids), tokens, recomputed, first, seconds, made.past_key_values)
+    return Made(str(text), len(ids), tokens, recomputed, first, seconds, cache_of(made))
 
 
 def _cache(kind: str, loaded: LoadedModel) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainingArguments
 
+from longrope.checkpoint import AUTOCAST
 from longrope.errors import UserError
 from longrope.lengths import format_length
 from longrope.memory import Kept, free_memory
@@ -51,7 +52,7 @@ def arguments_of(
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         optim="adamw_torch",
-        bf16=loaded.options.dtype in ("auto", "bfloat16") or loaded.device.type == "cuda",
+        bf16=loaded.options.dtype in (AUTOCAST, "bfloat16") or loaded.device.type == "cuda",
         **{f"{twice}_checkpointing": bool(again), f"{twice}_checkpointing_kwargs": {"use_reentrant": False}},  # type: ignore[arg-type]
         logging_steps=1,
         logging_nan_inf_filter=False,
