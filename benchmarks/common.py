@@ -64,6 +64,11 @@ class Figure:
             "details": dict(self.details),
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Figure:
+        """From the JSON."""
+        return cls(**{name: value for name, value in data.items() if name != "ok"})
+
 
 @dataclass(frozen=True)
 class Paired:

@@ -5,7 +5,8 @@
     python benchmarks/faults.py --commands extend      # on some commands
 
 Every command runs undisturbed first. Then faults are put into it, one or a few at a time, in processes forked from one
-that has imported everything, and what it leaves behind in the end is compared with what it left undisturbed.
+that has imported everything, and what it leaves behind in the end is compared with what it left undisturbed. Parts that
+earlier calls of the same campaign have made stay in the JSON, so that it can be made in several calls.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from faulting import shim
@@ -39,7 +39,7 @@ def main() -> int:
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
-        return campaign(args, work, time.monotonic())
+        return campaign(args, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

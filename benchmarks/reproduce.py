@@ -18,6 +18,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -25,7 +26,8 @@ from transformers.utils.logging import disable_progress_bar
 from common import RESULTS, Figure, machine, print_table, today, versions, write_results
 from longrope.errors import UserError
 from longrope.extension.plan import read_plan
-from longrope.files import read_lines
+from longrope.files import read_lines, read_object
+from longrope.runs import LOSSES
 from reproduction.core import CORE
 from reproduction.packing import pack, unpack
 from reproduction.setting import SETTINGS, Setting, quick_plan
@@ -111,35 +113,39 @@ def make(setting: Setting, state: State, wanted: list[str]) -> None:
             state.pause(part, time.monotonic() - start)
             logger.info("%s and what follows wait for the next call", part)
             break
-        state.finish(part, time.monotonic() - start)
+        state.finish(part, time.monotonic() - start, made(setting))
+
+
+def made(setting: Setting) -> dict[str, Any]:
+    """When, where and in which precision something was made."""
+    told: dict[str, Any] = {"date": today(), "threads": setting.threads, "machine": machine(), "versions": versions()}
+    return told | {"dtype": setting.options.resolved().dtype}
 
 
 def write(name: str, setting: Setting, state: State, out: Path) -> int:
-    """The table and the JSON of all parts that are done; the exit code, 1 when a figure misses its limit."""
-    figures = [Figure(**figure) for part in PARTS for figure in state.figures(part)]
-    losses = {
-        stage.name: [line["loss"] for line in read_lines(setting.run / stage.name / "training.jsonl")]
-        for stage in setting.plan.stages
-        if stage.do == "finetune"
-    }
-    print_table(name, figures)
-    document = {
-        "benchmark": name,
-        "date": today(),
-        "seed": setting.seed,
-        "threads": setting.threads,
-        "machine": machine(),
-        "versions": versions(),
-        "model": setting.size.told(),
-        "stages": [stage.to_dict() for stage in setting.plan.stages],
-        "documents": setting.hashes(),
-        "minutes": {part: round(state.seconds(part) / 60, 1) for part in PARTS if state.has(part)},
-        "figures": [figure.to_dict() for figure in figures],
-        "tables": {part: state.tables(part) for part in PARTS if state.tables(part)},
-        "losses": losses,
-    }
-    write_results(out / f"{name}.json", document)
-    return 0 if all(figure.ok for figure in figures) else 1
+    """The table and the JSON of all parts that are done; the exit code, 1 when a figure misses its limit.
+
+    Parts of the same model, plan and documents that the JSON has already, from another machine or day, stay in it.
+    """
+    path = out / f"{name}.json"
+    document: dict[str, Any] = {"benchmark": name, "seed": setting.seed, "model": setting.size.told()}
+    document |= {"stages": [stage.to_dict() for stage in setting.plan.stages], "documents": setting.hashes()}
+    recorded = read_object(path, "results") if path.exists() else {}
+    same = all(recorded.get(key) == value for key, value in document.items())
+    parts: dict[str, Any] = dict(recorded["parts"]) if same else {}
+    for part in PARTS:
+        if state.has(part):
+            parts[part] = {"minutes": round(state.seconds(part) / 60, 1), **state.made(part)}
+            figures = [Figure(**each).to_dict() for each in state.figures(part)]
+            parts[part] |= {"figures": figures, "tables": state.tables(part)}
+    trained = [setting.run / stage.name / LOSSES for stage in setting.plan.stages if stage.do == "finetune"]
+    if "stages" in parts and all(file.exists() for file in trained):
+        parts["stages"]["losses"] = {file.parent.name: [line["loss"] for line in read_lines(file)] for file in trained}
+    document["parts"] = {part: parts[part] for part in PARTS if part in parts}
+    told = [Figure.from_dict(figure) for part in document["parts"].values() for figure in part["figures"]]
+    print_table(name, told)
+    write_results(path, document)
+    return 0 if all(figure.ok for figure in told) else 1
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def test_a_short_campaign_loses_nothing_and_ends_as_undisturbed(tmp_path: Path) 
     document = json.loads((tmp_path / "faults-quick.json").read_text())
     figures = {each["figure"]: each["value"] for each in document["figures"]}
     assert figures == {"results lost": 0, "tracebacks and unclear ends": 0, "wrong results": 0}
-    assert list(document["commands"]) == COMMANDS
+    assert document["commands"] == COMMANDS
+    assert list(document["parts"]) == ["kills", "writes", "damage", "signals"]
     tried = document["figures"][0]["details"]
     for name in (
         "kills",

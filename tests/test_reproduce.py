@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +61,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_figure_has_its_limit_and_what_came_of_it(made: Path) -> None:
     results = json.loads((made / "results" / "miniature-quick.json").read_text())
-    assert set(results["minutes"]) == set(reproduce.PARTS)
-    for figure in results["figures"]:
+    assert list(results["parts"]) == list(reproduce.PARTS)
+    figures = [figure for part in results["parts"].values() for figure in part["figures"]]
+    for figure in figures:
         assert figure["ok"] == (figure["value"] <= figure["limit"])
-    names = [figure["figure"] for figure in results["figures"]]
+    names = [figure["figure"] for figure in figures]
     assert "perplexity at 4x after fine-tuning / of the base at its own length" in names
     assert "perplexity at 8x / at the fine-tuned length" in names
     assert {"perplexity, ours / pi", "perplexity, ours / ntk", "perplexity, ours / yarn"} <= set(names)
-    assert len(results["losses"]["02-finetune-512"]) == 2
+    assert len(results["parts"]["stages"]["losses"]["02-finetune-512"]) == 2
     assert "/" not in json.dumps(results["documents"]), "no paths"
 
 
 def test_figures_are_what_the_checkpoints_give(made: Path) -> None:
     state = made / "state" / "miniature-quick"
     results = json.loads((made / "results" / "miniature-quick.json").read_text())
-    values = {figure["figure"]: figure["value"] for figure in results["figures"]}
+    values = {figure["figure"]: figure["value"] for part in results["parts"].values() for figure in part["figures"]}
     options = LoadOptions(device="cpu", threads=1)
     final = load_model(str(state / "extend" / "checkpoint"), options)
     base = load_model(str(state / "base" / "model"), options)
@@ -123,13 +125,36 @@ def test_what_is_done_is_not_done_again_and_another_plan_is_something_else(
         monkeypatch.setitem(reproduce.PARTS, part, lambda *_: pytest.fail("it is done"))
     command(made, "--parts", "all")
     after = json.loads((made / "results" / "miniature-quick.json").read_text())
-    assert after["figures"] == before["figures"]
+    assert after == before
     assert reproduce.main(["--stages", "x.toml", "--documents", str(made / "corpus")]) == 2
     assert "--stages: got x.toml; it is named miniature.toml" in capsys.readouterr().err
     assert command(made, "--parts", "dance") == 2
     assert "--parts: got 'dance'; it is one of core" in capsys.readouterr().err
     assert reproduce.main(["--stages", str(made / "miniature.toml"), "--documents", str(made)]) == 2
     assert "without train; the documents are in train, validation and test" in capsys.readouterr().err
+
+
+def test_tables_of_the_base_model_need_its_searches_alone_and_go_beside_parts_that_others_made(
+    made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "corpus", tmp_path / "corpus")
+    shutil.copy(made / "miniature.toml", tmp_path)
+    shutil.copytree(made / "state" / "miniature-quick" / "base", tmp_path / "state" / "miniature-quick" / "base")
+    shutil.copytree(made / "results", tmp_path / "results")
+    file = tmp_path / "results" / "miniature-quick.json"
+    before = json.loads(file.read_text())
+    command(tmp_path, "--parts", "without")
+    stages = tmp_path / "state" / "miniature-quick" / "extend"
+    assert [path.name for path in sorted(stages.glob("0*"))] == ["01-search-512"]
+    after = json.loads(file.read_text())
+    for name in ("figures", "tables"):
+        assert after["parts"]["without"][name] == before["parts"]["without"][name], "the same searches again"
+    assert {name: part for name, part in after["parts"].items() if name != "without"} == {
+        name: part for name, part in before["parts"].items() if name != "without"
+    }
+    (tmp_path / "corpus" / "test" / "more.txt").write_text("another document")
+    command(tmp_path, "--parts", "without", "--state", str(tmp_path / "new"))
+    assert list(json.loads(file.read_text())["parts"]) == ["without"], "of other documents nothing is kept"
 
 
 def test_a_window_in_pieces_has_the_same_tokens() -> None:

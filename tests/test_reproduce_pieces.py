@@ -82,18 +82,21 @@ def whole(base: Path) -> Any:
 
 
 def test_in_pieces_in_fresh_folders_it_ends_as_in_one_go(base: Path, whole: Any, tmp_path: Path) -> None:
-    before, found = base / "pack", whole | {"minutes": {}}
+    before, found = base / "pack", whole | {"parts": {}}
     for number in range(PIECES):
-        assert "passkey" not in found["minutes"], "a piece too few"
+        assert "passkey" not in found["parts"], "a piece too few"
         here = tmp_path / str(number)
         found = command(here, "--minutes", "0", "--unpack", str(before), "--pack", str(here / "pack"))
         before = here / "pack"
         made = [line["stage"] for line in read_lines(here / "state" / NAME / "extend" / "stages.jsonl")]
         assert made == STAGES[: number + 1], "one stage a call, and none again"
         assert not list((here / "pack").glob("*checkpoint*"))
-    assert set(found["minutes"]) == {"base", "stages", "lengths", "passkey"}
-    for name in ("figures", "tables", "losses", "documents", "model", "stages"):
+    assert set(found["parts"]) == {"base", "stages", "lengths", "passkey"}
+    for name in ("documents", "model", "stages"):
         assert found[name] == whole[name], name
+    for part, name in ((part, name) for part in found["parts"] for name in ("figures", "tables")):
+        assert found["parts"][part][name] == whole["parts"][part][name], part
+    assert found["parts"]["stages"]["losses"] == whole["parts"]["stages"]["losses"]
     last, first = here / "state" / NAME / "extend", base / "2" / "state" / NAME / "extend"
     for name in ("factors.json", "checkpoint/model.safetensors", "checkpoint/config.json"):
         assert (last / name).read_bytes() == (first / name).read_bytes(), name

@@ -24,7 +24,7 @@ from longrope.configs import rope_config
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
 from longrope.patch import Patch, widen_window
-from longrope.runtime.caches import CACHE, cache_of
+from longrope.runtime.caches import CACHE, CACHE_NAMES, cache_of
 from longrope.runtime.switch import POLICIES
 from models import ORIGINAL, build, tokens
 
@@ -104,6 +104,18 @@ def test_logits_of_a_loop_with_a_cache_are_those_of_a_full_recompute(pair: tuple
     for end in range(start, len(ids)):
         assert torch.allclose(output.logits[0, -1], reference.logits(ids[:end]), atol=2e-5), end
         output = model(torch.tensor([ids[end : end + 1]]), **{CACHE: cache_of(output)})
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # transformers says so of the older name
+def test_a_cache_by_its_older_name_is_seen_too(pair: tuple[Any, Reference]) -> None:
+    model, reference = pair
+    older, ids = CACHE_NAMES[-1], text(ORIGINAL + 4)
+    output = model(torch.tensor([ids[: ORIGINAL - 1]]))
+    for end in range(ORIGINAL - 1, len(ids)):
+        output = model(torch.tensor([ids[end : end + 1]]), **{older: cache_of(output)})
+    assert torch.allclose(output.logits[0, -1], reference.logits(ids), atol=2e-5)
+    cache = cache_of(model(torch.tensor([ids[:-1]])))
+    assert generate(model, ids, 4, **{older: cache}) == reference.greedy(ids, 4)
 
 
 def test_each_sequence_of_a_padded_batch_has_the_row_of_its_own_length(pair: tuple[Any, Reference]) -> None:

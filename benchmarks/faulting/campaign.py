@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,43 +76,70 @@ _COLUMNS = (
 )
 
 
-def campaign(args: argparse.Namespace, work: Path, begun: float) -> int:
-    """Run what was asked for; the exit code, 1 when anything was lost, was told by a traceback, or ended wrong."""
+def campaign(args: argparse.Namespace, work: Path) -> int:
+    """Run what was asked for; the exit code, 1 when anything was lost, was told by a traceback, or ended wrong.
+
+    Each part is written when it ends, beside the other parts of the same campaign that earlier calls have made.
+    """
     console = Console(stderr=True, highlight=False)
     if not is_loaded():
         console.print("no C compiler here: nothing is tried at single writes, and no run is left on its way")
     import_everything()
     made = undisturbed(args.commands.split(","), work)
     made = {name: each for name, each in made.items() if name in args.commands.split(",")}
-    tallies: dict[str, Tally] = {name: Tally() for name in made}
-    seconds: dict[str, float] = {}
-    shown = 0
+    name = "faults-quick" if args.quick else "faults"
+    path = args.out / f"{name}.json"
+    about: dict[str, Any] = {"benchmark": name, "seed": args.seed, "every": args.every, "commands": list(made)}
+    parts = _made_before(path, about)
     for part in args.parts.split(","):
         start = time.monotonic()
-        cases = PARTS[part](made, args)
-        folder = work / part
-        folder.mkdir()
-        for case, tally in run_cases(cases, folder, 1 if part in _ONE_AT_A_TIME else args.processes):
-            tallies.setdefault(case.command, Tally()).add(tally)
-            for kind, what in tally.troubles:
-                shown += 1
-                if shown <= args.keep_going:
-                    console.print(f"{kind}: {case.command}, {case.what}: {what}", markup=False, soft_wrap=True)
-        seconds[part] = round(time.monotonic() - start, 1)
-        console.print(f"{part}: {len(cases)} cases, {seconds[part]:.0f} s")
-    console.print(_table(tallies))
-    whole = summed(tallies.values())
-    name = "faults-quick" if args.quick else "faults"
-    document: dict[str, Any] = {"benchmark": name, "date": today(), "seed": args.seed, "machine": machine()}
-    document |= {"versions": versions(), "parts": seconds, "seconds": round(time.monotonic() - begun, 1)}
-    on = f"{len(made)} commands: {', '.join(made)}"
-    figures = [_figure(kind, whole, on).to_dict() for kind in (LOST, TRACEBACK, WRONG)]
-    write_results(args.out / f"{name}.json", document | {"figures": figures, "commands": _told(tallies)})
-    return 1 if whole.troubles else 0
+        tallies = _part(part, made, args, work, console)
+        seconds = round(time.monotonic() - start, 1)
+        console.print(f"{part}: {seconds:.0f} s")
+        parts[part] = {"date": today(), "seconds": seconds, "machine": machine(), "versions": versions()}
+        parts[part] |= {"tallies": {command: tally.to_dict() for command, tally in tallies.items()}}
+        ordered = {each: parts[each] for each in PARTS if each in parts}
+        figures = [_figure(kind, _whole(ordered), f"{len(made)} commands") for kind in (LOST, TRACEBACK, WRONG)]
+        write_results(path, about | {"parts": ordered, "figures": [figure.to_dict() for figure in figures]})
+    console.print(_table(_by_command(parts)))
+    return 1 if _whole(parts).troubles else 0
 
 
-def _told(tallies: Mapping[str, Tally]) -> dict[str, Any]:
-    return {name: tally.to_dict() for name, tally in tallies.items()}
+def _made_before(path: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Parts of the same campaign that are recorded; none of another one."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    return found["parts"] if all(found.get(key) == value for key, value in about.items()) else {}
+
+
+def _part(name: str, made: Made, args: argparse.Namespace, work: Path, console: Console) -> dict[str, Tally]:
+    """What came of the cases of a part, by command; troubles are shown as they come."""
+    tallies: dict[str, Tally] = {each: Tally() for each in made}
+    cases = PARTS[name](made, args)
+    console.print(f"{name}: {len(cases)} cases")
+    folder, shown = work / name, 0
+    folder.mkdir()
+    for case, tally in run_cases(cases, folder, 1 if name in _ONE_AT_A_TIME else args.processes):
+        tallies.setdefault(case.command, Tally()).add(tally)
+        for kind, what in tally.troubles:
+            shown += 1
+            if shown <= args.keep_going:
+                console.print(f"{kind}: {case.command}, {case.what}: {what}", markup=False, soft_wrap=True)
+    return tallies
+
+
+def _by_command(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Tally]:
+    """What came of all parts, by command."""
+    found: dict[str, Tally] = {}
+    for part in parts.values():
+        for command, tally in part["tallies"].items():
+            found.setdefault(command, Tally()).add(Tally.from_dict(tally))
+    return found
+
+
+def _whole(parts: Mapping[str, Mapping[str, Any]]) -> Tally:
+    return summed(_by_command(parts).values())
 
 
 def _figure(kind: str, whole: Tally, on: str) -> Figure:

@@ -67,24 +67,34 @@ def stages(setting: Setting, state: State) -> None:
 
     Where the calls are limited, one stage at a time, and what follows the last one as one more.
     """
-    plan = with_recall(setting)
-    while True:
+    while not (setting.run / DONE).exists():
         state.begin()
-        extend(
-            str(setting.base),
-            to=setting.plan.target,
-            documents=[str(setting.documents / "train")],
-            search_documents=[str(setting.documents / "validation")],
-            unseen=[str(setting.documents / "test")],
-            stages=plan,
-            out=setting.run,
-            tracker="none",
-            seed=setting.seed,
-            options=setting.options,
-            at_most=1 if state.cut else None,
-        )
-        if (setting.run / DONE).exists():
-            return
+        _extend(setting, at_most=1 if state.cut else None)
+
+
+def searches(setting: Setting, state: State) -> None:
+    """The searches on the base model alone, which the tables without fine-tuning are of."""
+    base(setting, state)
+    while not all((setting.run / stage.name / DONE).exists() for stage in setting.plan.stages if stage.do == "search"):
+        state.begin()
+        _extend(setting, at_most=1)
+
+
+def _extend(setting: Setting, at_most: int | None) -> None:
+    """Go on with the extension, by so many stages."""
+    extend(
+        str(setting.base),
+        to=setting.plan.target,
+        documents=[str(setting.documents / "train")],
+        search_documents=[str(setting.documents / "validation")],
+        unseen=[str(setting.documents / "test")],
+        stages=with_recall(setting),
+        out=setting.run,
+        tracker="none",
+        seed=setting.seed,
+        options=setting.options,
+        at_most=at_most,
+    )
 
 
 def lengths(setting: Setting, state: State) -> None:

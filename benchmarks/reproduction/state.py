@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common import Figure
 from longrope.files import append_line, read_lines
@@ -80,10 +80,10 @@ class State:
         """Whether a part is done."""
         return part in self._parts
 
-    def finish(self, part: str, seconds: float) -> None:
-        """Write down that a part is done, with its figures and tables."""
+    def finish(self, part: str, seconds: float, made: Mapping[str, Any]) -> None:
+        """Write down that a part is done, with its figures and tables. made: when and where."""
         line: dict[str, Any] = {"part": part, "made_of": self._made_of, "seconds": round(seconds, 1)}
-        line |= {"figures": self._figures, "tables": self._tables}
+        line |= {"made": dict(made), "figures": self._figures, "tables": self._tables}
         append_line(self._parts_file, line)
         self._parts[part], self._figures, self._tables = line, [], {}
         self._spent[part] = self._spent.get(part, 0.0) + line["seconds"]
@@ -96,6 +96,10 @@ class State:
     def seconds(self, part: str) -> float:
         """How long a part took, over all calls."""
         return self._spent[part]
+
+    def made(self, part: str) -> Mapping[str, Any]:
+        """When and where a part was finished."""
+        return cast(Mapping[str, Any], self._parts[part].get("made", {}))
 
     def figures(self, part: str) -> list[dict[str, Any]]:
         """The figures of a part, none where it is not done."""

@@ -16,7 +16,7 @@ from longrope.model import LoadedModel, load_model
 from longrope.runs import DONE
 from longrope.training.run import finetune
 from longrope.windows import Window
-from reproduction.core import perplexity
+from reproduction.core import perplexity, searches
 from reproduction.setting import Setting, cut, with_recall
 from reproduction.state import State
 
@@ -27,6 +27,7 @@ MIXED = 0.3
 
 def without(setting: Setting, state: State) -> None:
     """Tables 1 and 3, figure 3: the base model at every power of two, by method, without fine-tuning."""
+    searches(setting, state)
     base = setting.load(setting.base)
     original, longest = setting.size.length, setting.trained[-1]
     searched = {stage.to: found(setting, stage.to) for stage in setting.plan.stages if stage.do == "search"}
@@ -54,6 +55,7 @@ def found(setting: Setting, length: int) -> FactorTable:
 
 def nonuniform(setting: Setting, state: State) -> None:
     """Tables 2 and 11: groups of pairs, start tokens and attention factors at the first fine-tuning's length."""
+    searches(setting, state)
     target = setting.trained[0]
     lines = studies(setting.load(setting.base), target, table=found(setting, target))
     value = _values(setting, state, setting.base, setting.judged(2 * setting.trained[-1]))
