@@ -321,7 +321,7 @@ def test_a_list_with_something_else_than_lengths_is_refused(lengths: str, first:
         ),
         (
             search("--dtype", "int8"),
-            "--dtype: got 'int8'; it is one of auto, float32, bfloat16, float16; choose one of them",
+            "--dtype: got 'int8'; it is one of auto, autocast, float32, bfloat16, float16; choose one of them",
         ),
         (
             search("--rope-precision", "x"),

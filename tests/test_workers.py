@@ -115,7 +115,8 @@ def test_two_workers_compute_what_one_process_does_and_again_when_one_is_killed(
         found: dict[int, Outcome] = {}
         for index, outcome in workers.run(wanted):
             if not found:
-                processes(psutil.Process(), "ray::_Worker")[0].kill()
+                # one that computes: on a busy machine the other one may still be starting, and is not missed
+                max(processes(psutil.Process(), "ray::_Worker"), key=lambda each: sum(each.cpu_times()[:2])).kill()
             found[index] = outcome
         assert numbers([found[index] for index in range(len(wanted))]) == reference
         assert "a worker died: The actor died" in caplog.text
