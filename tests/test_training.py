@@ -371,6 +371,17 @@ def test_other_settings_are_refused_and_nothing_is_lost() -> None:
     before = contents(Path("run"))
     assert "settings.learning_rate was 0.001, now 0.002" in refused(*command("--learning-rate", 2e-3))
     assert contents(Path("run")) == before
+    for name, changed in (
+        ("generation_config.json", {"max_length": 7}),
+        ("tokenizer_config.json", {"padding_side": "left"}),
+    ):
+        file = Path("model") / name
+        own = file.read_text() if file.exists() else "{}"
+        file.write_text(json.dumps(json.loads(own) | changed))
+        assert "model.tokenizer_and_generation was" in refused(*command()), "the checkpoint has it, too"
+        file.write_text(own)
+    assert longrope(*command("-q")).code == 0
+    assert contents(Path("run")) == before
 
 
 def test_without_steps_a_recipe_has_to_say_them(here: Path) -> None:

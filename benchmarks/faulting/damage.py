@@ -170,6 +170,8 @@ def _judge(undisturbed: Undisturbed, read: _Read, said: str, tally: Tally) -> No
     differing = _differing(undisturbed, read)
     if not differing:
         tally.count("repaired or not needed")
+    elif differing == ["page.html"] and _page_names(read):
+        tally.count("refused")  # in a line of the page: what it has of other files is still shown
     elif read.state == "going on" and not read.same and read.path.endswith(_GROWING):
         tally.count("repaired or not needed")  # lines that are not there (any more) are those of an earlier moment
     else:
@@ -188,6 +190,12 @@ def _differing(undisturbed: Undisturbed, read: _Read) -> list[str]:
         # A state that is needed no more, and the seal itself: it can only refuse too much.
         return differing + (["what it says"] if _said(read.expected) != _said(read.ran) else [])
     return differing
+
+
+def _page_names(read: _Read) -> bool:
+    """Whether the page says of the damaged file, by its path, what it does not say of the whole one."""
+    name = read.path.encode()
+    return name in (_bytes(read.folder, "page.html") or b"") and name not in (_bytes(read.whole, "page.html") or b"")
 
 
 def _said(ran: Ran) -> tuple[str, str]:

@@ -18,6 +18,9 @@ from longrope.windows import Window, fingerprint
 if TYPE_CHECKING:
     from longrope.evaluate.methods import Result
 
+# What a tokenizer says of where its files lie
+_PLACES = ("name_or_path", "vocab_file", "merges_file", "tokenizer_file", "is_local", "local_files_only")
+
 
 def describe_options(loaded: LoadedModel) -> dict[str, Any]:
     """How the model is run, as far as results depend on it."""
@@ -37,6 +40,18 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "original_length": loaded.rope.original_length,
         "fingerprint": loaded.fingerprint,
     }
+
+
+def describe_trained(loaded: LoadedModel) -> dict[str, Any]:
+    """The same of a model that a checkpoint is made of, which takes over its tokenizer and generation settings, too."""
+    tokenizer, generation = loaded.tokenizer, getattr(loaded.model, "generation_config", None)
+    told: list[Any] = [tokenizer_hash(tokenizer)]
+    told.append({key: str(value) for key, value in tokenizer.init_kwargs.items() if key not in _PLACES})
+    if generation is not None:
+        told.append({key: value for key, value in generation.to_dict().items() if value is not None})
+        told[-1].pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    return describe_model(loaded) | {"tokenizer_and_generation": f"sha256:{digest}"}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from longrope import __version__
 from longrope.checkpoint import LoadOptions, load_options
-from longrope.describe import describe_documents, describe_model, describe_options
+from longrope.describe import describe_documents, describe_options, describe_trained
 from longrope.errors import UserError
 from longrope.extension.costs import Cost, costs
 from longrope.extension.done import Done
@@ -263,7 +263,7 @@ def _config(
     return {
         "command": "extend",
         "longrope": __version__,
-        "model": describe_model(loaded),
+        "model": describe_trained(loaded),
         "settings": settings | describe_options(loaded),
         "documents": {
             "train": describe_documents(texts.trained),

@@ -140,6 +140,8 @@ def read_run(run: Path) -> RunData:
     check(isinstance(model, Mapping), run / CONFIG, "model is an object or a name")
     settings = config.get("settings", metrics.get("settings", {}))
     check(isinstance(settings, Mapping), run / CONFIG, "settings is an object")
+    # The page of a demo is part of the demo, so it is made before DONE; by then everything is measured.
+    finished = (run / DONE).exists() or bool(metrics)
     data = RunData(
         name=run.resolve().name.replace(RUN_SEPARATOR, " "),
         config=config,
@@ -149,13 +151,13 @@ def read_run(run: Path) -> RunData:
         measure="",
         results=(),
         seen=(),
-        table=_table(run / FACTORS),
+        # Of a run that goes on nothing says whether they are as they were written, or those of a smaller budget.
+        table=_table(run / FACTORS) if finished or not config else None,
         evaluations=tuple(
             _evaluation(record, line, run / EVALUATIONS)
             for line, record in enumerate(read_lines(run / EVALUATIONS), start=1)
         ),
-        # The page of a demo is part of the demo, so it is made before DONE; by then everything is measured.
-        finished=(run / DONE).exists() or bool(metrics),
+        finished=finished,
         measures=measures,
         inner=measured.inner,
         left_out=measured.left_out,

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from longrope import __version__
 from longrope.checkpoint import LoadOptions
 from longrope.convert import as_table
-from longrope.describe import describe_documents, describe_model, describe_options
+from longrope.describe import describe_documents, describe_options, describe_trained
 from longrope.documents import Document, hold_out, read_sources
 from longrope.errors import UserError, first_line
 from longrope.evaluate.perplexity import out_of_memory
@@ -84,7 +84,7 @@ def finetune(
     config = {
         "command": "finetune",
         "longrope": __version__,
-        "model": describe_model(loaded),
+        "model": describe_trained(loaded),
         "settings": settings,
         "documents": {"train": describe_documents(documents)},
         "ignored": {"command_line": command_line()},
