@@ -89,14 +89,15 @@ def campaign(args: argparse.Namespace, work: Path) -> int:
     made = {name: each for name, each in made.items() if name in args.commands.split(",")}
     name = "faults-quick" if args.quick else "faults"
     path = args.out / f"{name}.json"
-    about: dict[str, Any] = {"benchmark": name, "seed": args.seed, "every": args.every, "commands": list(made)}
+    about: dict[str, Any] = {"benchmark": name, "seed": args.seed, "commands": list(made)}
     parts = _made_before(path, about)
     for part in args.parts.split(","):
         start = time.monotonic()
         tallies = _part(part, made, args, work, console)
         seconds = round(time.monotonic() - start, 1)
         console.print(f"{part}: {seconds:.0f} s")
-        parts[part] = {"date": today(), "seconds": seconds, "machine": machine(), "versions": versions()}
+        parts[part] = {"date": today(), "every": args.every, "seconds": seconds}
+        parts[part] |= {"machine": machine(), "versions": versions()}
         parts[part] |= {"tallies": {command: tally.to_dict() for command, tally in tallies.items()}}
         ordered = {each: parts[each] for each in PARTS if each in parts}
         figures = [_figure(kind, _whole(ordered), f"{len(made)} commands") for kind in (LOST, TRACEBACK, WRONG)]
