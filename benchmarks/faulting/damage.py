@@ -187,7 +187,7 @@ def _differing(undisturbed: Undisturbed, read: _Read) -> list[str]:
         return found + (["what it says"] if _said(read.expected) != _said(read.ran) else [])
     differing = undisturbed.differs(read.folder)
     if read.state == "finished" or _STATE in read.path:
-        # Which it need not have read: of a training that has a later one, too, which checks it before it goes on from it.
+        # Which it need not have read: of a training that has a later one, too, which is checked before it is used.
         differing = [name for name in differing if name != read.path]
     if read.state == "finished":
         # A state that is needed no more, and the seal itself: it can only refuse too much.
