@@ -35,7 +35,9 @@ def long_table(loaded: LoadedModel) -> FactorTable:
 
 # Falcon calls torch's attention by itself, MiniMax has a cache of its own with states beside its layers, Bamba counts
 # positions from 0 in every pass, LFM2's layers have no keys, Gemma 3n's share them, Granite SWA asks for its config.
-@pytest.mark.parametrize("model_type", ["falcon", "minimax", "bamba", "lfm2", "gemma3n_text", "granite_swa"])
+@pytest.mark.parametrize(
+    "model_type", ["falcon", "minimax", "bamba", "lfm2", "gemma3n_text", "granite_swa", "phi4_multimodal"]
+)
 @pytest.mark.parametrize("check", [checks.cached_run, checks.generated])
 def test_a_text_that_grows_past_boundaries_is_as_run_whole(
     model_type: str, check: Callable[[Path], str], tmp_path: Path

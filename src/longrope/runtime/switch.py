@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 POLICIES = ("exact", "ahead", "fixed")
 """What `policy` may be; `Switch` says what each does."""
 # Classes that drop their cache in `generate` at the original length, for their own switch
-_DROP_THEIR_CACHE = ("Phi3ForCausalLM", "PhimoeForCausalLM")
+_DROP_THEIR_CACHE = ("Phi3ForCausalLM", "Phi4MultimodalForCausalLM", "PhimoeForCausalLM")
 
 
 @dataclass
