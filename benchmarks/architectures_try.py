@@ -62,7 +62,8 @@ def _command(*arguments: object, good: tuple[int, ...] = (0,)) -> Callable[[], t
 
 def _past_python() -> str:
     """What was written to the process's own stderr since last asked: transformers keeps the one it began with."""
-    sys.__stderr__.flush()
+    if sys.__stderr__ is not None:
+        sys.__stderr__.flush()
     written = Path(_STDERR).read_text()
     os.truncate(_STDERR, 0)
     return written
@@ -149,7 +150,7 @@ def try_model(model_type: str, seed: int, out: Path) -> None:
     """Build a model, run every step in a folder of its own, and append each as a line of JSON to `out`."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_warning()  # as a command finds it
+    transformers.logging.set_verbosity_warning()  # type: ignore[no-untyped-call]  # as a command finds it
     with tempfile.TemporaryDirectory() as folder, chdir(folder), out.open("a") as lines:
         os.dup2(os.open(_STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)  # of a process that ends with this
 
