@@ -110,3 +110,20 @@ def test_results_with_a_value_that_is_no_number_are_not_written(tmp_path: Path) 
     with pytest.raises(ValueError, match="JSON compliant"):
         write_results(tmp_path / "new" / "x.json", document)
     assert not (tmp_path / "new" / "x.json").exists()
+
+
+def test_architectures_are_tried_each_by_itself_and_told_step_by_step(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("architectures.py")
+    command = [sys.executable, str(script), "--quick", f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "architectures-quick.json").read_text())
+    assert document["counts"] == {"works": 1, "refused in one line": 1, "trouble": 0, "not built": 0}
+    refused, works = document["architectures"]
+    assert (works["class"], works["outcome"]) == ("GPTNeoXForCausalLM", "works")
+    assert {"search", "cached run", "generated", "finetune", "lora", "verify transformers"} <= {
+        step["step"] for step in works["steps"] if step["outcome"] == "works"
+    }
+    assert "multi-head latent attention is not supported" in refused["steps"][-1]["said"]
+    for words in ("gpt_neox: works", "deepseek_v3: refused in one line", "1 works, 1 refused in one line"):
+        assert words in done.stderr

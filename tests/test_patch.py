@@ -133,7 +133,7 @@ def test_whether_global_layers_rotate_is_measured_and_leaves_the_model_as_it_is(
             patch.install(row)
             logits(model, ids)
 
-        assert global_layers_turn(model, lambda: run(None), lambda: run(even(shape))) is turn
+        assert global_layers_turn(model.config, model, lambda: run(None), lambda: run(even(shape))) is turn
     assert torch.equal(logits(model, ids), before)
 
 

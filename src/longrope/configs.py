@@ -13,6 +13,12 @@ from longrope.errors import UserError, shown
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.lengths import LONGEST
 
+SCALING_KEYS = frozenset(
+    "rope_type type rope_theta factor attention_factor original_max_position_embeddings max_position_embeddings "
+    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor alpha "
+    "short_factor long_factor short_mscale long_mscale".split()
+)
+"""Of rope_parameters: what a scaling, or the base, is made of. A class may keep others there that are of its own."""
 _DEFAULT_THETA = 10000.0
 _LARGEST_HEAD = 2**16
 
@@ -56,7 +62,7 @@ def table_from_config(config: Mapping[str, Any], *, original_length: int | None 
     """
     source = _parse(config, original_length)
     rope = source.rope
-    rows = _SCALINGS[rope.scaling](source)
+    rows = SCALINGS[rope.scaling](source)
     provenance = {"method": rope.scaling}
     return FactorTable(rope.rope_theta, rope.rotary_dim, rope.original_length, rows, provenance=provenance)
 
@@ -140,7 +146,8 @@ def _of_extended_layers(value: object, key: str) -> Mapping[str, Any]:
         rule = "the layers that see the whole text rotate, as it is they that longer windows are new to"
         raise UserError("config", got=f"{key} without any for full_attention", rule=rule, do="choose another model")
     if not isinstance(value.get("full_attention"), Mapping):
-        _bad(key, f"layer types {', '.join(map(str, value))}", "the layers to extend are called full_attention")
+        got, rule = f"layer types {', '.join(map(str, value))}", "the layers to extend are called full_attention"
+        raise UserError(f"config: {key}", got=got, rule=rule, do="choose another model, or correct config.json")
     chosen: Mapping[str, Any] = value["full_attention"]
     return chosen
 
@@ -164,8 +171,9 @@ def _scaling_name(parameters: Mapping[str, Any]) -> str:
     name = _first(parameters, "rope_type", "type") or "default"
     if name == "su":  # its first name, in the first Phi-3 checkpoints
         return "longrope"
-    if not isinstance(name, str) or name not in _SCALINGS:
-        _bad("rope_type", shown(name), f"known are {', '.join(_SCALINGS)}")
+    if not isinstance(name, str) or name not in SCALINGS:
+        rule, do = f"known are {', '.join(SCALINGS)}", "choose another model, or correct config.json"
+        raise UserError("config: rope_type", got=shown(name), rule=rule, do=do)
     return name
 
 
@@ -186,7 +194,7 @@ def _rotary_dim(text: Mapping[str, Any], parameters: Mapping[str, Any]) -> int:
 
 
 def _head_dim(text: Mapping[str, Any]) -> int:
-    for key in ("head_dim", "kv_channels"):  # the second is JetMoE's name
+    for key in ("head_dim", "attention_head_dim", "kv_channels"):  # the others are Zamba2's name and JetMoE's
         if text.get(key) is not None:
             return _whole(text, key)
     if text.get("hidden_size") is None or text.get("num_attention_heads") is None:
@@ -267,7 +275,7 @@ def _factor_list(source: _Source, key: str) -> tuple[float, ...]:
     return tuple(_positive(f"{key}[{pair}]", item) for pair, item in enumerate(value))
 
 
-_SCALINGS: dict[str, Callable[[_Source], tuple[RopeFactors, ...]]] = {
+SCALINGS: dict[str, Callable[[_Source], tuple[RopeFactors, ...]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,

@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,6 +61,10 @@ err = Plain()
 _resumed_with: list[tuple[str, ...]] = []  # one at most
 
 
+def _say_nothing(*warning: Any, **more: Any) -> None:
+    """In place of what shows warnings of libraries."""
+
+
 def set_up_logging(verbosity: int) -> None:
     """Our notes on stderr: warnings at -1, notes at 0, everything at 1; other libraries speak at 1 only.
 
@@ -75,6 +80,11 @@ def set_up_logging(verbosity: int) -> None:
         logger.setLevel(level)
         logger.handlers = [handler]
         logger.propagate = False
+    if verbosity < 1:
+        warnings.showwarning = _say_nothing  # no filter: libraries that are imported later put theirs before it
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # which it reads when it is imported
+        if "transformers" in sys.modules:
+            logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def end_at_once_on_signals() -> None:

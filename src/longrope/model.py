@@ -195,8 +195,9 @@ def own_rows(hidden: Tensor, start: int, end: int) -> Tensor:
 def decoder_of(model: Any) -> Any:
     """A causal language model from token ids to the last hidden state."""
     decoder = model.get_decoder()
-    # Llama 4 names a place that its decoder has in the multimodal model only
-    return model.model if decoder is model else decoder
+    # Llama 4 names a place that its decoder has in the multimodal model only, and ModernBERT's output projection is
+    # called decoder
+    return model.model if decoder is model or decoder is model.get_output_embeddings() else decoder
 
 
 def answering(decoder: nn.Module, outputs: Any) -> AbstractContextManager[None]:
@@ -308,7 +309,8 @@ def check_answers(loaded: LoadedModel) -> None:
 
         if torch.equal(run(factors), whole):
             raise _unusable(loaded, "which does not use its RoPE", "only a model with RoPE can be extended")
-        if not global_layers_turn(loaded.model, lambda: run(None), lambda: run(factors)):
+        text = loaded.model.config.get_text_config()
+        if not global_layers_turn(text, loaded.decoder, lambda: run(None), lambda: run(factors)):
             raise _unusable(
                 loaded, "whose local layers alone use RoPE", "factors extend layers that see the whole text"
             )

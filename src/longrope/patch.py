@@ -58,6 +58,16 @@ class ScaledRotary(nn.Module):
         self.chosen = chosen or Chosen()  # of all rotary embeddings of a model: what is set for every token is set once
         self._one: tuple[Tensor, RopeTensors] | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        """What a class asks its rotary embedding for beside cos and sin, such as its configuration; no frequencies."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            found = None if name == "stock" else getattr(self.stock, name, None)
+            if found is None or isinstance(found, Tensor):  # a class that rotates by itself would not see factors
+                raise
+            return found
+
     def set(self, rope: RopeTensors | None, *, by_length: bool = False) -> None:
         """Rotate by these rows: by the first one whatever the length, or each sequence by its own; None is stock."""
         self.rope, self.by_length, self._one = rope, by_length, None
@@ -66,6 +76,8 @@ class ScaledRotary(nn.Module):
         """Cos and sin as the wrapped class returns them, in the dtype of x; layers not extended get its own."""
         if self.rope is None or layer_type not in (None, EXTENDED_LAYERS):
             return self.stock(x, position_ids) if layer_type is None else self.stock(x, position_ids, layer_type)
+        if position_ids.ndim != 2:
+            raise _unknown_rotary(self.stock, "it rotates by several positions for each token, as multimodal RoPE does")
         if self.rope.base.device != x.device:
             self.rope, self._one = self.rope.to(x.device), None
         rope, rows = self.rope, None
@@ -231,15 +243,18 @@ def widen_window(model: PreTrainedModel, target: int) -> tuple[str | None, Calla
     return f"sliding window widened from {window} to {target} tokens", lambda: give(window)
 
 
-def global_layers_turn(model: PreTrainedModel, stock: Callable[[], object], scaled: Callable[[], object]) -> bool:
+def global_layers_turn(
+    config: Any, decoder: nn.Module, stock: Callable[[], object], scaled: Callable[[], object]
+) -> bool:
     """Whether factors change a layer that sees the whole text, in a model that has local layers too.
 
+    config: of the text; decoder: its layers and nothing else's, such as those of images, of which there may be as many.
     `stock` and `scaled` run the model without and with factors. Measured: in the second run each such layer is given
     the hidden states of the first again, so that what it returns differs only where it rotates itself (Cohere 2,
     EXAONE 4 and most of Llama 4 do not: extending them would change their local layers alone).
     """
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == len(kinds)]
+    kinds = getattr(config, "layer_types", None) or ()
+    lists = [each for each in decoder.modules() if isinstance(each, nn.ModuleList) and len(each) == len(kinds)]
     if len(set(kinds)) < 2 or EXTENDED_LAYERS not in kinds or not lists:
         return True
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
@@ -341,7 +356,8 @@ def check_frequencies(model: nn.Module, rope_theta: float, own: RopeFactors) -> 
     for _, _, stock in rotary_modules(model):
         frequencies, scaling, _ = stock_frequencies(stock)
         tolerance = 1e-4 if frequencies.dtype == torch.float32 else 1e-2
-        close = torch.allclose(frequencies.float().cpu(), expected, rtol=tolerance, atol=0)
+        alike = frequencies.shape == expected.shape
+        close = alike and torch.allclose(frequencies.float().cpu(), expected, rtol=tolerance, atol=0)
         if not close or abs(scaling - own.attention_factor) > 1e-4:
             raise _unknown_rotary(stock, "its frequencies are not those of its configuration")
 

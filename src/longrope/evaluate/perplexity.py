@@ -17,7 +17,7 @@ from longrope.errors import UserError
 from longrope.evaluate.intervals import mean_interval
 from longrope.lengths import format_length
 from longrope.model import NO_TARGET, LoadedModel
-from longrope.runtime.caches import RoomyCache
+from longrope.runtime.caches import RoomyCache, makes_its_own
 from longrope.runtime.chunks import CHUNK, by_chunks, whole_text
 from longrope.windows import Window
 
@@ -91,7 +91,7 @@ def losses_by_token(loaded: LoadedModel, windows: Sequence[Window]) -> Tensor:
         return (token_losses_by_chunks if loaded.by_chunks else token_losses)(loaded, batch).cpu()
 
     def smaller() -> bool:
-        if loaded.by_chunks or ids.shape[1] <= CHUNK:
+        if loaded.by_chunks or ids.shape[1] <= CHUNK or makes_its_own(loaded.model):
             return False
         logger.info("out of memory: going on by chunks of %d tokens", CHUNK)
         loaded.by_chunks = True

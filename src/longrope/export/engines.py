@@ -119,7 +119,9 @@ def expressible(served: FactorTable, engine: str, window: str, family: str) -> F
     return replace(served, rows=rows)
 
 
-def engine_config(config: Mapping[str, Any], served: FactorTable, engine: str) -> dict[str, Any]:
+def engine_config(
+    config: Mapping[str, Any], served: FactorTable, engine: str, *, computes_head_dim: bool = False
+) -> dict[str, Any]:
     """A config.json as transformers wants it, with what another engine reads beside it, or reads otherwise."""
     if engine == "transformers":
         return dict(config)
@@ -145,7 +147,7 @@ def engine_config(config: Mapping[str, Any], served: FactorTable, engine: str) -
     rope = text.get("rope_scaling")
     if isinstance(rope, dict) and rope.get("partial_rotary_factor") is not None:
         text["partial_rotary_factor"] = rope["partial_rotary_factor"]  # mlx-lm's phi3 looks for it there alone
-    sized = text.get("head_dim") is None and text.get("kv_channels") is None
+    sized = text.get("head_dim") is None and text.get("kv_channels") is None and not computes_head_dim
     if sized and text.get("hidden_size") and text.get("num_attention_heads"):
         text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
     return {**written, "text_config": text} if nested else text

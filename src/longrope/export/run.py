@@ -101,7 +101,10 @@ def export(
                 write_gguf(folder, parts.known, served, path, window=window, dtype=dtype, name=name)
             else:
                 copy_checkpoint(folder, unfinished)
-                written = engine_config(extended_config(config_of(folder), keys, loaded), served, engine)
+                kind = type(loaded.model.config.get_text_config())
+                computed = isinstance(getattr(kind, "head_dim", None), property)  # Falcon's takes none
+                extended = extended_config(config_of(folder), keys, loaded)
+                written = engine_config(extended, served, engine, computes_head_dim=computed)
                 write_atomically(unfinished / "config.json", json.dumps(written, indent=2) + "\n")
                 lengthen_tokenizer(unfinished / "tokenizer_config.json", keys["max_position_embeddings"])
             served.save(unfinished / FACTORS)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from longrope.checkpoint import model_source
+from longrope.configs import SCALING_KEYS
 from longrope.errors import UserError
 from longrope.factors import FACTORS, FactorTable, RopeFactors
 from longrope.files import read_json, write_atomically
@@ -56,9 +57,8 @@ def extended_config(config: Mapping[str, Any], keys: Mapping[str, Any], loaded: 
     rope = dict(keys["rope_parameters"])
     known = loaded.model.config.get_text_config()
     by_type = {kind: value for kind, value in (known.rope_parameters or {}).items() if isinstance(value, Mapping)}
-    partial = (by_type.get(EXTENDED_LAYERS) or known.rope_parameters or {}).get("partial_rotary_factor")
-    if partial is not None:
-        rope["partial_rotary_factor"] = partial
+    own = by_type.get(EXTENDED_LAYERS) or known.rope_parameters or {}
+    rope |= {key: value for key, value in own.items() if key not in SCALING_KEYS and value is not None}
     parameters: dict[str, Any] = {**by_type, EXTENDED_LAYERS: rope} if by_type else rope
     text |= {"max_position_embeddings": keys["max_position_embeddings"], "rope_theta": keys["rope_theta"]}
     text |= {"rope_parameters": parameters}
@@ -91,17 +91,24 @@ def verify_config(folder: Path, loaded: LoadedModel, served: FactorTable) -> Non
     the cos and sin that its forward returns must be those of our rows, on both sides of the boundary. No weights are
     read.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=loaded.options.trust_remote_code).get_text_config()
     original, longest = served.original_length, served.rows[-1].up_to
     for _, _, module in rotary_modules(loaded.model):
         ours = module if isinstance(module, ScaledRotary) else ScaledRotary(module, loaded.rope.shape)
         name = type(ours.stock).__name__
         try:
-            stock = type(ours.stock)(config)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=loaded.options.trust_remote_code)
+            stock = type(ours.stock)(config.get_text_config())
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # a class of its own makes of its config
             got, do = f"{type(error).__name__} ({error}) from {name}", "use --engine transformers"
             rule = "its class must read the config.json that the engine does"
             raise UserError("export", got=got, rule=rule, do=do) from error
+        own, read = ({key: each.cpu() for key, each in of.named_buffers()} for of in (ours.stock, stock))
+        others = [key for key in own if key.endswith("_inv_freq") and not key.startswith((EXTENDED_LAYERS, "original"))]
+        for key in others:
+            if key not in read or not torch.allclose(read[key], own[key], rtol=1e-6, atol=0):
+                got = f"other frequencies of {key.removesuffix('_inv_freq')} layers from {name}"
+                rule, do = "layers that are not extended rotate as before", "use --engine transformers"
+                raise UserError("export", got=got, rule=rule, do=do)
         for length in sorted({1, original, min(original + 1, longest), longest}):
             if _rotates_by(stock, served.row_for(length), served.rope_theta, length, ours.layout):
                 continue

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longrope.checkpoint import LoadOptions, read_rope
@@ -34,7 +34,8 @@ def subject(model: str, options: LoadOptions) -> LoadedModel:
         raise UserError("model", got=f"{model} with model_type {family!r}", rule=rule, do=do)
     given = {key: value for key, value in described.items() if key not in ("model_type", "quantization_config")}
     try:
-        config: Any = AutoConfig.for_model(family, **given)
+        # Infinity, which JSON has no number for, is written as an object
+        config: Any = AutoConfig.for_model(family, **PreTrainedConfig._decode_special_floats(given))
         # What transformers makes of the file is the certain form: defaults of a class are in it.
         rope, own, table = read_rope(model, str(path.parent), config, options)
         with torch.device("meta"):
@@ -117,4 +118,6 @@ def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
 
 
 def _first(config: Any, *names: str) -> int | None:
-    return next((int(value) for name in names if (value := getattr(config, name, None))), None)
+    """The first of some sizes that a configuration has; the largest where each layer has its own."""
+    found = (getattr(config, name, None) for name in names)
+    return next((int(max(value) if isinstance(value, list | tuple) else value) for value in found if value), None)

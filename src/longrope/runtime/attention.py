@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from longrope.model import decoder_of
+
 _NAME = "longrope_chunks"
 # Tokens of the past that are attended to at once: kernels for CPUs make a copy of their keys and values.
 _BLOCK = 16384
@@ -99,10 +101,12 @@ def without_masks(model: PreTrainedModel) -> Iterator[None]:
     """Let torch's attention of a model go without masks for chunks that nothing is padded in; other kinds stay.
 
     flash attention needs no mask by itself; eager attention is asked for where torch's cannot compute what it does.
+    A class that calls torch's attention by itself (Falcon) would not attend by chunks, but without any mask.
     """
     config: Any = model.config.get_text_config()
     own = config._attn_implementation
-    if own != "sdpa" or model.device.type not in ("cpu", "cuda"):
+    by_interface = getattr(type(decoder_of(model)), "_can_set_attn_implementation", lambda: True)()
+    if own != "sdpa" or model.device.type not in ("cpu", "cuda") or not by_interface:
         yield
         return
     config._attn_implementation = _NAME

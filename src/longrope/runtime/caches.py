@@ -124,8 +124,42 @@ def make_cache(kind: str | None, config: PretrainedConfig, capacity: int, descri
         raise UserError("cache", got=f"quantized by {settings['backend']}", rule=rule, do=do) from None
 
 
+def makes_its_own(model: Any) -> bool:
+    """Whether a class takes no cache but one of its own kind, which it makes itself (MiniMax)."""
+    return not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+
+
+def _is_general(cache: Any) -> bool:
+    """Whether a cache is one of transformers' or ours, which hold nothing beside their layers."""
+    return type(cache).__module__ in (Cache.__module__, __name__)
+
+
+def empty(cache: Any) -> None:
+    """Take all tokens out of a cache.
+
+    A class's own kind may hold states beside its layers, which transformers' `reset` leaves as they are: it becomes a
+    new one. Raises UserError for a kind that cannot be made anew.
+    """
+    if _is_general(cache):
+        cache.reset()
+        return
+    try:
+        new = type(cache)()
+    except TypeError:
+        got, rule = (
+            f"a {type(cache).__name__}",
+            "a text that passes a boundary has its cache made again",
+        )
+        do = "use the policy ahead or fixed, or no cache"
+        raise UserError("cache", got=got, rule=rule, do=do) from None
+    vars(cache).clear()
+    vars(cache).update(vars(new))
+
+
 def by_place(cache: Any) -> bool:
     """Whether keys stand where their tokens do, so that those of one sequence can take the place of the old ones."""
+    if not _is_general(cache):
+        return False
     kinds = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer, StaticLayer)
     return not getattr(cache, "offloading", False) and all(type(layer) in kinds for layer in cache.layers)
 

@@ -94,10 +94,9 @@ def placed(
         raise UserError("batch", got=got, rule=rule, do="use a cache of its own")
     _check_holes(attended, history, flat)
     positions = _positions_of(given.get("position_ids"), attended, last)
-    if (
-        given.get("position_ids") is None
-        and (positions != np.arange(cached, cached + attended.shape[1]))[attended].any()
-    ):
+    # Some classes (Bamba) count from 0 in every pass, whatever is in the cache
+    elsewhere = cached > 0 or (positions != np.arange(attended.shape[1]))[attended].any()
+    if given.get("position_ids") is None and elsewhere:
         given["position_ids"] = torch.tensor(positions, device=device)
     if given.get("attention_mask") is None and history is not None and history.padded:
         whole = np.concatenate([history.seen(), attended], 1)

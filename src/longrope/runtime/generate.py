@@ -13,7 +13,7 @@ from transformers import Cache, GenerationConfig
 
 from longrope.errors import UserError
 from longrope.lengths import format_length
-from longrope.runtime.caches import CACHE, CACHE_NAMES, given_cache, make_cache
+from longrope.runtime.caches import CACHE, CACHE_NAMES, given_cache, make_cache, makes_its_own
 from longrope.runtime.room import check_room
 
 if TYPE_CHECKING:
@@ -159,6 +159,8 @@ def _is_long(
     """Whether a prompt is run by chunks here: one text without padding, for a single sequence in a dynamic cache."""
     cache = given_cache(kwargs)
     cached = 0 if cache is None else int(cache.get_seq_length())
+    if makes_its_own(switch.model):
+        return False
     if len(ids) > 1 or ids.shape[1] - cached <= switch.chunk or (mask is not None and not bool(mask.all())):
         return False
     if any(kwargs.get(name) is not None for name in _PROMPT_IS_ITS_OWN) or (cache is not None and cache.is_compileable):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
 from longrope.errors import UserError
@@ -22,18 +23,23 @@ _SHARE = 0.9
 
 def bytes_a_token(cache: Any, reach: int = 0) -> float:
     """Bytes of keys and values that each further token adds, in layers that keep a text of `reach` tokens whole."""
-    full = [
-        layer
-        for layer in cache.layers
-        if layer.is_initialized and (not layer.is_sliding or layer.sliding_window >= max(1, reach))
-    ]
+    full = [layer for layer in layers_with_keys(cache) if getattr(layer, "sliding_window", reach) >= reach]
     tokens = cache.get_seq_length()
     return float(sum(part.nbytes for layer in full for part in (layer.keys, layer.values)) / max(1, tokens))
+
+
+def layers_with_keys(cache: Any) -> list[Any]:
+    """The layers of a cache that hold keys of tokens.
+
+    Of a hybrid's other layers some hold a state of one size, and some nothing at all.
+    """
+    return [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
 
 
 def chunk_bytes(config: Any, chunk: int) -> int:
     """Generous bytes of activations of a chunk: a layer's inner states, and those between layers, in float32."""
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    wide = max(wide) if isinstance(wide, list | tuple) else wide  # Gemma 3n has one for each layer
     return int(4 * chunk * (3 * wide + 8 * config.hidden_size))
 
 
@@ -52,8 +58,7 @@ def check_room(switch: Switch, cache: Cache, tokens: int) -> None:
     each, chunk = bytes_a_token(probe, tokens), chunk_bytes(config, min(switch.chunk, tokens))
     room = _SHARE * free_memory(device) - chunk
     if isinstance(cache, QuantizedCache):
-        first: Any = probe.layers[0]
-        each /= first.keys.element_size()
+        each /= layers_with_keys(probe)[0].keys.element_size()
     if getattr(cache, "offloading", False):
         room = min(room * len(probe.layers) / 2, _SHARE * free_memory(torch.device("cpu")))
     if each * tokens <= room:

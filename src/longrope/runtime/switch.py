@@ -26,7 +26,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.patch import Patch
-from longrope.runtime.caches import by_place, cache_of, given_cache, put_rows
+from longrope.runtime.caches import by_place, cache_of, empty, given_cache, put_rows
 from longrope.runtime.chunks import CHUNK, by_chunks, whole_text
 from longrope.runtime.columns import (
     attended_columns,
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 POLICIES = ("exact", "ahead", "fixed")
 """What `policy` may be; `Switch` says what each does."""
 # Classes that drop their cache in `generate` at the original length, for their own switch
-_DROP_THEIR_CACHE = ("Phi3ForCausalLM", "PhimoeForCausalLM")
+_DROP_THEIR_CACHE = ("Phi3ForCausalLM", "Phi4MultimodalForCausalLM", "PhimoeForCausalLM")
 
 
 @dataclass
@@ -165,6 +165,8 @@ class Switch:
                 self._choose(history.regimes)
                 # transformers' own step has a tensor of its own; a caller may write the next token into the same
                 self._pass = _Next(history, inputs if ours else inputs.clone(), at)
+                if position_ids is None:
+                    given["position_ids"] = torch.tensor(at, device=inputs.device)[:, None]
                 return (), given
         attended = attended_columns(inputs, flat, mask, cached)
         last = np.full(len(attended), -1) if history is None else history.last
@@ -299,18 +301,18 @@ class Switch:
         logger.debug("switching %d of %d sequences, after %s tokens", len(changed), len(rows), lengths)
         self.recomputed += len(changed) * history.columns
         with torch.no_grad():
-            alone = DynamicCache(config=self.model.config.get_text_config()) if len(changed) < len(rows) else None
-            if alone is not None and by_place(cache):
+            if len(changed) < len(rows) and by_place(cache):
+                alone = DynamicCache(config=self.model.config.get_text_config())
                 some = torch.from_numpy(changed).to(inputs.device)
                 parts = inputs.index_select(0, some), positions[changed], attended[changed], rows[changed]
                 _exhaust(self._chunks(alone, *parts))
                 if put_rows(cache, alone, some):
                     history.rows = rows
                     return
-            cache.reset()
+            empty(cache)
             _exhaust(self._chunks(cache, inputs, positions, attended, rows))
         history.rows = rows
-        keep_history(cache, history)  # reset let go of it
+        keep_history(cache, history)  # emptied, it let go of it
 
     def _chunks(
         self, cache: Cache, inputs: Tensor, positions: Whole, attended: Flags, rows: Whole

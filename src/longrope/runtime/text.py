@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 from longrope.errors import UserError, first_line
 from longrope.model import LoadedModel
 from longrope.runtime.applied import Applied
-from longrope.runtime.caches import CACHE, RoomyCache, by_place, cache_of
+from longrope.runtime.caches import CACHE, RoomyCache, by_place, cache_of, makes_its_own
 from longrope.windows import bos_of, token_ids
 
 _CACHES = ("device", "offloaded", "quantized")
@@ -176,7 +176,7 @@ def write_text(
     more = _cache(cache, loaded)
     if earlier is not None:
         more = {CACHE: earlier}
-    elif cache == "device" and sampling.beams == 1:
+    elif cache == "device" and sampling.beams == 1 and not makes_its_own(model):
         more = {CACHE: RoomyCache(model.config.get_text_config(), len(ids) + new)}
     clock = _Clock(Writer(loaded.tokenizer, write) if write is not None else None) if sampling.beams == 1 else None
     before, begun = applied.recomputed, time.perf_counter()
@@ -207,6 +207,9 @@ def write_text(
 def _cache(kind: str, loaded: LoadedModel) -> dict[str, Any]:
     if kind not in _CACHES:
         raise UserError("--cache", got=repr(kind), rule=f"it is one of {', '.join(_CACHES)}", do="choose one of them")
+    if kind != "device" and makes_its_own(loaded.model):
+        got, rule = repr(kind), f"{type(loaded.model).__name__} has a cache of its own kind"
+        raise UserError("--cache", got=got, rule=rule, do="leave it out")
     if kind == "offloaded" and loaded.device.type == "cpu":
         rule = "on a CPU the cache is in host memory anyway"
         raise UserError("--cache", got=repr(kind), rule=rule, do="leave it out, or use quantized")

@@ -49,7 +49,7 @@ def with_lora(model: Any, settings: LoraSettings, seed: int, *, quantized: bool 
         r=settings.rank,
         lora_alpha=2 * settings.rank,
         target_modules="all-linear",
-        exclude_modules=_read_by_kernels(model) or None,
+        exclude_modules=[*_read_by_kernels(model), *_routers(model)] or None,
         modules_to_save=whole or None,
         task_type="CAUSAL_LM",
     )
@@ -72,6 +72,27 @@ def _read_by_kernels(model: Any) -> list[str]:
     """Projections that state-space layers hand to their kernels as weights: an adapter on one would do nothing."""
     mixers = [name for name, module in model.named_modules() if hasattr(module, "conv1d")]
     return [f"{name}.out_proj" for name in mixers]
+
+
+def _routers(model: Any) -> list[str]:
+    """Linear layers that return something else than a product (PhiMoE's router), as seen in a pass of two tokens."""
+    kinds = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    own = {name: each for name, each in kinds.items() if type(each).forward is not torch.nn.Linear.forward}
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        if not isinstance(output, torch.Tensor):
+            found.append(name)
+
+    hooks = [each.register_forward_hook(lambda *seen, name=name: look(name, seen[-1])) for name, each in own.items()]
+    try:
+        if own:
+            with torch.no_grad():
+                model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _name_of(model: Any, wanted: Any) -> str:

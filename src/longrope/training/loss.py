@@ -66,7 +66,8 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
         head = _head(model)
         rows = max(1, max(_LEAST_ROWS, chunk_rows(vocabulary, hidden.device.type)) // hidden.shape[0])
         with _called_once(model, head, hidden) as plain:
-            total = _ChunkedLoss.apply(hidden, targets, logits_of, rows, plain, *_trained(plain))  # type: ignore[no-untyped-call]
+            trained = (*_trained(plain), *_beside(model, decoder, plain))
+            total = _ChunkedLoss.apply(hidden, targets, logits_of, rows, plain, *trained)  # type: ignore[no-untyped-call]
         count = (targets != NO_TARGET).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 
@@ -112,6 +113,16 @@ def _trained(head: nn.Module) -> list[nn.Parameter]:
     return [each for each in head.parameters() if each.requires_grad]
 
 
+def _beside(model: nn.Module, decoder: nn.Module, head: nn.Module) -> list[nn.Parameter]:
+    """What is trained and belongs neither to the decoder nor to the output projection (ModernBERT's transform)."""
+    others = {id(each) for part in (decoder, head) for each in part.parameters()}
+    return [each for each in model.parameters() if each.requires_grad and id(each) not in others]
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part.float() if total is None else total.add_(part)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of hidden states (B, T, D) and targets (B, T), differentiated in its forward pass."""
 
@@ -128,10 +139,14 @@ class _ChunkedLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[5:])
         by_hidden = torch.zeros_like(hidden) if wanted else None
         # Of half-precision weights the sum over chunks is kept in float32: there are many.
-        by_parameters = [torch.zeros_like(each, dtype=torch.float32) for each in parameters] if wanted else []
+        of_head = len(_trained(head))
+        by_parameters: list[Tensor | None] = [
+            torch.zeros_like(each, dtype=torch.float32) if wanted and place < of_head else None
+            for place, each in enumerate(parameters)
+        ]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.set_grad_enabled(wanted), cast_once(head):
-            used = _trained(head)
+            used = (*_trained(head), *parameters[of_head:])
             for start in range(0, hidden.shape[1], rows):
                 chosen = targets[:, start : start + rows]
                 if not bool((chosen != NO_TARGET).any()):
@@ -143,10 +158,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 )
                 total += loss.detach()
                 if by_hidden is not None:
-                    by_piece, *by_each = torch.autograd.grad(loss, (piece, *used))
+                    by_piece, *by_each = torch.autograd.grad(loss, (piece, *used), allow_unused=True)
                     by_hidden[:, start : start + rows] = by_piece
-                    for summed, part in zip(by_parameters, by_each, strict=True):
-                        summed += part
+                    for place, part in enumerate(by_each):
+                        if part is not None:  # other parts of a model, such as those of images, take no part
+                            by_parameters[place] = _added(by_parameters[place], part)
                 del logits, loss
         if by_hidden is not None:
             ctx.save_for_backward(by_hidden, *by_parameters)
@@ -157,5 +173,6 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (scale,) = gradients
         by_hidden, *by_parameters = ctx.saved_tensors
-        scaled = [(each * scale).to(dtype) for each, dtype in zip(by_parameters, ctx.dtypes, strict=True)]
+        pairs = zip(by_parameters, ctx.dtypes, strict=True)
+        scaled = [None if each is None else (each * scale).to(dtype) for each, dtype in pairs]
         return by_hidden * scale.to(by_hidden.dtype), None, None, None, None, *scaled
