@@ -235,7 +235,7 @@ NEEDED = "this RoPE needs it; complete config.json"
     [
         (
             {"rope_scaling": {"rope_type": "proportional"}},
-            "rope_type: got 'proportional'; known are default, linear, dynamic, yarn, llama3, longrope; choose another model, or correct",
+            "rope_type: got 'proportional'; known are default, linear, dynamic, yarn, llama3, longrope; choose another",
         ),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type: got ['yarn']; known are"),
         (
