@@ -526,7 +526,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "another class": (edit(architectures=["MyForCausalLM"]), "model: got {}, a MyForCausalLM; only causal language"),
     "unknown scaling": (
         edit(rope_parameters={"rope_type": "wild", "rope_theta": 500.0}),
-        "config: rope_type: got 'wild'; known are default, linear, dynamic, yarn, llama3, longrope; choose another model",
+        "config: rope_type: got 'wild'; known are default, linear, dynamic, yarn, llama3, longrope; choose another",
     ),
     "no base": (edit(rope_parameters={"rope_type": "default", "rope_theta": 0}), "config: rope_theta: got 0; it is a"),
     "weights cut off": (cut("model.safetensors"), "model: got {}/model.safetensors (Error while deserializing header"),
