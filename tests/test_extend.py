@@ -165,7 +165,7 @@ MOMENTS = [
 def test_an_extension_killed_in_every_stage_ends_as_if_undisturbed(here: Path, made: Path) -> None:
     for moment in MOMENTS:
         with start(*command("--stages", "plan.toml", "-q"), cwd=here) as process:
-            until = time.monotonic() + 90
+            until = time.monotonic() + 300  # of a machine that does other things, too
             while not (here / "run" / moment).exists() and process.poll() is None and time.monotonic() < until:
                 time.sleep(0.005)
             assert (here / "run" / moment).exists(), moment
