@@ -228,6 +228,20 @@ def test_a_stage_that_was_changed_and_one_of_other_inputs_are_refused(here: Path
     assert told in ran_into(here)
 
 
+@pytest.mark.parametrize("name", ["results.jsonl", "evaluations.jsonl", "metrics.json"])
+def test_a_file_of_a_stage_that_no_later_one_reads_is_refused_when_it_has_changed(
+    here: Path, made: Path, name: str
+) -> None:
+    copied(made, here)
+    file = Path("run", f"01-search-{TARGET}", name)
+    whole = file.read_bytes()
+    file.write_bytes(b"")
+    assert name in ran_into(here)
+    file.write_bytes(whole)
+    ran = longrope(*command("--stages", "plan.toml", "-q"))
+    assert ran.code == 0, ran.err
+
+
 def ran_into(here: Path) -> str:
     ran: Ran = longrope(*command("--stages", "plan.toml", "-q"))
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran

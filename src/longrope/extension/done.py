@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longrope import seals
 from longrope.errors import UserError
 from longrope.factors import FACTORS
 from longrope.files import append_line, disk_errors, read_lines
@@ -43,7 +44,7 @@ class Done:
         return digest(folder / CHECKPOINT) if (folder / CHECKPOINT).is_dir() else digest(folder)
 
     def has(self, stage: str, inputs: Mapping[str, str]) -> bool:
-        """Whether a stage is done, of these inputs. Raises UserError for one made of others, or changed since."""
+        """Whether a stage is done, of these inputs. Raises UserError for one made of others, or with changed files."""
         line, folder = self._lines.get(stage), self.run / stage
         if line is None or not (folder / DONE).exists():
             return False
@@ -55,6 +56,7 @@ class Done:
         if self.outputs(folder) != line["outputs"]:
             got = f"{stage}, whose files have changed since it was made"
             raise UserError("stage", got=got, rule="later stages are made of it", do=f"restore them, or {again}")
+        seals.check_folder(folder)  # nothing later reads the rest, and the finished run holds it as the stage's result
         return True
 
     def seconds(self, stage: str) -> float | None:
