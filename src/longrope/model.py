@@ -30,6 +30,7 @@ from longrope.configs import RopeConfig
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, last_row, unscaled
 from longrope.patch import Patch, check_frequencies, global_layers_turn, widen_window
+from longrope.vocabulary import guard_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -249,10 +250,13 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
     rope, own, table = read_rope(name, source, config, options)
     model, notes = load_weights(name, source, config, options)
     check_frequencies(model, rope.rope_theta, own.rows[0])
+    tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
+    if told := guard_vocabulary(name, model, tokenizer):
+        notes.append(told)
     loaded = LoadedModel(
         name=name,
         model=model,
-        tokenizer=load_tokenizer(name, trust_remote_code=options.trust_remote_code),
+        tokenizer=tokenizer,
         rope=rope,
         own=own,
         table=table,
