@@ -1,4 +1,7 @@
-"""The embedded model to eight times its length: search, compare, export, verify. Two minutes on two CPU cores.
+"""The embedded model to eight times its length: search, compare, export, verify.
+
+Minutes on two CPU cores. At 16 evaluations a search has only begun, and may end with the best method that needs none;
+the command's own default here is about 70.
 
 python examples/extend_tiny.py [--out runs/extend-tiny] [--evaluations 16]
 """

@@ -61,7 +61,7 @@ def model_card(
         f"Original length {format_length(table.original_length)}, "
         + (f"target {format_length(last.up_to)} ({last.up_to / table.original_length:g}x)" if extended else "kept")
         + ", LongRoPE factors (arXiv 2402.13753), made with longrope.",
-        "The weights are those of the original checkpoint, "
+        "The weights are those of the checkpoint that was exported, "
         + ("unchanged." if dtype is None else f"converted to GGUF with matrices in {dtype}."),
         "",
         f"Engine: `{engine}`. Window: `{window}`. {_use(engine, window, family)}",
