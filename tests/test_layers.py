@@ -25,6 +25,7 @@ LAYERS = [
     ["rope"],
     ["patch"],
     ["checkpoint"],
+    ["vocabulary"],
     ["model", "doctor.loaded", "doctor.run"],
     ["documents"],
     ["windows"],

@@ -68,7 +68,9 @@ def test_every_architecture_loads_with_its_own_logits_and_rope(name: str, tmp_pa
     assert (loaded.rope.original_length, loaded.rope.scaling, loaded.table) == (ORIGINAL, "default", None)
     assert loaded.own.rows == (unscaled(loaded.rope.shape.pairs, ORIGINAL),)
     assert loaded.tokenizer("a")["input_ids"] == [256, 97]
-    assert loaded.notes == []
+    # The class of Qwen2's tokenizer adds one that the byte tokenizer, and so this model, does not have.
+    added = ["the tokenizer has 1 token that the model has no weights for, the first '<|endoftext|>': texts that hold"]
+    assert [note.removesuffix(" one are refused") for note in loaded.notes] == (added if name == "qwen2" else [])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
