@@ -68,9 +68,12 @@ def test_windows_of_recall_have_the_size_asked_for_at_every_draw(size: int) -> N
 
 def test_every_question_of_a_window_of_pairs_can_be_answered_from_before_it() -> None:
     rng = np.random.default_rng(0)
-    text = recall._pairs(rng, 8190, b"plain text without any key in it; " * 300)
+    words = [b"".join(bytes([97 + int(i)]) for i in rng.integers(26, size=6)) for _ in range(1170)]
+    text = recall._pairs(rng, 8190, b" ".join(words) + b".")
     assert len(text) == 8190
     answers = re.findall(rb"What is the (.*?)\? The \1 is (\w+)\.", text)
     assert len(answers) > 10
+    assert b"pass key" in re.findall(rb"The (.*?) is \w+\.", text)
+    assert len({name[-3:] for name, _ in answers}) == len(answers)
     for name, key in answers:
         assert text.index(b"The %s is %s." % (name, key)) < text.index(b"What is the %s?" % name)

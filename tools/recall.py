@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 NOUNS = ("pass key", "magic number", "secret code", "access token", "answer", "locker number", "door code", "room key")
@@ -53,28 +55,42 @@ def _in_a_row(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
 
 
 def _pairs(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
-    """Keys of different names, each stated once and asked for once.
+    """Keys of different names, each stated once and asked for once, mostly in filler that is nothing to learn.
 
-    Half of the distances are spread over the powers of two, half over all: else few would be as far as windows are new.
+    Half of the distances are spread over the powers of two, half are more than half of the window: else few would be
+    as far as windows are new. Of prose the filler is rarely, because what a window of prose says of the next byte
+    drowns the few bytes in which one looks back.
     """
     said = []
-    for number in rng.permutation(len(WORDS) * len(NOUNS))[: max(1, size // BYTES_A_PAIR)]:
-        name = f"{WORDS[number % len(WORDS)]} {NOUNS[number // len(WORDS)]}".encode()
+    for name in _names(rng, prose, max(1, size // BYTES_A_PAIR)):
         key = _code(rng)
         statement = short = b"\nThe %s is %s.\n" % (name, key)
         if rng.random() < 0.5:
             statement = b"\nThe %s is %s. Remember it. %s is the %s.\n" % (name, key, key, name)
         question = short if rng.random() < 0.5 else b"\nWhat is the %s? The %s is %s.\n" % (name, name, key)
-        distance = (_log_uniform(rng, 1, size) if rng.random() < 0.5 else rng.uniform(0, size)) / size
+        distance = _log_uniform(rng, 1, size) / size if rng.random() < 0.5 else rng.uniform(0.5, 1)
         place = rng.uniform(0, 1 - distance)
         said += [(place, statement), (place + distance, question)]
     free = size - sum(len(each) for _, each in said)
-    filler, made, at = _filler(rng, free, prose), [], 0
+    filler, made, at = _filler(rng, free, prose, grass=0.75), [], 0
     for place, text in sorted(said):
         upto = int(place * free)
         made += [filler[at:upto], text]
         at = upto
     return b"".join(made) + filler[at:]
+
+
+def _names(rng: np.random.Generator, prose: bytes, count: int) -> list[bytes]:
+    """At most `count` names, the paper's first: the others are words of the prose. Each ends as no other one does.
+
+    What stands right before "is" tells one statement from another, as in the paper's filler, whose sky and sun also are
+    something.
+    """
+    words = sorted(set(re.findall(rb"\b[a-z]{3,9}\b", prose)))
+    names = {b"key": NOUNS[0].encode()}
+    for number in rng.permutation(len(words)):
+        names.setdefault(words[number][-3:], words[number])
+    return list(names.values())[:count]
 
 
 def _code(rng: np.random.Generator) -> bytes:
@@ -84,8 +100,8 @@ def _code(rng: np.random.Generator) -> bytes:
     return bytes(letters[i] for i in rng.integers(len(letters), size=rng.integers(3, 10)))
 
 
-def _filler(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
-    return (GRASS * (size // len(GRASS) + 1) if rng.random() < 0.5 else prose)[:size]
+def _filler(rng: np.random.Generator, size: int, prose: bytes, grass: float = 0.5) -> bytes:
+    return (GRASS * (size // len(GRASS) + 1) if rng.random() < grass else prose)[:size]
 
 
 def _passkey(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
