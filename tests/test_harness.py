@@ -14,6 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer
 
 from commands import TARGET, table, write_checkpoint
 from longrope.checkpoint import LoadOptions
@@ -157,6 +158,19 @@ def test_every_row_is_scored_under_its_own_factors(loaded: LoadedModel, batch_si
 
 
 def test_every_prompt_is_continued_under_its_own_factors(loaded: LoadedModel) -> None:
+    continued_as_alone(loaded)
+
+
+def test_padding_is_a_token_that_the_model_has_weights_for(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    continued_as_alone(load_model(str(tmp_path), LoadOptions(dtype="float32")))
+
+
+def continued_as_alone(loaded: LoadedModel) -> None:
+    """Prompts of both regimes in one batch of 6 are continued as each is by itself under its own factors."""
     settings = {"until": ["\n"], "max_gen_toks": 12}
     prompts = [prompt(n) for n in (5, 30, 34, 40, 60, 100)]
     with loaded.patch() as patch:

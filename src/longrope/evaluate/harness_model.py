@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from transformers import PreTrainedTokenizerBase
 
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import out_of_memory
@@ -55,7 +56,7 @@ class RegimeModel(HFLM):  # type: ignore[misc]  # lm_eval has no types
             super().__init__(
                 pretrained=loaded.model,
                 backend="causal",
-                tokenizer=copy.deepcopy(loaded.tokenizer),  # lm-eval may give it a padding token
+                tokenizer=_with_padding(loaded),
                 max_length=longest,
                 batch_size=batch_size or 1,
             )
@@ -166,3 +167,15 @@ class RegimeModel(HFLM):  # type: ignore[misc]  # lm_eval has no types
                 torch.cuda.empty_cache()
             size //= 2
             logger.info("out of memory: going on with %d rows at a time", size)
+
+
+def _with_padding(loaded: LoadedModel) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer without a padding token that the model has no weights for: lm-eval then chooses one.
+
+    Padding is masked, so that it does not matter which it is.
+    """
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    padding: Any = tokenizer.pad_token_id
+    if padding is not None and padding >= len(cast(Any, loaded.model.get_input_embeddings()).weight):
+        tokenizer.pad_token = None
+    return tokenizer
