@@ -399,13 +399,31 @@ def test_broken_json_is_refused_with_its_line(tmp_path: Path, line: str | bytes,
 def test_a_row_without_text_or_messages_is_refused(tmp_path: Path, row: object, got: str) -> None:
     path = write_rows(tmp_path / "a.jsonl", {"text": "good"}, row)
     message = refusal(path)
-    assert message.startswith(f"{str(path)!r} line 2: got {got}; a row has a field `text` or `messages`; rename")
+    assert message.startswith(f"{str(path)!r} line 2: got {got}; a row has a field `text` or `messages`, or `prompt`")
 
 
 def test_a_table_without_text_or_messages_is_refused(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"body": ["x"], "id": [1]})
     message = refusal(path)
     assert message.startswith(f"{str(path)!r}: got the fields body, id; a row has a field `text` or `messages`")
+
+
+def test_a_prompt_and_its_completion_are_one_text_that_knows_where_the_completion_begins(tmp_path: Path) -> None:
+    rows = [{"prompt": "What is 1 + 1?", "completion": " 2"}, {"text": "plain", "prompt": "p", "completion": "c"}]
+    table = {"prompt": ["a", None], "completion": ["b", "whole"]}
+    files = [write_rows(tmp_path / "a.jsonl", *rows, {"prompt": "p", "completion": None}, {"text": "What is 1 + 1? 2"})]
+    files.append(write_table(tmp_path / "b.parquet", table))
+    found = read_sources([str(file) for file in files])
+    told = [("What is 1 + 1? 2", 14), ("plain", 0), ("What is 1 + 1? 2", 0), ("ab", 1), ("whole", 0)]
+    assert [(each.text, each.prompt) for each in found] == told
+
+
+def test_a_prompt_that_is_no_string_and_one_without_a_completion_are_refused(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "a.jsonl", {"prompt": TALK, "completion": "x"})
+    assert "line 1: got a field `prompt` of type list; `prompt` is a string" in refusal(rows)
+    table = write_table(tmp_path / "a.parquet", {"prompt": ["x"]})
+    rule = "a row has a field `text` or `messages`, or `prompt` and `completion`; rename"
+    assert f"row 1: got the fields prompt; {rule}" in refusal(table)
 
 
 def test_a_text_that_is_no_string_is_refused(tmp_path: Path) -> None:

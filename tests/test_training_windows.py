@@ -79,6 +79,51 @@ def test_documents_that_are_too_short_are_refused_with_the_longest() -> None:
         windows(length=2048)
 
 
+ASKED = Document("asked", "What is the key? 12345.", prompt=16)
+
+
+def asked(*documents: Document, length: int = TARGET) -> LongWindows:
+    return LongWindows(documents, TOKENIZER, length=length, count=4, seed=0)
+
+
+def test_of_a_prompt_with_a_completion_only_the_completion_is_learned() -> None:
+    window = asked(ASKED)[0]
+    text = [BOS, *ASKED.text.encode(), EOS]
+    assert window["input_ids"].tolist() == text + [0] * (TARGET - len(text))
+    assert window["labels"].tolist() == [NO_TARGET] * 17 + text[17:] + [NO_TARGET] * (TARGET - len(text))
+    assert torch.equal(window["position_ids"], torch.arange(TARGET))
+
+
+def test_the_loss_of_a_filled_window_is_that_of_the_completion_alone() -> None:
+    model: Any = build("llama")
+    with torch.no_grad():
+        with chunked_loss(model):
+            found = float(model(**collate([asked(ASKED)[0]])).loss)
+        ids = torch.tensor([[BOS, *ASKED.text.encode(), EOS]])
+        learned = torch.cat([torch.full((1, 17), NO_TARGET), ids[:, 17:]], dim=1)
+        assert found == pytest.approx(float(model(input_ids=ids, labels=learned).loss), rel=1e-5)
+
+
+def test_an_epoch_has_a_prompt_once_and_none_that_is_longer_than_a_window() -> None:
+    long = Document("long", "x" * 100 + "y", prompt=100)
+    made = asked(ASKED, long, BOOKS[1], length=100)
+    assert (made.an_epoch, made.left_out) == (1 + 450 // 98, 1)
+    assert sum(int(made[index]["labels"][1]) == NO_TARGET for index in range(made.an_epoch)) == 1
+    message = r"got 1 prompt with completions, the shortest of 101 tokens; a window of 100 tokens holds 98 of one"
+    with pytest.raises(UserError, match=message):
+        asked(long, length=100)
+
+
+def test_packed_prompts_are_not_learned_either() -> None:
+    made = MixedWindows(windows(length=TARGET), [ASKED], TOKENIZER, short_length=20, share=0.999)
+    window = packed_of(made)[0]
+    text = np.frombuffer(ASKED.text.encode(), dtype=np.uint8)
+    first, second = window["labels"][:25], window["input_ids"][:25]
+    assert int(second[0]) == BOS
+    assert {int(each) for each in window["labels"]} <= {NO_TARGET, EOS, *text[16:].tolist()}
+    assert int((first != NO_TARGET).sum()) > 0
+
+
 SHORT = [document("s", 30), document("t", 17), document("u", 100)]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 NOUNS = ("pass key", "magic number", "secret code", "access token", "answer", "locker number", "door code", "room key")
@@ -14,8 +12,7 @@ WORDS = (
 GRASS = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
 
-# A task needs so many bytes, and of a window of pairs more than half is the pairs: what is learned is one byte of each.
-SHORTEST, BYTES_A_PAIR = 160, 150
+SHORTEST = 160  # bytes that a task needs
 
 
 def recall_text(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
@@ -28,15 +25,15 @@ def recall_text(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
 
 
 def recall_window(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
-    """A window of exactly `size` bytes for fine-tuning: recall at every distance that fits into it.
+    """A window of exactly `size` bytes for fine-tuning: one task as long as it, or tasks of all lengths in a row."""
+    return recall_text(rng, size, prose) if rng.random() < 0.5 else _in_a_row(rng, size, prose)
 
-    One task as long as the window, tasks of all lengths one after another, or (mostly) many pairs of a statement and
-    its question, some near each other and some far apart, in the same text.
-    """
-    kind = rng.integers(6)
-    if kind == 0 or size < 2 * SHORTEST:
-        return recall_text(rng, size, prose)
-    return _in_a_row(rng, size, prose) if kind == 1 else _pairs(rng, size, prose)
+
+def recall_question(rng: np.random.Generator, size: int, prose: bytes) -> tuple[bytes, bytes]:
+    """A prompt that ends in the question for its key, and the answer, together of exactly `size` bytes."""
+    text, key = _passkey_and_key(rng, size, prose, grass=0.7)
+    answer = len(b" %s." % key)
+    return text[:-answer], text[-answer:]
 
 
 def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
@@ -54,45 +51,6 @@ def _in_a_row(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     return b"".join(made) + recall_text(rng, left, prose[size - left :])
 
 
-def _pairs(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
-    """Keys of different names, each stated once and asked for once, mostly in filler that is nothing to learn.
-
-    Half of the distances are spread over the powers of two, half are more than half of the window: else few would be
-    as far as windows are new. Of prose the filler is rarely, because what a window of prose says of the next byte
-    drowns the few bytes in which one looks back.
-    """
-    said = []
-    for name in _names(rng, prose, max(1, size // BYTES_A_PAIR)):
-        key = _code(rng)
-        statement = short = b"\nThe %s is %s.\n" % (name, key)
-        if rng.random() < 0.5:
-            statement = b"\nThe %s is %s. Remember it. %s is the %s.\n" % (name, key, key, name)
-        question = short if rng.random() < 0.5 else b"\nWhat is the %s? The %s is %s.\n" % (name, name, key)
-        distance = _log_uniform(rng, 1, size) / size if rng.random() < 0.5 else rng.uniform(0.5, 1)
-        place = rng.uniform(0, 1 - distance)
-        said += [(place, statement), (place + distance, question)]
-    free = size - sum(len(each) for _, each in said)
-    filler, made, at = _filler(rng, free, prose, grass=0.75), [], 0
-    for place, text in sorted(said):
-        upto = int(place * free)
-        made += [filler[at:upto], text]
-        at = upto
-    return b"".join(made) + filler[at:]
-
-
-def _names(rng: np.random.Generator, prose: bytes, count: int) -> list[bytes]:
-    """At most `count` names, the paper's first: the others are words of the prose. Each ends as no other one does.
-
-    What stands right before "is" tells one statement from another, as in the paper's filler, whose sky and sun also are
-    something.
-    """
-    words = sorted(set(re.findall(rb"\b[a-z]{3,9}\b", prose)))
-    names = {b"key": NOUNS[0].encode()}
-    for number in rng.permutation(len(words)):
-        names.setdefault(words[number][-3:], words[number])
-    return list(names.values())[:count]
-
-
 def _code(rng: np.random.Generator) -> bytes:
     if rng.random() < 0.75:
         return b"%05d" % rng.integers(10_000, 100_000)
@@ -105,7 +63,11 @@ def _filler(rng: np.random.Generator, size: int, prose: bytes, grass: float = 0.
 
 
 def _passkey(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
-    """The passkey task of the LongRoPE paper, with the noun, the key and the wording varied."""
+    return _passkey_and_key(rng, size, prose)[0]
+
+
+def _passkey_and_key(rng: np.random.Generator, size: int, prose: bytes, grass: float = 0.5) -> tuple[bytes, bytes]:
+    """The passkey task of the LongRoPE paper, with the noun, the key and the wording varied; and its key."""
     noun = NOUNS[rng.integers(len(NOUNS)) if rng.random() < 0.5 else 0].encode()
     key = _code(rng)
     statement = b"The %s is %s. Remember it. %s is the %s.\n" % (noun, key, key, noun)
@@ -115,9 +77,9 @@ def _passkey(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     if rng.random() < 0.3:
         question = b"The %s is %s." % (noun, key)
     free = size - len(statement) - len(question) - 1
-    filler = _filler(rng, free, prose)
+    filler = _filler(rng, free, prose, grass)
     depth = int(rng.integers(0, free + 1))
-    return filler[:depth] + statement + filler[depth:] + b"\n" + question
+    return filler[:depth] + statement + filler[depth:] + b"\n" + question, key
 
 
 def _dictionary(rng: np.random.Generator, size: int, prose: bytes) -> bytes:

@@ -31,8 +31,8 @@ class Size:
     """A model's shape and training, and how much is measured.
 
     length: of its training, the original length. init: the model that training begins with, from scratch without.
-    recall, recall_share: of recall tasks among what is trained on, of the base model and of the fine-tunings. windows:
-    of the target length, that perplexities are measured on. tries: passkeys a length. first: length and tokens of a
+    recall, recall_share: of recall tasks among what is trained on, of the base model and of the fine-tunings;
+    answers_share: of the latter's that teach an answer alone. windows: of the target length, that perplexities are measured on. tries: passkeys a length. first: length and tokens of a
     training on shorter windows, whose weights the one at `length` begins with. moves: the state holds no path of the
     machine, so that another one can go on with it.
     """
@@ -49,7 +49,8 @@ class Size:
     recall: float = 0.2
     learning_rate: float = 3e-3
     init: str = ""
-    recall_share: float = 0.75
+    recall_share: float = 0.65
+    answers_share: float = 0.7
     windows: int = 1
     tries: int = 20
     first: tuple[int, float] | None = None
@@ -234,9 +235,10 @@ def cut(windows: list[Window], length: int) -> list[Window]:
 def with_recall(setting: Setting) -> Plan:
     """The plan with recall tasks in its fine-tunings: at all distances, in text of the training documents.
 
-    Of the windows of a fine-tuning, `recall_share` are such, as of the base model's training.
+    Of the windows of a fine-tuning `recall_share` are such, and of these `answers_share` have one question at their
+    end, whose answer alone is learned: among a window's other bytes its few would weigh next to nothing.
     """
-    from recall import recall_window
+    from recall import recall_question, recall_window
 
     texts = [each.text.encode() for each in setting.texts("train")]
     stages = []
@@ -253,6 +255,12 @@ def with_recall(setting: Setting) -> Plan:
             rng = np.random.default_rng((setting.seed, 7, stage.to, number))
             text = texts[int(rng.integers(len(texts)))]
             start = int(rng.integers(0, len(text) - size + 1))
-            lines.append(json.dumps({"text": recall_window(rng, size, text[start : start + size]).decode("latin-1")}))
+            prose = text[start : start + size]
+            if rng.random() < setting.size.answers_share:
+                prompt, answer = recall_question(rng, size, prose)
+                row = {"prompt": prompt.decode(errors="ignore"), "completion": answer.decode()}
+            else:  # not shorter where a character is cut, so that it fills a window
+                row = {"text": recall_window(rng, size, prose).decode(errors="replace")}
+            lines.append(json.dumps(row))
         write_atomically(path, "\n".join(lines) + "\n")
     return replace(setting.plan, stages=tuple(stages))

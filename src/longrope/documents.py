@@ -31,20 +31,27 @@ Share = Literal["all", "search", "unseen", "train"]
 HUB_DOCUMENTS = 1000  # rows read of one hf: source, at most
 _ROWS = 256  # of a table that are unfolded at once
 _ROW_BYTES = 200  # that a row takes, also an empty one
+_FIELDS = ("text", "messages", "prompt", "completion")  # of a row, the first ones before the last two
 _KINDS = ".txt, .jsonl, .jsonl.gz or .parquet"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `name` is what reports show: a path inside the folder given, with #row for a row of a file."""
+    """One text. `name` is what reports show: a path inside the folder given, with #row for a row of a file.
+
+    prompt: characters at its beginning that training reads without learning to write them: of a row with `prompt` and
+    `completion`; 0 of all others.
+    """
 
     name: str
     text: str
+    prompt: int = 0
 
     @cached_property
     def sha256(self) -> str:
         """Hexadecimal hash of the text in UTF-8: what decides, so that names and places do not."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        prompt = f"{self.prompt}:" if self.prompt else ""
+        return hashlib.sha256((prompt + self.text).encode()).hexdigest()
 
 
 def read_sources(
@@ -241,7 +248,7 @@ def _read_jsonl(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None
             room.take(len(line), where)
             text = _decode(line, where)
             if text:
-                documents.append(Document(f"{name}#{number}", _row_text(_parse(text, where), where, tokenizer)))
+                documents.append(_row(f"{name}#{number}", _parse(text, where), where, tokenizer))
     return documents
 
 
@@ -270,7 +277,7 @@ def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | No
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            wanted = [column for column in ("text", "messages") if column in columns]
+            wanted = [column for column in _FIELDS if column in columns]
             if not wanted:
                 raise _no_field(repr(str(path)), columns)
             rows = []
@@ -285,7 +292,7 @@ def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | No
     except (pa.ArrowException, ValueError, OverflowError) as error:  # the last two: of values that Python has not
         raise _unreadable(str(path), error) from error
     named = ((f"{name}#{number}", f"{str(path)!r} row {number}", row) for number, row in enumerate(rows, start=1))
-    return [Document(short, _row_text(row, where, tokenizer)) for short, where, row in named]
+    return [_row(short, row, where, tokenizer) for short, where, row in named]
 
 
 _READERS: dict[str, _Reader] = {
@@ -306,10 +313,10 @@ def _read_hub(source: str, tokenizer: PreTrainedTokenizerBase | None, room: Room
     try:
         with _quiet("datasets", "huggingface_hub"):
             stream = datasets.load_dataset(name, split=split or "train", streaming=True)
-            wanted = [column for column in ("text", "messages") if column in (stream.column_names or ())]
+            wanted = [column for column in _FIELDS if column in (stream.column_names or ())]
             rows = (stream.select_columns(wanted) if wanted else stream).take(HUB_DOCUMENTS)
             for number, row in enumerate(rows, start=1):
-                documents.append(Document(f"{name}#{number}", _row_text(row, f"{source} row {number}", tokenizer)))
+                documents.append(_row(f"{name}#{number}", row, f"{source} row {number}", tokenizer))
                 room.take(len(documents[-1].text), f"{source} row {number}")
     except UserError:
         raise
@@ -334,23 +341,32 @@ def _quiet(*names: str) -> Iterator[None]:
             each.setLevel(level)
 
 
-def _row_text(row: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The text of a row: its field `text`, else its `messages` through the chat template; "" when that is null."""
-    if not isinstance(row, dict) or not {"text", "messages"} & row.keys():
+def _row(name: str, row: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Document:
+    """The document of a row: its field `text`, else its `messages` through the chat template, else its `prompt` and
+    `completion`; "" when those are null."""
+    if not isinstance(row, dict) or not ({"text", "messages"} & row.keys() or {"prompt", "completion"} <= row.keys()):
         raise _no_field(where, list(row) if isinstance(row, dict) else [])
     text = row.get("text")
     if text is None and row.get("messages") is not None:
         text = _conversation(row["messages"], where, tokenizer)
-    if not isinstance(text, str | None):
-        got = f"a field `text` of type {type(text).__name__}"
-        raise UserError(where, got=got, rule="`text` is a string", do="convert the field")
+    if text is None and row.get("completion") is not None:
+        prompt = _string(row.get("prompt"), "prompt", where)
+        return Document(name, prompt + _string(row["completion"], "completion", where), len(prompt))
+    return Document(name, _string(text, "text", where))
+
+
+def _string(value: object, field: str, where: str) -> str:
+    if not isinstance(value, str | None):
+        got = f"a field `{field}` of type {type(value).__name__}"
+        raise UserError(where, got=got, rule=f"`{field}` is a string", do="convert the field")
     # JSON can spell half a surrogate pair, which no UTF-8 text holds.
-    return (text or "").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return (value or "").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def _no_field(where: str, fields: Sequence[object]) -> UserError:
     got = f"the fields {', '.join(map(str, fields))}" if fields else "no fields"
-    return UserError(where, got=got, rule="a row has a field `text` or `messages`", do="rename the field that holds it")
+    rule = "a row has a field `text` or `messages`, or `prompt` and `completion`"
+    return UserError(where, got=got, rule=rule, do="rename the field that holds it")
 
 
 def _conversation(messages: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -153,8 +153,9 @@ def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
         if shared := {each.sha256 for each in own} & {each.sha256 for each in texts.unseen}:
             got, rule = f"{plural(len(shared), 'document')} of {stage.name}", "no stage reads what is measured on"
             raise UserError("--unseen", got=got, rule=rule, do="give other documents")
-        longest = _longest(loaded, [*texts.trained, *own], stage.to - around) + around
-        if stage.to > longest:
+        used = [*texts.trained, *own]
+        longest = _longest(loaded, [each for each in used if not each.prompt], stage.to - around) + around
+        if stage.to > longest and not _a_prompt_fits(loaded, used, stage.to - around):
             got = f"documents to train on, the longest of {longest} tokens with its ends"
             raise UserError(
                 "--documents", got=got, rule=f"{stage.name} has windows of {stage.to}", do="give longer ones"
@@ -164,6 +165,12 @@ def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
     if wanted > held:
         got, rule = f"held-out documents, the longest of {held} tokens", f"windows of {wanted} are measured at the end"
         raise UserError("--unseen", got=got, rule=rule, do="give longer ones, or shorter lengths under [measure]")
+
+
+def _a_prompt_fits(loaded: LoadedModel, documents: Sequence[Document], room: int) -> bool:
+    """Whether a prompt fits into so many tokens with its completion: such a document fills no window."""
+    prompts = sorted((each for each in documents if each.prompt), key=lambda each: len(each.text))
+    return any(token_lengths([document], loaded.tokenizer)[0] <= room for document in prompts)
 
 
 def _longest(loaded: LoadedModel, documents: Sequence[Document], enough: int) -> int:

@@ -19,7 +19,7 @@ from longrope.checkpoint import LoadOptions
 from longrope.convert import as_table
 from longrope.describe import describe_documents, describe_options, describe_trained
 from longrope.documents import Document, hold_out, read_sources
-from longrope.errors import UserError, first_line
+from longrope.errors import UserError, first_line, plural
 from longrope.evaluate.perplexity import out_of_memory
 from longrope.factors import FACTORS, FactorTable
 from longrope.files import disk_errors
@@ -146,6 +146,8 @@ def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[Long
     long = LongWindows(
         documents, loaded.tokenizer, length=given.length, count=recipe.steps * recipe.batch, seed=given.seed
     )
+    if long.left_out:
+        logger.info("%s with completions left out: longer than a window", plural(long.left_out, "prompt"))
     if recipe.steps * recipe.batch > long.an_epoch:
         rounds = recipe.steps * recipe.batch / long.an_epoch
         logger.info("the documents hold %d windows: each is read %.1f times", long.an_epoch, rounds)

@@ -47,11 +47,40 @@ class Ends:
         return np.array([*self.bos, *ids, *self.eos], dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class _Text:
+    """Tokens of a document, and how many at its beginning are a prompt, which is read and not learned."""
+
+    ids: NDArray[np.int32]
+    prompt: int = 0
+
+    @classmethod
+    def of(cls, document: Document, tokenizer: PreTrainedTokenizerBase) -> _Text:
+        """The prompt and what follows are tokenized apart, as when one is given and the other written."""
+        parts = [document.text[: document.prompt], document.text[document.prompt :]] if document.prompt else None
+        tokens = tokenize(tokenizer, parts or [document.text])
+        return cls(np.concatenate(tokens).astype(np.int32), len(tokens[0]) if parts else 0)
+
+    def part(self, start: int, size: int) -> _Text:
+        """Tokens from `start` on, at most `size`."""
+        return _Text(self.ids[start : start + size], max(0, self.prompt - start))
+
+    def between(self, ends: Ends) -> tuple[Ids, Ids]:
+        """Its tokens between BOS and EOS, and their labels."""
+        ids = ends.around(self.ids)
+        labels = ids.copy()
+        if self.prompt:
+            labels[: len(ends.bos) + self.prompt] = NO_TARGET
+        return ids, labels
+
+
 class LongWindows(Dataset[dict[str, Tensor]]):
     """`count` windows of `length` tokens: BOS, a span of one document, EOS (LongRoPE, section 4.1).
 
     An epoch takes as many spans as fit of every document that holds one, at places drawn anew, which never overlap, in
-    an order drawn anew. Raises UserError when no document is long enough.
+    an order drawn anew. A document with a prompt is one window, of which only what follows the prompt is learned; what
+    is left of the window is filled up with tokens that nothing looks at, and one that does not fit is left out. Raises
+    UserError when no document can be used.
     """
 
     def __init__(
@@ -64,14 +93,28 @@ class LongWindows(Dataset[dict[str, Tensor]]):
             rule = f"a window holds {self._ends.size} tokens at its ends and text between"
             raise UserError("--length", got=length, rule=rule, do="give a longer one")
         ordered = sorted(distinct(documents), key=lambda document: document.sha256)
-        tokens = [np.array(tokenize(tokenizer, [document.text])[0], dtype=np.int32) for document in ordered]
-        self._texts = [ids for ids in tokens if len(ids) >= self._span]
+        texts = [_Text.of(document, tokenizer) for document in ordered]
+        self._texts = [text for text in texts if self._windows_of(text)]
+        self.left_out = sum(bool(text.prompt) and not self._windows_of(text) for text in texts)
+        """Prompts with completions that are longer than a window."""
         if not self._texts:
-            longest = max(map(len, tokens), default=0)
-            got = f"{plural(len(ordered), 'document')}, the longest of {longest} tokens"
-            rule = f"a window of {length} tokens holds {self._span} of one document"
-            raise UserError("--documents", got=got, rule=rule, do="give longer documents, or a shorter --length")
+            raise self._unusable(texts)
         self._epoch: tuple[int, list[tuple[int, int]]] = (-1, [])
+
+    def _windows_of(self, text: _Text) -> int:
+        """How many windows of an epoch a document gives."""
+        return int(len(text.ids) <= self._span) if text.prompt else len(text.ids) // self._span
+
+    def _unusable(self, texts: Sequence[_Text]) -> UserError:
+        got, do = plural(len(texts), "document"), "give longer documents, or a shorter --length"
+        rule = f"a window of {self.length} tokens holds {self._span} of one document"
+        longest = max((len(text.ids) for text in texts if not text.prompt), default=0)
+        got = f"{got}, the longest of {longest} tokens"
+        if self.left_out:
+            shortest = min(len(text.ids) for text in texts if text.prompt)
+            got = f"{plural(self.left_out, 'prompt')} with completions, the shortest of {shortest} tokens"
+            do = "give shorter ones, or a longer --length"
+        return UserError("--documents", got=got, rule=rule, do=do)
 
     def __len__(self) -> int:
         return self.count
@@ -79,15 +122,19 @@ class LongWindows(Dataset[dict[str, Tensor]]):
     @property
     def an_epoch(self) -> int:
         """Windows that the documents hold."""
-        return sum(len(text) // self._span for text in self._texts)
+        return sum(map(self._windows_of, self._texts))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         epoch, place = divmod(index, self.an_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._spans(epoch))
         document, start = self._epoch[1][place]
-        ids = torch.from_numpy(self._ends.around(self._texts[document][start : start + self._span]))
-        return {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(self.length)}
+        ids, labels = self._texts[document].part(start, self._span).between(self._ends)
+        free = (0, self.length - len(ids))  # after the text, where causal attention does not look
+        made = {"input_ids": np.pad(ids, free), "labels": np.pad(labels, free, constant_values=NO_TARGET)}
+        return {name: torch.from_numpy(each) for name, each in made.items()} | {
+            "position_ids": torch.arange(self.length)
+        }
 
     def _spans(self, epoch: int) -> list[tuple[int, int]]:
         """(document, start) of all spans of an epoch, in its order."""
@@ -95,9 +142,12 @@ class LongWindows(Dataset[dict[str, Tensor]]):
         spans = [
             (document, start)
             for document, text in enumerate(self._texts)
-            for start in span_starts(rng, len(text), self._span, len(text) // self._span)
+            for start in ([0] if text.prompt else self._starts(rng, len(text.ids)))
         ]
         return [spans[index] for index in rng.permutation(len(spans))]
+
+    def _starts(self, rng: np.random.Generator, size: int) -> Sequence[int]:
+        return list(span_starts(rng, size, self._span, size // self._span))
 
 
 class MixedWindows(Dataset[dict[str, Tensor]]):
@@ -127,9 +177,9 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
             rule = f"a short document lies within {short_length} tokens with its ends"
             raise UserError("--mixed", got=f"{piece} tokens for the text", rule=rule, do="leave --mixed out")
         ordered = sorted(distinct(documents), key=lambda document: document.sha256)
-        tokens = (np.array(tokenize(tokenizer, [document.text])[0], dtype=np.int32) for document in ordered)
-        parts = (ids[at : at + piece] for ids in tokens for at in range(0, len(ids), piece))
-        self._pieces = [part for part in parts if len(part) > 1]
+        texts = (_Text.of(document, tokenizer) for document in ordered)
+        parts = (text.part(at, piece) for text in texts for at in range(0, len(text.ids), piece))
+        self._pieces = [part for part in parts if len(part.ids) > max(1, part.prompt)]
         if not self._pieces:
             rule = "mixed windows hold short documents, too"
             raise UserError("--mixed", got="no text to pack", rule=rule, do="give documents with text")
@@ -146,11 +196,12 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
         ids, labels = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
         positions, filled = np.empty(length, dtype=np.int64), 0
         while filled < length:
-            part = self._ends.around(self._pieces[int(rng.integers(len(self._pieces)))])[: length - filled]
-            here = slice(filled, filled + len(part))
-            ids[here], labels[here], positions[here] = part, part, np.arange(len(part))
+            part, learned = self._pieces[int(rng.integers(len(self._pieces)))].between(self._ends)
+            here = slice(filled, filled + min(len(part), length - filled))
+            size = here.stop - here.start
+            ids[here], labels[here], positions[here] = part[:size], learned[:size], np.arange(size)
             labels[filled] = NO_TARGET  # what comes before is another document
-            filled += len(part)
+            filled += size
         made = {"input_ids": ids, "labels": labels, "position_ids": positions}
         return {name: torch.from_numpy(each) for name, each in made.items()}
 
