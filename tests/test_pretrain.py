@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -66,14 +65,20 @@ def test_windows_of_recall_have_the_size_asked_for_at_every_draw(size: int) -> N
     assert {len(window) for window in windows} == {size}
 
 
-def test_every_question_of_a_window_of_pairs_can_be_answered_from_before_it() -> None:
-    rng = np.random.default_rng(0)
-    words = [b"".join(bytes([97 + int(i)]) for i in rng.integers(26, size=6)) for _ in range(1170)]
-    text = recall._pairs(rng, 8190, b" ".join(words) + b".")
-    assert len(text) == 8190
-    answers = re.findall(rb"What is the (.*?)\? The \1 is (\w+)\.", text)
-    assert len(answers) > 10
-    assert b"pass key" in re.findall(rb"The (.*?) is \w+\.", text)
-    assert len({name[-3:] for name, _ in answers}) == len(answers)
-    for name, key in answers:
-        assert text.index(b"The %s is %s." % (name, key)) < text.index(b"What is the %s?" % name)
+def test_a_question_asks_for_a_key_that_its_prompt_states_near_or_far() -> None:
+    rng, size = np.random.default_rng(0), 4094
+    prose = rng.integers(97, 122, size=size, dtype=np.uint8).tobytes()
+    made = [recall.recall_question(rng, size, prose) for _ in range(400)]
+    distances, lengths = [], []
+    for prompt, answer in made:
+        key = answer[1:-1]
+        assert answer == b" %s." % key
+        assert prompt.endswith(b" is")
+        assert b" is %s. Remember it." % key in prompt
+        distances.append(len(prompt) - prompt.index(b" is " + key))
+        lengths.append(len(prompt + answer))
+    assert max(lengths) == size
+    assert 150 < sum(length == size for length in lengths) < 250
+    assert min(lengths) < 2 * recall.SHORTEST
+    assert sum(distance > 0.9 * size for distance in distances) > 30
+    assert sum(distance < 200 for distance in distances) > 30

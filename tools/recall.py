@@ -30,8 +30,13 @@ def recall_window(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
 
 
 def recall_question(rng: np.random.Generator, size: int, prose: bytes) -> tuple[bytes, bytes]:
-    """A prompt that ends in the question for its key, and the answer, together of exactly `size` bytes."""
-    text, key = _passkey_and_key(rng, size, prose, grass=0.7)
+    """A prompt that ends in the question for its key, and the answer: half of them of `size` bytes, half shorter.
+
+    Lengths are spread over the powers of two, and where the key stands is drawn so that both near and as far as can be
+    are common.
+    """
+    size = size if rng.random() < 0.5 or size < SHORTEST else _log_uniform(rng, SHORTEST, size)
+    text, key = _passkey_and_key(rng, size, prose, grass=0.7, even=False)
     answer = len(b" %s." % key)
     return text[:-answer], text[-answer:]
 
@@ -66,7 +71,9 @@ def _passkey(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     return _passkey_and_key(rng, size, prose)[0]
 
 
-def _passkey_and_key(rng: np.random.Generator, size: int, prose: bytes, grass: float = 0.5) -> tuple[bytes, bytes]:
+def _passkey_and_key(
+    rng: np.random.Generator, size: int, prose: bytes, grass: float = 0.5, even: bool = True
+) -> tuple[bytes, bytes]:
     """The passkey task of the LongRoPE paper, with the noun, the key and the wording varied; and its key."""
     noun = NOUNS[rng.integers(len(NOUNS)) if rng.random() < 0.5 else 0].encode()
     key = _code(rng)
@@ -79,6 +86,8 @@ def _passkey_and_key(rng: np.random.Generator, size: int, prose: bytes, grass: f
     free = size - len(statement) - len(question) - 1
     filler = _filler(rng, free, prose, grass)
     depth = int(rng.integers(0, free + 1))
+    if not even and (kind := rng.random()) < 0.5:
+        depth = depth // 8 if kind < 0.2 else max(0, free - _log_uniform(rng, 1, free))
     return filler[:depth] + statement + filler[depth:] + b"\n" + question, key
 
 

@@ -32,9 +32,9 @@ class Size:
 
     length: of its training, the original length. init: the model that training begins with, from scratch without.
     recall, recall_share: of recall tasks among what is trained on, of the base model and of the fine-tunings;
-    answers_share: of the latter's that teach an answer alone. windows: of the target length, that perplexities are measured on. tries: passkeys a length. first: length and tokens of a
-    training on shorter windows, whose weights the one at `length` begins with. moves: the state holds no path of the
-    machine, so that another one can go on with it.
+    answers_share: of the latter's that teach an answer alone. windows: of the target length, that perplexities are
+    measured on. tries: passkeys a length. first: length and tokens of a training on shorter windows, whose weights the
+    one at `length` begins with. moves: the state holds no path of the machine, so that another one can go on with it.
     """
 
     length: int
