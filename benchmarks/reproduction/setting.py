@@ -31,7 +31,7 @@ class Size:
     """A model's shape and training, and how much is measured.
 
     length: of its training, the original length. init: the model that training begins with, from scratch without.
-    recall, recall_share: of recall tasks among what is trained on, of the base model and of the fine-tunings;
+    recall, recall_share: of recall tasks among what is trained on, of the base model and of each fine-tuning;
     answers_share: of the latter's that teach an answer alone. windows: of the target length, that perplexities are
     measured on. tries: passkeys a length. first: length and tokens of a training on shorter windows, whose weights the
     one at `length` begins with. moves: the state holds no path of the machine, so that another one can go on with it.
@@ -49,8 +49,8 @@ class Size:
     recall: float = 0.2
     learning_rate: float = 3e-3
     init: str = ""
-    recall_share: float = 0.65
-    answers_share: float = 0.7
+    recall_share: tuple[float, ...] = (0.65, 0.5)
+    answers_share: tuple[float, ...] = (0.7, 0.85)
     windows: int = 1
     tries: int = 20
     first: tuple[int, float] | None = None
@@ -59,7 +59,8 @@ class Size:
     def told(self) -> dict[str, Any]:
         """As the results have it; what was added later only where it is used, so that older states are gone on with."""
         apart = {"moves"} | ({"first"} if self.first is None else set())
-        return {name: value for name, value in vars(self).items() if name not in apart}
+        told = {name: value for name, value in vars(self).items() if name not in apart}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
 
     def quick(self) -> Size:
         """A thousandth of it."""
@@ -241,22 +242,24 @@ def with_recall(setting: Setting) -> Plan:
     from recall import recall_question, recall_window
 
     texts = [each.text.encode() for each in setting.texts("train")]
+    shares = iter(zip(setting.size.recall_share, setting.size.answers_share, strict=True))
     stages = []
     for stage in setting.plan.stages:
         if stage.do != "finetune":
             stages.append(stage)
             continue
+        share, answers = next(shares)
         path, size = setting.recall(stage.to), stage.to - 2  # BOS and EOS are around it
         stages.append(replace(stage, settings=dict(stage.settings) | {"documents": [str(path)]}))
         if path.exists():
             continue
-        share, lines = setting.size.recall_share, []
+        lines = []
         for number in range(int(sum(len(text) // size for text in texts) * share / (1 - share))):
             rng = np.random.default_rng((setting.seed, 7, stage.to, number))
             text = texts[int(rng.integers(len(texts)))]
             start = int(rng.integers(0, len(text) - size + 1))
             prose = text[start : start + size]
-            if rng.random() < setting.size.answers_share:
+            if rng.random() < answers:
                 prompt, answer = recall_question(rng, size, prose)
                 row = {"prompt": prompt.decode(errors="ignore"), "completion": answer.decode()}
             else:  # not shorter where a character is cut, so that it fills a window
