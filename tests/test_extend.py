@@ -426,6 +426,11 @@ def test_documents_of_a_stage_are_checked_before_any() -> None:
     assert told.startswith(
         "--documents: got documents to train on, the longest of 23 tokens with its ends; 02-finetune"
     )
+    Path("short.jsonl").write_text('{"prompt": "a prompt fills no window", "completion": "it fits"}\n')
+    words[words.index("short.txt")] = "short.jsonl"
+    told = refused(*words, "--search-documents", "texts/0.txt", "--unseen", "short.txt")
+    assert told.startswith("--unseen: got held-out documents, the longest of"), "which is checked after"
+    words[words.index("short.jsonl")] = "short.txt"
     Path("plan.toml").write_text(PLAN.replace("steps = 6", 'steps = 6\ndocuments = ["texts/1.txt"]'))
     words[words.index("short.txt")] = "texts/2.txt"
     assert refused(*words, *far).startswith(f"--unseen: got 1 document of 02-finetune-{TARGET}; no stage reads")

@@ -90,6 +90,24 @@ def test_it_is_what_a_plain_loop_of_torch_does(here: Path, schedule: str) -> Non
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_of_prompts_the_completions_alone_are_trained_on_and_each_of_their_tokens_counts_the_same(here: Path) -> None:
+    rows = [("What is the key?", " 12345."), ("And what is there beside it, in so many words?", " Nothing at all.")]
+    lines = (json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in rows)
+    (here / "asked.jsonl").write_text("\n".join(lines))
+    [found] = train(here, steps=1, documents=[str(here / "asked.jsonl")])
+    loaded = load_model(str(here / "model"), FLOAT32)
+    model, ends, total, count = loaded.model, loaded.tokenizer, 0.0, 0
+    with loaded.patch() as patch, torch.no_grad():
+        patch.install(table().rows[-1])
+        for prompt, completion in rows:
+            ids = torch.tensor([[ends.bos_token_id, *f"{prompt}{completion}".encode(), ends.eos_token_id]])
+            labels = ids.clone()
+            labels[0, : 1 + len(prompt)] = -100
+            learned = len(completion) + 1
+            total, count = total + float(model(input_ids=ids, labels=labels).loss) * learned, count + learned
+    assert found == pytest.approx(total / count, rel=1e-5)
+
+
 def _documents(here: Path) -> Any:
     from longrope.documents import read_sources
 
