@@ -78,7 +78,14 @@ def test_a_question_asks_for_a_key_that_its_prompt_states_near_or_far() -> None:
         distances.append(len(prompt) - prompt.index(b" is " + key))
         lengths.append(len(prompt + answer))
     assert max(lengths) == size
-    assert 150 < sum(length == size for length in lengths) < 250
+    assert 220 < sum(length == size for length in lengths) < 310
     assert min(lengths) < 2 * recall.SHORTEST
     assert sum(distance > 0.9 * size for distance in distances) > 30
     assert sum(distance < 200 for distance in distances) > 30
+
+
+def test_excerpts_are_pieces_of_the_texts() -> None:
+    texts = [bytes(range(97, 122)) * 100, b"ABCDEFGH" * 300]
+    made = recall.excerpts(np.random.default_rng(0), 4094, texts)
+    assert len(made) == 4094
+    assert all(any(piece in text for text in texts) for piece in made.split(b"\n\n"))

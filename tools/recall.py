@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 NOUNS = ("pass key", "magic number", "secret code", "access token", "answer", "locker number", "door code", "room key")
@@ -30,15 +32,28 @@ def recall_window(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
 
 
 def recall_question(rng: np.random.Generator, size: int, prose: bytes) -> tuple[bytes, bytes]:
-    """A prompt that ends in the question for its key, and the answer: half of them of `size` bytes, half shorter.
+    """A prompt that ends in the question for its key, and the answer: two in three of `size` bytes, one shorter.
 
-    Lengths are spread over the powers of two, and where the key stands is drawn so that both near and as far as can be
-    are common.
+    Shorter ones are spread over the powers of two, and where the key stands is drawn so that both near and as far as
+    can be are common.
     """
-    size = size if rng.random() < 0.5 or size < SHORTEST else _log_uniform(rng, SHORTEST, size)
+    size = size if rng.random() < 2 / 3 or size < SHORTEST else _log_uniform(rng, SHORTEST, size)
     text, key = _passkey_and_key(rng, size, prose, grass=0.7, even=False)
     answer = len(b" %s." % key)
     return text[:-answer], text[-answer:]
+
+
+def excerpts(rng: np.random.Generator, size: int, texts: Sequence[bytes]) -> bytes:
+    """A window of exactly `size` bytes of many short pieces, whose words follow from what is near.
+
+    It keeps what a model knows about short texts, which a window of one long text asks for at its beginning only.
+    """
+    made: list[bytes] = []
+    while sum(map(len, made)) < size:
+        text = texts[int(rng.integers(len(texts)))]
+        start = int(rng.integers(0, max(1, len(text) - 1024)))
+        made.append(text[start : start + int(rng.integers(128, 1024))] + b"\n\n")
+    return b"".join(made)[:size]
 
 
 def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:

@@ -31,10 +31,11 @@ class Size:
     """A model's shape and training, and how much is measured.
 
     length: of its training, the original length. init: the model that training begins with, from scratch without.
-    recall, recall_share: of recall tasks among what is trained on, of the base model and of each fine-tuning;
-    answers_share: of the latter's that teach an answer alone. windows: of the target length, that perplexities are
-    measured on. tries: passkeys a length. first: length and tokens of a training on shorter windows, whose weights the
-    one at `length` begins with. moves: the state holds no path of the machine, so that another one can go on with it.
+    recall, recall_share: of recall tasks among what is trained on, of the base model and of the fine-tunings;
+    answers_share: of the latter's that teach an answer alone; excerpts_share: of windows of short pieces of novels
+    among what the fine-tunings are on. windows: of the target length, that perplexities are measured on. tries:
+    passkeys a length. first: length and tokens of a training on shorter windows, whose weights the one at `length`
+    begins with. moves: the state holds no path of the machine, so that another one can go on with it.
     """
 
     length: int
@@ -49,8 +50,9 @@ class Size:
     recall: float = 0.2
     learning_rate: float = 3e-3
     init: str = ""
-    recall_share: tuple[float, ...] = (0.65, 0.5)
-    answers_share: tuple[float, ...] = (0.7, 0.85)
+    recall_share: float = 0.5
+    answers_share: float = 0.9
+    excerpts_share: float = 0.25
     windows: int = 1
     tries: int = 20
     first: tuple[int, float] | None = None
@@ -234,36 +236,41 @@ def cut(windows: list[Window], length: int) -> list[Window]:
 
 
 def with_recall(setting: Setting) -> Plan:
-    """The plan with recall tasks in its fine-tunings: at all distances, in text of the training documents.
+    """The plan with recall tasks in its fine-tunings, at all distances, and with windows of excerpts.
 
-    Of the windows of a fine-tuning `recall_share` are such, and of these `answers_share` have one question at their
-    end, whose answer alone is learned: among a window's other bytes its few would weigh next to nothing.
+    Of the windows of a fine-tuning `recall_share` are such tasks, and of these `answers_share` have one question at
+    their end, whose answer alone is learned: among a window's other bytes its few would weigh next to nothing.
     """
-    from recall import recall_question, recall_window
-
     texts = [each.text.encode() for each in setting.texts("train")]
-    shares = iter(zip(setting.size.recall_share, setting.size.answers_share, strict=True))
     stages = []
     for stage in setting.plan.stages:
         if stage.do != "finetune":
             stages.append(stage)
             continue
-        share, answers = next(shares)
         path, size = setting.recall(stage.to), stage.to - 2  # BOS and EOS are around it
         stages.append(replace(stage, settings=dict(stage.settings) | {"documents": [str(path)]}))
-        if path.exists():
-            continue
-        lines = []
-        for number in range(int(sum(len(text) // size for text in texts) * share / (1 - share))):
-            rng = np.random.default_rng((setting.seed, 7, stage.to, number))
-            text = texts[int(rng.integers(len(texts)))]
-            start = int(rng.integers(0, len(text) - size + 1))
-            prose = text[start : start + size]
-            if rng.random() < answers:
-                prompt, answer = recall_question(rng, size, prose)
-                row = {"prompt": prompt.decode(errors="ignore"), "completion": answer.decode()}
-            else:  # not shorter where a character is cut, so that it fills a window
-                row = {"text": recall_window(rng, size, prose).decode(errors="replace")}
-            lines.append(json.dumps(row))
-        write_atomically(path, "\n".join(lines) + "\n")
+        if not path.exists():
+            rows = _made_rows(setting.size, texts, size, (setting.seed, 7, stage.to))
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return replace(setting.plan, stages=tuple(stages))
+
+
+def _made_rows(shares: Size, texts: list[bytes], size: int, seed: tuple[int, ...]) -> Iterator[dict[str, str]]:
+    """Documents beside the novels, each of `size` bytes or a shorter question, in the shares that a Size says."""
+    from recall import excerpts, recall_question, recall_window
+
+    spans = sum(len(text) // size for text in texts)
+    windows = spans / (1 - shares.recall_share - shares.excerpts_share)
+    for number in range(int(windows * (shares.recall_share + shares.excerpts_share))):
+        rng = np.random.default_rng((*seed, number))
+        if number < int(windows * shares.excerpts_share):
+            yield {"text": excerpts(rng, size, texts).decode(errors="replace")}
+            continue
+        text = texts[int(rng.integers(len(texts)))]
+        start = int(rng.integers(0, len(text) - size + 1))
+        prose = text[start : start + size]
+        if rng.random() < shares.answers_share:
+            prompt, answer = recall_question(rng, size, prose)
+            yield {"prompt": prompt.decode(errors="ignore"), "completion": answer.decode()}
+        else:  # not shorter where a character is cut, so that it fills a window
+            yield {"text": recall_window(rng, size, prose).decode(errors="replace")}
