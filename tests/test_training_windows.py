@@ -17,7 +17,7 @@ from longrope.errors import UserError
 from longrope.model import NO_TARGET
 from longrope.patch import Patch
 from longrope.training.loss import chunked_loss
-from longrope.training.windows import LongWindows, MixedWindows, collate
+from longrope.training.windows import LongWindows, MixedWindows, collate, collate_to_learned
 from models import ORIGINAL, build
 
 TOKENIZER: Any = byte_tokenizer(ORIGINAL)
@@ -99,9 +99,17 @@ def test_the_loss_of_a_filled_window_is_that_of_the_completion_alone() -> None:
     with torch.no_grad():
         with chunked_loss(model):
             found = float(model(**collate([asked(ASKED)[0]])).loss)
+            cut = collate_to_learned([asked(ASKED)[0]])
+            assert float(model(**cut).loss) == pytest.approx(found, rel=1e-6)
         ids = torch.tensor([[BOS, *ASKED.text.encode(), EOS]])
+        assert torch.equal(cut["input_ids"], ids), "nothing is computed for what fills the window"
         learned = torch.cat([torch.full((1, 17), NO_TARGET), ids[:, 17:]], dim=1)
         assert found == pytest.approx(float(model(input_ids=ids, labels=learned).loss), rel=1e-5)
+
+
+def test_a_batch_is_as_long_as_its_longest() -> None:
+    batch = collate_to_learned([asked(ASKED)[0], asked(document("e", TARGET - 2))[0]])
+    assert {each.shape for each in batch.values()} == {(2, TARGET)}
 
 
 def test_an_epoch_has_a_prompt_once_and_none_that_is_longer_than_a_window() -> None:

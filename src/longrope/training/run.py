@@ -36,7 +36,7 @@ from longrope.training.settings import Training, described, settings_of
 from longrope.training.sharded import check_shards
 from longrope.training.state import damaged, keep_losses, last_whole
 from longrope.training.trainer import ShardingTrainer, gathered
-from longrope.training.windows import LongWindows, MixedWindows, collate
+from longrope.training.windows import LongWindows, MixedWindows, collate, collate_to_learned
 from longrope.training.world import World
 from longrope.training.written import write_checkpoint
 
@@ -189,9 +189,12 @@ def _train(
         with chunked_loss(model):
             arguments = arguments_of(loaded, trained, given, recipe, path / STATE, world)
             watch = Watch(path / LOSSES, total=cast(int, recipe.steps), on_progress=on_progress)
+            # Shared windows are cut into equal parts, and of mixed ones the length decides which factors they have.
+            whole_windows = world.window_size > 1 or given.mixed is not None
+            collator = collate if whole_windows else collate_to_learned
             with disk_errors(path):  # it makes the folder of its checkpoints
                 trainer = (ShardingTrainer if world.sharded else Trainer)(
-                    model=trained, args=arguments, train_dataset=windows, data_collator=collate, callbacks=[watch]
+                    model=trained, args=arguments, train_dataset=windows, data_collator=collator, callbacks=[watch]
                 )
             for callback in (PrinterCallback, ProgressCallback):  # stdout is for our JSON
                 trainer.remove_callback(callback)

@@ -209,3 +209,10 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
 def collate(windows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     """A batch of windows; all have the same length."""
     return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
+
+
+def collate_to_learned(windows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """The same without what lies behind the last token that is learned: no token sees what follows it."""
+    batch = collate(windows)
+    end = int((batch["labels"] != NO_TARGET).any(dim=0).nonzero()[-1]) + 1
+    return {name: each[:, :end] for name, each in batch.items()}
