@@ -34,8 +34,8 @@ def recall_window(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
 def recall_question(rng: np.random.Generator, size: int, prose: bytes) -> tuple[bytes, bytes]:
     """A prompt that ends in the question for its key, and the answer: two in three of `size` bytes, one shorter.
 
-    Shorter ones are spread over the powers of two, and where the key stands is drawn so that both near and as far as
-    can be are common.
+    Shorter ones are spread over the powers of two, and of the keys half stand in the first quarter: the farthest have
+    angles that a model has hardly seen.
     """
     size = size if rng.random() < 2 / 3 or size < SHORTEST else _log_uniform(rng, SHORTEST, size)
     text, key = _passkey_and_key(rng, size, prose, grass=0.7, even=False)
@@ -71,9 +71,13 @@ def _in_a_row(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
     return b"".join(made) + recall_text(rng, left, prose[size - left :])
 
 
+def _number(rng: np.random.Generator) -> bytes:
+    return b"%05d" % rng.integers(10_000, 100_000)
+
+
 def _code(rng: np.random.Generator) -> bytes:
     if rng.random() < 0.75:
-        return b"%05d" % rng.integers(10_000, 100_000)
+        return _number(rng)
     letters = b"abcdefghijklmnopqrstuvwxyz0123456789"
     return bytes(letters[i] for i in rng.integers(len(letters), size=rng.integers(3, 10)))
 
@@ -91,7 +95,7 @@ def _passkey_and_key(
 ) -> tuple[bytes, bytes]:
     """The passkey task of the LongRoPE paper, with the noun, the key and the wording varied; and its key."""
     noun = NOUNS[rng.integers(len(NOUNS)) if rng.random() < 0.5 else 0].encode()
-    key = _code(rng)
+    key = _code(rng) if even or rng.random() < 0.5 else _number(rng)
     statement = b"The %s is %s. Remember it. %s is the %s.\n" % (noun, key, key, noun)
     if rng.random() < 0.5:
         statement = b"The %s is %s. Remember it.\n" % (noun, key)
@@ -101,8 +105,8 @@ def _passkey_and_key(
     free = size - len(statement) - len(question) - 1
     filler = _filler(rng, free, prose, grass)
     depth = int(rng.integers(0, free + 1))
-    if not even and (kind := rng.random()) < 0.5:
-        depth = depth // 8 if kind < 0.2 else max(0, free - _log_uniform(rng, 1, free))
+    if not even and (kind := rng.random()) < 0.75:
+        depth = depth // 4 if kind < 0.5 else max(0, free - _log_uniform(rng, 1, free))
     return filler[:depth] + statement + filler[depth:] + b"\n" + question, key
 
 
