@@ -112,6 +112,12 @@ def test_a_batch_is_as_long_as_its_longest() -> None:
     assert {each.shape for each in batch.values()} == {(2, TARGET)}
 
 
+def test_a_prompt_without_a_completion_is_not_trained_on() -> None:
+    assert asked(Document("empty", "What?", prompt=5), ASKED).an_epoch == 1
+    with pytest.raises(UserError, match=r"^--documents: got 1 prompt with nothing after it; what follows"):
+        asked(Document("empty", "What?", prompt=5))
+
+
 def test_an_epoch_has_a_prompt_once_and_none_that_is_longer_than_a_window() -> None:
     long = Document("long", "x" * 100 + "y", prompt=100)
     made = asked(ASKED, long, BOOKS[1], length=100)

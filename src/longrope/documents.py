@@ -49,7 +49,7 @@ class Document:
 
     @cached_property
     def sha256(self) -> str:
-        """Hexadecimal hash of the text in UTF-8: what decides, so that names and places do not."""
+        """Hexadecimal hash of the text in UTF-8, and of where its prompt ends: names and places do not decide."""
         prompt = f"{self.prompt}:" if self.prompt else ""
         return hashlib.sha256((prompt + self.text).encode()).hexdigest()
 

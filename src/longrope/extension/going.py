@@ -150,7 +150,7 @@ def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
     for stage in (stage for stage in plan.stages if stage.do == "finetune"):
         sources = stage.settings.get("documents") or []
         own = read_sources(sources, share="search", tokenizer=loaded.tokenizer) if sources else []
-        if shared := {each.sha256 for each in own} & {each.sha256 for each in texts.unseen}:
+        if shared := {each.text for each in own} & {each.text for each in texts.unseen}:
             got, rule = f"{plural(len(shared), 'document')} of {stage.name}", "no stage reads what is measured on"
             raise UserError("--unseen", got=got, rule=rule, do="give other documents")
         used = [*texts.trained, *own]

@@ -95,15 +95,17 @@ class LongWindows(Dataset[dict[str, Tensor]]):
         ordered = sorted(distinct(documents), key=lambda document: document.sha256)
         texts = [_Text.of(document, tokenizer) for document in ordered]
         self._texts = [text for text in texts if self._windows_of(text)]
-        self.left_out = sum(bool(text.prompt) and not self._windows_of(text) for text in texts)
+        self.left_out = sum(bool(text.prompt) and len(text.ids) > self._span for text in texts)
         """Prompts with completions that are longer than a window."""
         if not self._texts:
             raise self._unusable(texts)
         self._epoch: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     def _windows_of(self, text: _Text) -> int:
-        """How many windows of an epoch a document gives."""
-        return int(len(text.ids) <= self._span) if text.prompt else len(text.ids) // self._span
+        """How many windows of an epoch a document gives; a prompt without a completion has nothing to learn."""
+        if text.prompt:
+            return int(text.prompt < len(text.ids) <= self._span)
+        return len(text.ids) // self._span
 
     def _unusable(self, texts: Sequence[_Text]) -> UserError:
         got, do = plural(len(texts), "document"), "give longer documents, or a shorter --length"
@@ -114,6 +116,9 @@ class LongWindows(Dataset[dict[str, Tensor]]):
             shortest = min(len(text.ids) for text in texts if text.prompt)
             got = f"{plural(self.left_out, 'prompt')} with completions, the shortest of {shortest} tokens"
             do = "give shorter ones, or a longer --length"
+        elif all(text.prompt for text in texts):
+            got, rule = f"{plural(len(texts), 'prompt')} with nothing after it", "what follows a prompt is learned"
+            do = "give completions"
         return UserError("--documents", got=got, rule=rule, do=do)
 
     def __len__(self) -> int:
