@@ -259,14 +259,15 @@ def _made_rows(shares: Size, texts: list[bytes], size: int, seed: tuple[int, ...
     """Documents beside the novels, each of `size` bytes or a shorter question, in the shares that a Size says."""
     from recall import excerpts, recall_question, recall_window
 
-    spans = sum(len(text) // size for text in texts)
+    long = [text for text in texts if len(text) >= size]
+    spans = sum(len(text) // size for text in long)
     windows = spans / (1 - shares.recall_share - shares.excerpts_share)
     for number in range(int(windows * (shares.recall_share + shares.excerpts_share))):
         rng = np.random.default_rng((*seed, number))
         if number < int(windows * shares.excerpts_share):
             yield {"text": excerpts(rng, size, texts).decode(errors="replace")}
             continue
-        text = texts[int(rng.integers(len(texts)))]
+        text = long[int(rng.integers(len(long)))]
         start = int(rng.integers(0, len(text) - size + 1))
         prose = text[start : start + size]
         if rng.random() < shares.answers_share:
