@@ -542,3 +542,10 @@ def test_of_a_single_document_the_last_quarter_is_held_out() -> None:
     assert search.text + unseen.text == whole.text
     assert len(unseen.text) == len(whole.text) // 4
     assert (search.name, unseen.name) == ("a.txt (first 3/4)", "a.txt (last 1/4)")
+
+
+@pytest.mark.parametrize(("prompt", "first", "last"), [(0, 0, 0), (50, 50, 0), (75, 75, 0), (90, 75, 15)])
+def test_a_single_document_that_is_cut_keeps_its_prompt(prompt: int, first: int, last: int) -> None:
+    ((search,), (unseen,)) = hold_out([Document("a.jsonl#1", "x" * 100, prompt)])
+    assert (search.prompt, unseen.prompt) == (first, last)
+    assert search.text + unseen.text == "x" * 100

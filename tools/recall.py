@@ -35,7 +35,8 @@ def recall_question(rng: np.random.Generator, size: int, prose: bytes) -> tuple[
     """A prompt that ends in the question for its key, and the answer: two in three of `size` bytes, one shorter.
 
     Shorter ones are spread over the powers of two, and of the keys half stand in the first quarter: the farthest have
-    angles that a model has hardly seen.
+    angles that a model has hardly seen. Three in eight keys are of three digits at most, so that more than the digit
+    before has to tell which one follows.
     """
     size = size if rng.random() < 2 / 3 or size < SHORTEST else _log_uniform(rng, SHORTEST, size)
     text, key = _passkey_and_key(rng, size, prose, grass=0.7, even=False)
@@ -75,6 +76,10 @@ def _number(rng: np.random.Generator) -> bytes:
     return b"%05d" % rng.integers(10_000, 100_000)
 
 
+def _repetitive(rng: np.random.Generator) -> bytes:
+    return bytes(rng.choice(rng.permutation(list(b"0123456789"))[:3], size=5).tolist())
+
+
 def _code(rng: np.random.Generator) -> bytes:
     if rng.random() < 0.75:
         return _number(rng)
@@ -95,7 +100,7 @@ def _passkey_and_key(
 ) -> tuple[bytes, bytes]:
     """The passkey task of the LongRoPE paper, with the noun, the key and the wording varied; and its key."""
     noun = NOUNS[rng.integers(len(NOUNS)) if rng.random() < 0.5 else 0].encode()
-    key = _code(rng) if even or rng.random() < 0.5 else _number(rng)
+    key = _code(rng) if even or rng.random() < 0.25 else (_number, _repetitive)[rng.integers(2)](rng)
     statement = b"The %s is %s. Remember it. %s is the %s.\n" % (noun, key, key, noun)
     if rng.random() < 0.5:
         statement = b"The %s is %s. Remember it.\n" % (noun, key)

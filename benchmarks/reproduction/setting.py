@@ -51,7 +51,7 @@ class Size:
     learning_rate: float = 3e-3
     init: str = ""
     recall_share: float = 0.5
-    answers_share: float = 0.9
+    answers_share: float = 0.7
     excerpts_share: float = 0.25
     windows: int = 1
     tries: int = 20

@@ -397,9 +397,10 @@ def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Docume
     kept = distinct(documents)
     assert kept, "read_sources never returns nothing"
     if len(kept) == 1:
-        name, text = kept[0].name, kept[0].text
+        name, text, prompt = kept[0].name, kept[0].text, kept[0].prompt
         cut = len(text) * 3 // 4
-        return [Document(f"{name} (first 3/4)", text[:cut])], [Document(f"{name} (last 1/4)", text[cut:])]
+        first = Document(f"{name} (first 3/4)", text[:cut], min(prompt, cut))
+        return [first], [Document(f"{name} (last 1/4)", text[cut:], max(0, prompt - cut))]
     hashes = sorted(document.sha256 for document in kept)
     unseen = {sha256 for sha256 in hashes if int(sha256, 16) % 4 == 0} or {hashes[0]}
     if len(unseen) == len(hashes):
