@@ -32,13 +32,13 @@ def recall_window(rng: np.random.Generator, size: int, prose: bytes) -> bytes:
 
 
 def recall_question(rng: np.random.Generator, size: int, prose: bytes) -> tuple[bytes, bytes]:
-    """A prompt that ends in the question for its key, and the answer: two in three of `size` bytes, one shorter.
+    """A prompt that ends in the question for its key, and the answer: two in five of `size` bytes, the others shorter.
 
-    Shorter ones are spread over the powers of two, and of the keys half stand in the first quarter: the farthest have
-    angles that a model has hardly seen. Three in eight keys are of three digits at most, so that more than the digit
-    before has to tell which one follows.
+    Shorter ones are spread over the powers of two: they cost next to nothing, and teach a key's later digits, where one
+    stands in it twice. Of the keys half stand in the first quarter: the farthest have angles that a model has hardly
+    seen. Three in eight keys are of three digits at most, so that more than the digit before tells which one follows.
     """
-    size = size if rng.random() < 2 / 3 or size < SHORTEST else _log_uniform(rng, SHORTEST, size)
+    size = size if rng.random() < 2 / 5 or size < SHORTEST else _log_uniform(rng, SHORTEST, size)
     text, key = _passkey_and_key(rng, size, prose, grass=0.7, even=False)
     answer = len(b" %s." % key)
     return text[:-answer], text[-answer:]

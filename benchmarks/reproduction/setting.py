@@ -24,6 +24,8 @@ from longrope.windows import Window, choose_windows
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 MODELS = Path(__file__).parents[1] / "models"
+BRIEF = 4096
+"""Bytes of the short windows of a last fine-tuning: of prose enough that its gradient says something."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,10 @@ class Size:
     length: of its training, the original length. init: the model that training begins with, from scratch without.
     recall, recall_share: of recall tasks among what is trained on, of the base model and of the fine-tunings;
     answers_share: of the latter's that teach an answer alone; excerpts_share: of windows of short pieces of novels
-    among what the fine-tunings are on. windows: of the target length, that perplexities are measured on. tries:
-    passkeys a length. first: length and tokens of a training on shorter windows, whose weights the one at `length`
-    begins with. moves: the state holds no path of the machine, so that another one can go on with it.
+    among what the fine-tunings are on; brief_share: of such windows of BRIEF bytes, in the last one. windows: of the
+    target length, that perplexities are measured on. tries: passkeys a length. first: length and tokens of a training
+    on shorter windows, whose weights the one at `length` begins with. moves: the state holds no path of the machine, so
+    that another one can go on with it.
     """
 
     length: int
@@ -50,9 +53,10 @@ class Size:
     recall: float = 0.2
     learning_rate: float = 3e-3
     init: str = ""
-    recall_share: float = 0.5
-    answers_share: float = 0.7
-    excerpts_share: float = 0.25
+    recall_share: float = 0.66
+    answers_share: float = 0.9
+    excerpts_share: float = 0.22
+    brief_share: float = 0.25
     windows: int = 1
     tries: int = 20
     first: tuple[int, float] | None = None
@@ -239,7 +243,8 @@ def with_recall(setting: Setting) -> Plan:
     """The plan with recall tasks in its fine-tunings, at all distances, and with windows of excerpts.
 
     Of the windows of a fine-tuning `recall_share` are such tasks, and of these `answers_share` have one question at
-    their end, whose answer alone is learned: among a window's other bytes its few would weigh next to nothing.
+    their end, whose answer alone is learned: among a window's other bytes its few would weigh next to nothing. The
+    last one has short windows of prose besides, which cost little: what short texts have lost is learned again there.
     """
     texts = [each.text.encode() for each in setting.texts("train")]
     stages = []
@@ -250,13 +255,19 @@ def with_recall(setting: Setting) -> Plan:
         path, size = setting.recall(stage.to), stage.to - 2  # BOS and EOS are around it
         stages.append(replace(stage, settings=dict(stage.settings) | {"documents": [str(path)]}))
         if not path.exists():
-            rows = _made_rows(setting.size, texts, size, (setting.seed, 7, stage.to))
+            brief = setting.size.brief_share if stage.to == setting.trained[-1] else 0.0
+            rows = _made_rows(setting.size, texts, size, brief, (setting.seed, 7, stage.to))
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return replace(setting.plan, stages=tuple(stages))
 
 
-def _made_rows(shares: Size, texts: list[bytes], size: int, seed: tuple[int, ...]) -> Iterator[dict[str, str]]:
-    """Documents beside the novels, each of `size` bytes or a shorter question, in the shares that a Size says."""
+def _made_rows(
+    shares: Size, texts: list[bytes], size: int, brief: float, seed: tuple[int, ...]
+) -> Iterator[dict[str, str]]:
+    """Documents beside the novels, each of `size` bytes or a shorter question, in the shares that a Size says.
+
+    brief: share of windows of excerpts that are shorter. Their first byte is a prompt: such a row is a window alone.
+    """
     from recall import excerpts, recall_question, recall_window
 
     long = [text for text in texts if len(text) >= size]
@@ -275,3 +286,7 @@ def _made_rows(shares: Size, texts: list[bytes], size: int, seed: tuple[int, ...
             yield {"prompt": prompt.decode(errors="ignore"), "completion": answer.decode()}
         else:  # not shorter where a character is cut, so that it fills a window
             yield {"text": recall_window(rng, size, prose).decode(errors="replace")}
+    for number in range(int(windows * brief / (1 - brief))):
+        rng = np.random.default_rng((*seed, 1, number))
+        pieces = excerpts(rng, min(BRIEF, size), texts).decode(errors="replace")
+        yield {"prompt": pieces[:1], "completion": pieces[1:]}
