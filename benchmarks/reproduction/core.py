@@ -145,23 +145,35 @@ def passkey(setting: Setting, state: State) -> None:
     original, longest = setting.size.length, setting.trained[-1]
     if not (setting.state / "passkey" / DONE).exists():
         state.begin()
-    measured = passkeys(setting, [original << power for power in range((longest // original).bit_length())], "passkey")
-    found = {length: share for length, share, _ in measured}
-    worst = min(found, key=lambda length: found[length])
-    state.figure(
-        f"passkeys missed, at the worst length up to {longest // original}x", f"{setting.size.tries} tries a length",
-        1 - found[worst], 0.1, worst_length=worst, paper=1 - PAPER["passkey"],
-    )  # fmt: skip
-    state.table("passkeys found", [[length, share, ci] for length, share, ci in measured])
+    lengths = [original << power for power in range((longest // original).bit_length())]
+    tries = setting.size.tries
+    measured = passkeys(setting, lengths, "passkey", tries, setting.seed)
+    tell_passkeys(setting, state, "passkeys", f"{tries} tries a length", measured)
 
 
-def passkeys(setting: Setting, wanted: list[int], name: str) -> list[tuple[int, float, list[float] | None]]:
+def passkeys(
+    setting: Setting, wanted: list[int], name: str, tries: int, seed: int
+) -> list[tuple[int, float, list[float] | None]]:
     """(length, share found, interval) of the final checkpoint, as a run of its own."""
     loaded = setting.load(setting.run / "checkpoint")
-    measure = PasskeyMeasure(tries=setting.size.tries, seed=setting.seed)
+    measure = PasskeyMeasure(tries=tries, seed=seed)
     rows = {("longrope", length): loaded.meaning.row_for(length) for length in wanted}
     done = measure_run("reproduce", loaded, measure, rows, {"lengths": wanted}, out=setting.state / name)
     return [(each["length"], each["value"], each["ci"]) for each in done["results"]]
+
+
+def tell_passkeys(
+    setting: Setting, state: State, what: str, on: str, measured: list[tuple[int, float, list[float] | None]]
+) -> None:
+    """The table of passkeys found, and what is missed at the worst length up to the fine-tuned one."""
+    longest = setting.trained[-1]
+    found = {length: share for length, share, _ in measured if length <= longest}
+    worst = min(found, key=lambda length: found[length])
+    state.figure(
+        f"{what} missed, at the worst length up to {longest // setting.size.length}x", on,
+        1 - found[worst], 0.1, worst_length=worst, paper=1 - PAPER["passkey"],
+    )  # fmt: skip
+    state.table(f"{what} found", [[length, share, ci] for length, share, ci in measured])
 
 
 CORE = {"base": base, "stages": stages, "lengths": lengths, "passkey": passkey}

@@ -16,7 +16,7 @@ from longrope.model import LoadedModel, load_model
 from longrope.runs import DONE
 from longrope.training.run import finetune
 from longrope.windows import Window
-from reproduction.core import perplexity, searches
+from reproduction.core import passkeys, perplexity, searches, tell_passkeys
 from reproduction.setting import Setting, cut, with_recall
 from reproduction.state import State
 
@@ -93,6 +93,18 @@ def angles(setting: Setting, state: State) -> None:
     single = _values(setting, state, final, windows)("ours", target, row)
     double = _once(setting, state, final, windows, "float64 angles", target, row, _with_float64)
     state.table("angles", {"float32": single, "float64": double, "length": target})
+
+
+def retrieval(setting: Setting, state: State) -> None:
+    """Figure 4 again, on more and other prompts, which no choice of a recipe has seen, up to twice what was trained."""
+    original, longest, tries = setting.size.length, 2 * setting.trained[-1], 2 * setting.size.tries
+    measured: list[tuple[int, float, list[float] | None]] = []
+    for length in [original << power for power in range((longest // original).bit_length())]:
+        name = f"retrieval-{length}"
+        if not (setting.state / name / DONE).exists():
+            state.begin()
+        measured += passkeys(setting, [length], name, tries, setting.seed + 1)
+    tell_passkeys(setting, state, "passkeys of other prompts", f"{tries} tries a length", measured)
 
 
 def direct(setting: Setting, state: State) -> None:
@@ -184,6 +196,7 @@ TABLES = {
     "nonuniform": nonuniform,
     "by-length": by_length,
     "angles": angles,
+    "retrieval": retrieval,
     "direct": direct,
     "mixed": mixed,
 }
