@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from longrope.extension.plan import read_plan
 from longrope.files import read_lines
 from reproduction import packing
 from reproduction.packing import pack, unpack
-from reproduction.setting import SETTINGS
+from reproduction.setting import BRIEF, SETTINGS, _made_rows
 
 PLANS = Path(__file__).parents[1] / "benchmarks" / "plans"
 PLAN = """
@@ -216,3 +217,19 @@ def test_what_the_miniature_is_made_of_stays() -> None:
             "tries",
         ),
     }
+
+
+def test_windows_of_a_fine_tuning_are_in_the_shares_that_its_size_says() -> None:
+    size, length = SETTINGS["miniature"], 8190
+    prose = np.random.default_rng(0).integers(97, 122, size=100 * length, dtype=np.uint8).tobytes()
+    spans, before = 100, list(_made_rows(size, [prose], length, 0.0, (0, 7, 8192)))
+    windows = spans / (1 - size.recall_share - size.excerpts_share)
+    assert spans + len(before) == pytest.approx(windows, abs=2)
+    alone = [row for row in before if "prompt" in row]
+    assert len(alone) / windows == pytest.approx(size.recall_share * size.answers_share, abs=0.04)
+    assert all(len(row["text"]) == length for row in before if "text" in row)
+    last = list(_made_rows(size, [prose], length, 0.25, (0, 7, 8192)))
+    assert last[: len(before)] == before, "the others stay as they are"
+    brief = last[len(before) :]
+    assert len(brief) / (spans + len(last)) == pytest.approx(0.25, abs=0.01)
+    assert {(len(row["prompt"]), len(row["completion"])) for row in brief} == {(1, BRIEF - 1)}
