@@ -206,16 +206,8 @@ def test_what_the_miniature_is_made_of_stays() -> None:
     told = SETTINGS["miniature"].told()
     assert set(told) == {
         *("length", "tokens", "batch", "hidden", "intermediate", "layers", "heads", "head_dim", "theta", "recall"),
-        *(
-            "learning_rate",
-            "init",
-            "recall_share",
-            "answers_share",
-            "excerpts_share",
-            "brief_share",
-            "windows",
-            "tries",
-        ),
+        *("learning_rate", "init", "recall_share", "answers_share", "excerpts_share", "brief_share"),
+        *("windows", "tries"),
     }
 
 
