@@ -1,6 +1,6 @@
 """What `finetune` costs beside a bare Trainer loop: seconds of a step, and memory of a long window.
 
-    python benchmarks/training.py            # five minutes on 2 quiet cores, 8 GiB of memory
+    python benchmarks/training.py            # ten minutes on 2 quiet cores, 8 GiB of memory
     python benchmarks/training.py --quick    # only that it runs: its figures mean nothing
 
 Both sides are transformers.Trainer with the same arguments, model and windows; ours has the factors installed and the
@@ -48,7 +48,7 @@ class Sizes:
 
     length: int = 2048
     steps: int = 4
-    blocks: int = 5
+    blocks: int = 15
     hidden: int = 512
     layers: int = 4
     memory_tokens: int = 8192

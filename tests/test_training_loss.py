@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 import longrope.training.loss
 from longrope.errors import UserError
@@ -73,6 +75,30 @@ def test_a_forward_pass_that_accelerate_put_on_the_model_is_there_again_afterwar
     calls.clear()
     model(input_ids=tokens(20))
     assert calls == [1]
+
+
+def test_a_training_after_another_one_of_the_same_model_is_under_autocast_too(tmp_path: Path) -> None:
+    model: Any = build("llama").requires_grad_(True)
+    items = [{"input_ids": ids, "labels": ids} for ids in tokens(20, 2)]
+    dtypes: list[torch.dtype] = []
+    hook = lambda layer, inputs, output: dtypes.append(output.dtype)  # noqa: E731
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(hook)
+
+    def train() -> set[torch.dtype]:
+        dtypes.clear()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, bf16=True, use_cpu=True, save_strategy="no", report_to=[]
+        )
+        Trainer(model=model, args=arguments, train_dataset=items).train()
+        return set(dtypes)
+
+    with chunked_loss(model):
+        assert train() == {torch.bfloat16}
+    assert "forward" not in vars(model)
+    assert train() == {torch.bfloat16}  # a bare one, which leaves its forward pass and accelerate's mark on the model
+    with chunked_loss(model):
+        assert train() == {torch.bfloat16}
+    assert train() == {torch.bfloat16}
 
 
 def test_half_precision_weights_have_gradients_of_their_dtype() -> None:

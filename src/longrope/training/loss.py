@@ -71,8 +71,25 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
         count = (targets != NO_TARGET).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 
-    with with_forward(model, forward):
+    with _prepared_anew(model), with_forward(model, forward):
         yield
+
+
+@contextmanager
+def _prepared_anew(model: nn.Module) -> Iterator[None]:
+    """Let accelerate prepare a model for a training of this block, as if it had prepared it for none before.
+
+    It puts autocast around the forward pass that it finds, once: a model that bears its mark is left as it is. So the
+    forward pass of a block that follows another training would run without, in float32.
+    """
+    names = ("_is_accelerate_prepared", "_original_forward")
+    before = {name: vars(model).pop(name) for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 def _head(model: Any) -> nn.Module:
