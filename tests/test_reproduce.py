@@ -16,8 +16,10 @@ import reproduce
 from commands import write_documents
 from longrope.checkpoint import LoadOptions
 from longrope.factors import FactorTable
+from longrope.files import read_lines
 from longrope.model import load_model
 from longrope.windows import Window
+from reproduction import setting
 from reproduction.setting import cut
 
 PLAN = """
@@ -104,6 +106,9 @@ def test_figures_are_what_the_checkpoints_give(made: Path) -> None:
     assert values["perplexity at 8x / at the fine-tuned length"] == pytest.approx(far / trained, rel=2e-3)
     recovered = perplexity(final, table.row_for(LENGTH), LENGTH)
     assert values["short window after recovery / base"] == pytest.approx(recovered / at_original, rel=2e-3)
+    mixed = load_model(str(state / "mixed-512" / "checkpoint"), options)
+    short = perplexity(mixed, mixed.meaning.row_for(LENGTH), LENGTH)
+    assert values["short window after mixed windows to 4x / base"] == pytest.approx(short / at_original, rel=2e-3)
 
 
 def _window(made: Path, loaded: Any) -> Window:
@@ -155,6 +160,35 @@ def test_tables_of_the_base_model_need_its_searches_alone_and_go_beside_parts_th
     (tmp_path / "corpus" / "test" / "more.txt").write_text("another document")
     command(tmp_path, "--parts", "without", "--state", str(tmp_path / "new"))
     assert list(json.loads(file.read_text())["parts"]) == ["without"], "of other documents nothing is kept"
+
+
+def test_a_committed_final_model_is_measured_where_it_is_of_the_same_stages(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made / "corpus", tmp_path / "corpus")
+    shutil.copy(made / "miniature.toml", tmp_path)
+    state = tmp_path / "state" / "miniature-quick"
+    shutil.copytree(made / "state" / "miniature-quick" / "base", state / "base")
+    shutil.copytree(made / "results", tmp_path / "results")
+    monkeypatch.setattr(setting, "MODELS", tmp_path / "models")
+    assert command(tmp_path, "--parts", "by-length") == 2
+    assert "this part measures the model at the end of all stages; make the core first: --parts core" in (
+        capsys.readouterr().err
+    )
+    final = tmp_path / "models" / "miniature-quick-final"
+    shutil.copytree(made / "state" / "miniature-quick" / "extend" / "checkpoint", final)
+    (final / "made_of.json").write_text(json.dumps({"made_of": "something else"}))
+    assert command(tmp_path, "--parts", "by-length") == 2
+    assert "miniature-quick-final is of another plan, other documents or another seed" in capsys.readouterr().err
+    parts = read_lines(made / "state" / "miniature-quick" / "parts.jsonl")
+    (final / "made_of.json").write_text(json.dumps({"made_of": parts[-1]["made_of"]}))
+    file = tmp_path / "results" / "miniature-quick.json"
+    recorded = json.loads(file.read_text())
+    before = recorded["parts"].pop("by-length")["tables"]
+    file.write_text(json.dumps(recorded))
+    command(tmp_path, "--parts", "by-length")
+    assert json.loads(file.read_text())["parts"]["by-length"]["tables"] == before
+    assert not (state / "extend").exists(), "no stage was made"
 
 
 def test_a_window_in_pieces_has_the_same_tokens() -> None:

@@ -155,7 +155,7 @@ def passkeys(
     setting: Setting, wanted: list[int], name: str, tries: int, seed: int
 ) -> list[tuple[int, float, list[float] | None]]:
     """(length, share found, interval) of the final checkpoint, as a run of its own."""
-    loaded = setting.load(setting.run / "checkpoint")
+    loaded = setting.load(setting.final)
     measure = PasskeyMeasure(tries=tries, seed=seed)
     rows = {("longrope", length): loaded.meaning.row_for(length) for length in wanted}
     done = measure_run("reproduce", loaded, measure, rows, {"lengths": wanted}, out=setting.state / name)

@@ -18,12 +18,14 @@ from longrope.documents import Document, read_sources
 from longrope.errors import UserError
 from longrope.extension.done import digest
 from longrope.extension.plan import Plan
-from longrope.files import write_atomically
+from longrope.files import read_object, write_atomically
 from longrope.model import LoadedModel, load_model
 from longrope.windows import Window, choose_windows
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 MODELS = Path(__file__).parents[1] / "models"
+MADE_OF = "made_of.json"
+"""In a committed model: the hash of all that its stages depend on."""
 BRIEF = 4096
 """Bytes of the short windows of a last fine-tuning: of prose enough that its gradient says something."""
 
@@ -176,6 +178,24 @@ class Setting:
         """The model that is extended: the committed weights where there are some, else what was trained here."""
         committed = MODELS / self.state.name
         return committed if committed.is_dir() else self.state / "base" / "model"
+
+    @property
+    def final(self) -> Path:
+        """The model at the end of all stages: what was made here, else the committed one of the same stages.
+
+        Raises UserError where there is neither.
+        """
+        made, committed = self.run / "checkpoint", MODELS / f"{self.state.name}-final"
+        if made.is_dir():
+            return made
+        if (committed / MADE_OF).is_file():
+            if read_object(committed / MADE_OF, str(committed)) == {"made_of": self.made_of()}:
+                return committed
+            got = f"none in {self.run}, and {committed} is of another plan, other documents or another seed"
+        else:
+            got = f"none in {self.run}"
+        rule = "this part measures the model at the end of all stages"
+        raise UserError("--parts", got=got, rule=rule, do="make the core first: --parts core")
 
     def recall(self, length: int) -> Path:
         """Documents of recall tasks, beside the texts that a fine-tuning to a length is on."""

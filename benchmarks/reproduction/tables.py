@@ -66,7 +66,7 @@ def nonuniform(setting: Setting, state: State) -> None:
 def by_length(setting: Setting, state: State) -> None:
     """Tables 5 to 7, 9 and 10: the final model at every length, unrecovered, and by other second interpolations."""
     original, target, trained = setting.size.length, setting.plan.target, setting.trained[-1]
-    final = setting.run / "checkpoint"
+    final = setting.final
     table, second = setting.load(final).meaning, setting.load(final).fine_tuned(trained)
     value = _values(setting, state, final, setting.judged(target))
     base = _values(setting, state, setting.base, setting.judged(target))
@@ -87,7 +87,7 @@ def by_length(setting: Setting, state: State) -> None:
 
 def angles(setting: Setting, state: State) -> None:
     """Angles in float32, as engines have them, beside float64 at the target."""
-    final, target = setting.run / "checkpoint", setting.plan.target
+    final, target = setting.final, setting.plan.target
     windows = setting.judged(target)
     row = setting.load(final).meaning.row_for(target)
     single = _values(setting, state, final, windows)("ours", target, row)
@@ -109,6 +109,7 @@ def retrieval(setting: Setting, state: State) -> None:
 
 def direct(setting: Setting, state: State) -> None:
     """Table 12: the last fine-tuned length from the base model at once, with as many tokens as step by step."""
+    searches(setting, state)
     length = setting.trained[-1]
     stages = [stage for stage in with_recall(setting).stages if stage.do == "finetune"]
     tokens = sum(stage.settings["steps"] * stage.settings["batch"] * stage.to for stage in stages)
@@ -117,33 +118,46 @@ def direct(setting: Setting, state: State) -> None:
     given |= {name: stages[-1].settings[name] for name in ("batch", "documents")}
     out = _trained(setting, state, setting.base, found(setting, length), length, given, "direct")
     windows = setting.judged(setting.plan.target)
-    step_by_step = setting.stage("finetune", length) / "checkpoint"
     values = {
         name: _values(setting, state, model, windows)(name, length, setting.load(model).meaning.row_for(length))
-        for name, model in (("direct", out), ("fine-tuned", step_by_step))
+        for name, model in (("direct", out), ("fine-tuned", setting.final))
     }
     told = {"direct": values["direct"], "step by step": values["fine-tuned"], "tokens": tokens, "steps": steps}
     state.table("direct against progressive", told)
 
 
 def mixed(setting: Setting, state: State) -> None:
-    """LongRoPE2's mixed windows: the same fine-tunings, short documents under the original RoPE among their windows."""
-    model, original = setting.base, setting.size.length
+    """LongRoPE2's mixed windows in the first fine-tuning: short documents under the original RoPE among its windows."""
+    _mixed(setting, state, setting.trained[:1])
+
+
+def mixed_longest(setting: Setting, state: State) -> None:
+    """The same in all fine-tunings, beginning with what the first one gave."""
+    _mixed(setting, state, setting.trained)
+
+
+def _mixed(setting: Setting, state: State, lengths: list[int]) -> None:
+    """Mixed windows in the fine-tunings to some lengths, beside the last of them without, at its length and short."""
+    searches(setting, state)
+    model, original, longest = setting.base, setting.size.length, lengths[-1]
+    plain = setting.final if longest == setting.trained[-1] else setting.stage("finetune", longest) / "checkpoint"
     for stage in with_recall(setting).stages:
-        if stage.do == "finetune":
+        if stage.do == "finetune" and stage.to <= longest:
             given = dict(stage.settings) | {"mixed": MIXED}
             model = _trained(setting, state, model, found(setting, stage.to), stage.to, given, f"mixed-{stage.to}")
     windows = setting.judged(setting.plan.target)
-    value, base = _values(setting, state, model, windows), _values(setting, state, setting.base, windows)
-    table = setting.load(model).meaning
-    short = value("mixed", original, table.row_for(original)) / base("base", original, None)
-    state.figure("short window after mixed windows / base", "windows of the original length", short, 1.01)
-    longest = setting.trained[-1]
-    plain = setting.stage("finetune", longest) / "checkpoint"
-    row = setting.load(plain).meaning.row_for(longest)
-    told = {"mixed": value("mixed", longest, table.row_for(longest))}
-    told["without"] = _values(setting, state, plain, windows)("fine-tuned", longest, row)
-    state.table(f"perplexity at {longest}", told)
+    base = _values(setting, state, setting.base, windows)("base", original, None)
+    told: dict[str, dict[str, float]] = {"base": {str(original): base}}
+    for name, each, what in (("mixed", model, "mixed"), ("without", plain, "fine-tuned")):
+        value, table = _values(setting, state, each, windows), setting.load(each).meaning
+        row = table.row_for(original if name == "mixed" else longest)  # the other one is as it was trained, unrecovered
+        told[name] = {str(original): value(f"{what} short", original, row)}
+        told[name][str(longest)] = value(what, longest, table.row_for(longest))
+    state.figure(
+        f"short window after mixed windows to {longest // original}x / base", "windows of the original length",
+        told["mixed"][str(original)] / base, 1.01, without=told["without"][str(original)] / base,
+    )  # fmt: skip
+    state.table("with and without mixed windows", told)
 
 
 def _trained(
@@ -199,4 +213,5 @@ TABLES = {
     "retrieval": retrieval,
     "direct": direct,
     "mixed": mixed,
+    "mixed-longest": mixed_longest,
 }
