@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from longrope.errors import UserError
-from longrope.folders import is_free, whole_folder
+from longrope.folders import is_free, replaced_folder, whole_folder
 
 KILLED = """
 import os, signal, sys
@@ -110,3 +113,18 @@ def test_a_second_process_is_told_and_the_first_goes_on(tmp_path: Path) -> None:
         first.communicate("")
     assert first.returncode == 0
     assert names(out) == ["a", "b", "config.json"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_weights_of_a_replaced_folder_have_the_permissions_of_other_new_files(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        with replaced_folder(tmp_path / "checkpoint") as folder:
+            save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")  # written for their owner alone
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "checkpoint").iterdir()}
+    assert modes == {"model.safetensors": mode, "config.json": mode}

@@ -65,8 +65,18 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         yield unfinished
+        _open_to_others(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give files the permissions that the umask has for new ones; safetensors writes weights for their owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        if path.is_file():
+            with suppress(OSError):  # a file system without permissions
+                path.chmod(mode)
 
 
 def _locked(unfinished: Path, out: Path) -> int:
