@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def test_a_saved_file_loads_as_the_same_table(tmp_path: Path) -> None:
     assert FactorTable.load(path) == example()
     assert FactorTable.load(str(path)) == example()
     assert [entry.name for entry in tmp_path.iterdir()] == ["factors.json"]
+
+
+@pytest.mark.parametrize("name", ["{folder}", "{folder}/", "{folder}/../base", "base", "./base", "{folder}-that-was"])
+def test_a_table_that_is_given_away_names_no_folder_of_this_machine(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    told = replace(example(), model=name.format(folder=tmp_path / "base")).to_be_given_away()
+    assert told == replace(example(), model="base-that-was" if name.endswith("was") else "base")
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-2-7b-hf", "tiny", "", "x" * 5000, "\0", None])
+def test_a_name_that_is_no_folder_stays_in_it(name: str | None) -> None:
+    assert replace(example(), model=name).to_be_given_away().model == name
 
 
 def test_a_file_has_the_keys_of_the_format_and_no_more() -> None:

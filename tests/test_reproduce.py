@@ -15,6 +15,7 @@ import torch
 import reproduce
 from commands import write_documents
 from longrope.checkpoint import LoadOptions
+from longrope.evaluate.passkey import passkey
 from longrope.factors import FactorTable
 from longrope.files import read_lines
 from longrope.model import load_model
@@ -189,6 +190,17 @@ def test_a_committed_final_model_is_measured_where_it_is_of_the_same_stages(
     command(tmp_path, "--parts", "by-length")
     assert json.loads(file.read_text())["parts"]["by-length"]["tables"] == before
     assert not (state / "extend").exists(), "no stage was made"
+
+
+def test_the_committed_final_model_has_the_plans_rows_and_finds_passkeys() -> None:
+    folder = setting.MODELS / "miniature-final"
+    loaded = load_model(str(folder), LoadOptions(device="cpu", threads=1))
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert [row.up_to for row in loaded.meaning.rows] == [256, 512, 16384, 131072]
+    for length in (512, 1024):  # a row of recovery, and the row that it was fine-tuned with
+        with loaded.patch() as patch:
+            patch.install(loaded.meaning.row_for(length))
+            assert passkey(loaded, length, tries=20, seed=2).value >= 0.9
 
 
 def test_a_window_in_pieces_has_the_same_tokens() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -200,6 +201,12 @@ class FactorTable:
             model=model,
             provenance=dict(provenance),
         )
+
+    def to_be_given_away(self) -> FactorTable:
+        """As a checkpoint has it: with the name of the model's folder, and not where that lies on this machine."""
+        if not self.model or not (os.path.isabs(self.model) or os.path.isdir(self.model)):
+            return self  # a Hub id, or none
+        return replace(self, model=Path(self.model).resolve().name)
 
     def to_dict(self) -> dict[str, Any]:
         """What factors.json holds; no timestamps, so that equal tables are equal files."""

@@ -107,7 +107,7 @@ def export(
                 written = engine_config(extended, served, engine, computes_head_dim=computed)
                 write_atomically(unfinished / "config.json", json.dumps(written, indent=2) + "\n")
                 lengthen_tokenizer(unfinished / "tokenizer_config.json", keys["max_position_embeddings"])
-            served.save(unfinished / FACTORS)
+            served.to_be_given_away().save(unfinished / FACTORS)
             write_atomically(unfinished / "README.md", card)
             if engine != "gguf":
                 verify_config(unfinished, loaded, parts.read)

@@ -30,7 +30,7 @@ class Applied:
         self.reach = factors.rows[-1].up_to
         # A checkpoint that is saved says by itself what it was served with
         self._before = vars(model.config).get(CONFIG_ENTRY)
-        setattr(model.config, CONFIG_ENTRY, factors.to_dict())
+        setattr(model.config, CONFIG_ENTRY, factors.to_be_given_away().to_dict())
         self._undone = False
 
     @property

@@ -58,7 +58,7 @@ def _cast(weights: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 def write_factors(folder: Path, loaded: LoadedModel, table: FactorTable) -> None:
     """The factors of a transformers folder: its factors.json, and config.json where that can express them."""
-    table.save(folder / FACTORS)
+    table.to_be_given_away().save(folder / FACTORS)
     last = table.rows[-1]
     long = replace(table, rows=(last.with_values(up_to=table.original_length), last)) if len(table.rows) == 1 else table
     try:
