@@ -52,6 +52,14 @@ to = ["1x", "2x"]
 windows = 3
 evaluations = 5
 
+[[stages]]
+do = "recovery"
+to = "4x"
+objective = "both"
+needle_template = { needle = " {key}: {number}. ", question = " {key}", lead = ":", names = ["nut", "oak"] }
+windows = 2
+evaluations = 12
+
 [measure]
 windows = 2
 passkey = 0
@@ -95,15 +103,14 @@ def made(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_extension_ends_with_the_table_the_checkpoint_the_measurements_and_the_page(made: Path) -> None:
     run = made / "run"
     names = [f"01-search-{TARGET}", f"02-finetune-{TARGET}", f"03-second-{FAR}", f"04-recovery-{ORIGINAL}"]
-    names.append(f"05-recovery-{2 * ORIGINAL}")
+    names += [f"05-recovery-{2 * ORIGINAL}", f"06-recovery-{TARGET}"]
     assert sorted(path.name for path in run.iterdir() if path.name[0] == "0") == names
     table = FactorTable.load(run / "factors.json")
     assert table.lengths == [ORIGINAL, 2 * ORIGINAL, TARGET, FAR]
-    for index, folder in ((0, names[3]), (1, names[4]), (2, names[1]), (3, names[2])):
-        assert table.rows[index] == FactorTable.load(run / folder / "factors.json").row_for(table.lengths[index])
-    assert table.rows[2] == FactorTable.load(run / names[0] / "factors.json").row_for(TARGET), (
-        "trained with what was found"
-    )
+    found = {name: FactorTable.load(run / name / "factors.json") for name in names}
+    for index, name in ((0, names[3]), (1, names[4]), (2, names[5]), (3, names[2])):
+        assert table.rows[index] == found[name].row_for(table.lengths[index])
+    assert found[names[1]].row_for(TARGET) == found[names[0]].row_for(TARGET), "trained with what was found"
     measured = json.loads((made / "stdout.json").read_text())
     assert [(each["method"], each["length"]) for each in measured["results"]] == [
         ("none", ORIGINAL),
@@ -123,7 +130,7 @@ def test_the_checkpoint_is_the_fine_tuned_weights_with_the_whole_table(made: Pat
     for (name, ours), (_, theirs) in zip(final.model.named_parameters(), trained.model.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     with torch.no_grad(), final.patch() as mine, trained.patch() as others:
-        mine.install(final.table)
+        mine.install(trained.table)
         others.install(trained.table)
         assert torch.equal(final.model(tokens(TARGET)).logits, trained.model(tokens(TARGET)).logits)
     config = json.loads((made / "run" / "checkpoint" / "config.json").read_text())
@@ -131,6 +138,28 @@ def test_the_checkpoint_is_the_fine_tuned_weights_with_the_whole_table(made: Pat
     card = (made / "run" / "checkpoint" / "README.md").read_text()
     assert f"02-finetune-{TARGET}" in card
     assert "The weights were fine-tuned." in card
+
+
+def test_a_recovery_at_the_trained_length_begins_with_its_row_and_those_towards_the_longer_one(
+    made: Path,
+) -> None:
+    run = made / "run"
+    here = FactorTable.load(run / f"02-finetune-{TARGET}" / "factors.json").row_for(TARGET)
+    longer = FactorTable.load(run / f"03-second-{FAR}" / "factors.json").row_for(FAR)
+    lines = read_lines(run / f"06-recovery-{TARGET}" / "evaluations.jsonl")
+    tried = {each["origin"]: each for each in reversed(lines)}
+    assert lines[0]["origin"] == "row-0", "whose loss is what the others are dropped by"
+    for share in (0.0, 0.5, 1.0):
+        expected = here.vector ** (1 - share) * longer.vector**share
+        row = tried[f"row-{share:g}"]
+        assert row["rescale"] == pytest.approx(expected.tolist(), abs=0.006), "on the grid of the search"
+        factor = here.attention_factor ** (1 - share) * longer.attention_factor**share
+        assert row["attention_factor"] == pytest.approx(factor)
+    config = json.loads((run / f"06-recovery-{TARGET}" / "config.json").read_text())
+    assert config["settings"]["needle_template"]["lead"] == ":"
+    inputs = {each["stage"]: each["inputs"] for each in read_lines(run / "stages.jsonl")}
+    assert set(inputs[f"06-recovery-{TARGET}"]) == {"model", "rows"}
+    assert set(inputs[f"05-recovery-{2 * ORIGINAL}"]) == {"model"}, "it is between the original and what was trained"
 
 
 def test_measurements_are_on_documents_that_no_stage_read(made: Path) -> None:
@@ -157,6 +186,7 @@ MOMENTS = [
     f"02-finetune-{TARGET}/checkpoint",
     f"03-second-{FAR}/evaluations.jsonl",
     f"04-recovery-{ORIGINAL}/factors.json",
+    f"06-recovery-{TARGET}/evaluations.jsonl",
     "checkpoint",
     "results.jsonl",
 ]
@@ -365,7 +395,16 @@ TRAIN = {"do": "finetune", "to": "4x", "steps": 2}
         (plan_of({"do": "search", "to": "1x"}), "stage 1 (search): got 48; a search goes beyond the original length"),
         (plan_of(SEARCH, {"do": "second", "to": "8x"}), "stage 2 (second): got no fine-tuning before it; "),
         (plan_of(SEARCH, TRAIN, {"do": "second", "to": "4x"}), "stage 3 (second): got 192; a second interp"),
-        (plan_of(SEARCH, TRAIN, {"do": "recovery", "to": "4x"}), "stage 3 (recovery): got 192; a recovery is from"),
+        (plan_of(SEARCH, TRAIN, {"do": "recovery", "to": "5x"}), "stage 3 (recovery): got 240; a recovery is from"),
+        (plan_of(SEARCH | {"needle_template": "x"}), "stage 1: [needle]: got 'x'; it is a table of needle, question, "),
+        (
+            plan_of(SEARCH | {"objective": "both", "needle_template": {"needle": "{key}"}}),
+            "stage 1: [needle] question: got no such field; a needle template has it",
+        ),
+        (
+            plan_of(SEARCH | {"needle_template": {"needle": "{key} {number}", "question": "{key}"}}),
+            "stage 1: --needle-template: got --objective perplexity; it is the wording of the needle objective",
+        ),
         (plan_of(SEARCH, SEARCH), "stages: got two of search to 192; each is there once"),
         (plan_of(SEARCH, TRAIN, {"do": "second", "to": "8x"}, TRAIN), "03-second-384: got a fine-tuning after it; "),
         (plan_of(SEARCH, measure=3), "measure: got 3; it is a table"),

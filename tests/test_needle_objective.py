@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,21 +17,22 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizer import byte_tokenizer
+from commands import refused
 from longrope.checkpoint import LoadOptions
 from longrope.documents import Document
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import window_losses
-from longrope.factors import RopeFactors
+from longrope.evaluate.templates import NEEDLE as WORDING
+from longrope.evaluate.templates import NeedleTemplate
+from longrope.factors import FactorTable, RopeFactors
+from longrope.files import read_lines
 from longrope.model import LoadedModel, load_model
+from longrope.search.archive import Archive
 from longrope.search.backward import loss_gradient
-from longrope.search.needle import (
-    INTRO,
-    NEEDLE,
-    QUESTION,
-    Depth,
-    needle_windows,
-)
+from longrope.search.driver import choose_search_windows, search
+from longrope.search.needle import Depth, needle_windows
 from longrope.search.objective import Evaluator
+from longrope.search.settings import SearchSettings
 from longrope.search.tasks import Task
 from longrope.windows import Window, fingerprint
 from models import build, save
@@ -40,6 +44,7 @@ def prose(seed: int, words: int) -> str:
     return " ".join(WORDS[i] for i in np.random.default_rng(seed).integers(len(WORDS), size=words))
 
 
+INTRO, NEEDLE, QUESTION = WORDING.intro, WORDING.needle, WORDING.question + WORDING.lead
 DOCUMENTS = [Document(f"{seed}.txt", prose(seed, 4500 + 100 * seed)) for seed in range(10)]
 
 
@@ -208,6 +213,30 @@ def test_documents_that_are_too_few_or_too_short_and_unknown_depths_are_refused(
         made(depth="middle")
 
 
+GERMAN = NeedleTemplate(
+    needle="\nDie Zahl von {key} lautet {number}, {key}!\n",
+    question="\nWie lautet die Zahl von {key}?",
+    lead=" Sie lautet",
+    answer=" {number}.",
+    intro="Merke dir die Zahl.\n",
+    names=("Linde", "Eiche"),
+)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_template_words_the_needle_the_question_and_the_answer(name: str) -> None:
+    for window in made(name, 500, template=GERMAN, digits=3):
+        text, told = decoded(name, window.ids), decoded(name, window.ids[window.scored_from :])
+        number = text[-4:-1]
+        key = text.rsplit("von ", 1)[1].split("?")[0]
+        assert key in GERMAN.names
+        assert text.startswith("Merke dir die Zahl.\n")
+        assert text.endswith(f"\nWie lautet die Zahl von {key}? Sie lautet {number}.")
+        assert text.count(f"\nDie Zahl von {key} lautet {number}, {key}!\n") == 1
+        assert told.endswith(f"{number}.")
+        assert len(window.ids) == 500
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder: Path = tmp_path_factory.mktemp("small")
@@ -260,3 +289,70 @@ def test_its_gradient_is_that_of_finite_differences(small: LoadedModel) -> None:
     assert by_rescale[pair] == pytest.approx(differences, rel=0.01)
     differences = (value(attention_factor=0.01) - value(attention_factor=-0.01)) / 0.02
     assert by_attention == pytest.approx(differences, rel=0.02)
+
+
+def test_both_is_the_geometric_mean_of_the_perplexities_of_windows_and_of_answers(small: LoadedModel) -> None:
+    settings = SearchSettings(to=400, objective="both", windows=3, seed=1, needle_digits=5, gradient_windows=2)
+    windows = choose_search_windows(small, settings, DOCUMENTS)
+    assert [window.scored for window in windows.search] == [399, 5] * 3, "in turn, so that a race sees both early"
+    assert [window.scored for window in windows.gradient] == [399, 5] * 2
+    assert not {(each.sha256, each.start) for each in windows.search} & {
+        (each.sha256, each.start) for each in windows.gradient
+    }
+    assert list(windows.measured) == list(windows.search[::2])
+    factors, archive = factors_of(small, 400), Archive.of(windows.search)
+    with Evaluator(small, windows.search) as evaluate:
+        task = Task(factors, archive.everything)
+        outcome = evaluate(task)
+    prose, answers = (sum(outcome.losses[kind::2]) / sum(w.scored for w in windows.search[kind::2]) for kind in (0, 1))
+    assert archive.add(task, outcome) == pytest.approx(math.exp((prose + answers) / 2))
+
+
+def test_its_gradient_weighs_them_as_its_value_does(small: LoadedModel) -> None:
+    settings = SearchSettings(to=400, objective="both", windows=1, gradient_windows=0)
+    windows = choose_search_windows(small, settings, DOCUMENTS).search
+    factors = factors_of(small, 400)
+
+    def gradient(*chosen: int) -> tuple[np.ndarray, float]:
+        with Evaluator(small, windows) as evaluate:
+            found = evaluate(Task(factors, chosen, gradient=True)).gradient
+        assert found is not None
+        return np.array(found.rescale), found.attention_factor
+
+    with small.patch() as patch:
+        alone = [loss_gradient(small, patch, factors, [replace(window, weight=1.0)]) for window in windows]
+    weight = 399 / 7
+    assert weight == pytest.approx(windows[1].weight)
+    together = gradient(0, 1)
+    np.testing.assert_allclose(together[0], alone[0][1] + weight * alone[1][1], rtol=1e-4)
+    assert together[1] == pytest.approx(alone[0][2] + weight * alone[1][2], rel=1e-4)
+
+
+def test_both_takes_as_many_windows_of_either_kind_and_the_search_measures_whole_ones(
+    small: LoadedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for document in DOCUMENTS:
+        (tmp_path / "texts" / document.name).write_text(document.text)
+    given: dict[str, Any] = {"documents": [str(tmp_path / "texts")], "objective": "both", "windows": 2}
+    search(small, to=400, **given, evaluations=6, out=tmp_path / "run", needle_template=GERMAN)
+    lines = read_lines(tmp_path / "run" / "evaluations.jsonl")
+    assert {window for line in lines for window in line["windows"]} >= {0, 1, 2, 3}
+    assert sum(line["tokens"] for line in lines) <= 6 * 4 * 400
+    best = FactorTable.load(tmp_path / "run" / "factors.json")
+    assert best.provenance["objective"] == "both"
+    measured = json.loads((tmp_path / "run" / "metrics.json").read_text())["results"]
+    assert {(each["method"], each["windows"]) for each in measured} >= {("longrope", "search"), ("yarn", "search")}
+    with pytest.raises(UserError, match=r"^--out: got .* a run where settings.needle_template"):
+        search(small, to=400, **given, evaluations=6, out=tmp_path / "run")
+
+
+def test_a_template_of_no_use_or_without_a_needle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("words.toml").write_text('[passkey]\nfiller = "a"\nstatement = "{key}"\nquestion = "?"\n')
+    words: list[object] = ["search", "tiny", "--to", "1k", "-d", "stdlib", "--out", "run"]
+    told = refused(*words, "--objective", "both", "--needle-template", "words.toml")
+    assert "words.toml: got no table [needle]; prompts of needle are in the table [needle]; " in told
+    Path("words.toml").write_text('[needle]\nneedle = "{key} {number}"\nquestion = "{key}"\n')
+    told = refused(*words, "--needle-template", "words.toml")
+    assert told.startswith("--needle-template: got --objective perplexity; it is the wording of the needle objective; ")

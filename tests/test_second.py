@@ -206,7 +206,8 @@ def test_a_search_at_a_shorter_length_ends_with_the_best_of_a_few_at_the_target(
     [
         (["plain", "--to", FARTHER, "--stage", "second"], "model: got plain, which is not extended; a second"),
         (["model", "--to", TARGET, "--stage", "second"], f"--to: got {TARGET} tokens; a second interpolation goes"),
-        (["model", "--to", TARGET, "--stage", "recovery"], f"--to: got {TARGET} tokens; a recovery is for lengths"),
+        (["model", "--to", FARTHER, "--stage", "recovery"], f"--to: got {FARTHER} tokens; a recovery is for lengths"),
+        (["plain", "--to", ORIGINAL, "--stage", "recovery"], "--to: got 48 tokens; a recovery is for lengths"),
         (["model", "--to", ORIGINAL - 1, "--stage", "recovery"], "--to: got 47 tokens; a recovery is for lengths"),
         (["model", "--to", FARTHER, "--stage", "third"], "--stage: got 'third'; it is one of second, recovery"),
         (["plain", "--to", TARGET, "--search-length", TARGET], "--search-length: got 192 tokens; it is an extension"),

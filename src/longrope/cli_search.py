@@ -30,9 +30,9 @@ def search(
     method: Annotated[
         str, typer.Option(help="hybrid (seeds, gradient, short evolution), gradient, or evolution: Algorithm 1.")
     ] = "hybrid",
-    objective: Annotated[str, typer.Option(help="perplexity, or needle: the answer to a needle's question.")] = (
-        "perplexity"
-    ),
+    objective: Annotated[
+        str, typer.Option(help="perplexity, needle: the answer to a needle's question, or both.")
+    ] = "perplexity",
     space: Annotated[
         str, typer.Option(help="longrope, or longrope2: from the real critical dimension on, NTK below.")
     ] = "longrope",
@@ -60,6 +60,10 @@ def search(
         str, typer.Option(metavar="DEPTH", help="Where needles are: spread, or start, as in LongRoPE2.")
     ] = "spread",
     needle_digits: Annotated[int, typer.Option(metavar="N", help="Of the needle's number.")] = 7,
+    needle_template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A TOML file with the needle's texts, as for evaluate needle."),
+    ] = None,
     race: Annotated[bool, typer.Option("--race", help="In evolution: drop children that cannot become parents.")] = (
         False
     ),
@@ -100,6 +104,7 @@ def search(
     seeds = [as_table(path) for path in init or []]
     from longrope.console import err, print_json, resume_with, search_progress
     from longrope.console_tables import factors_table, results_table
+    from longrope.evaluate.templates import read_needle_template
     from longrope.files import read_object
     from longrope.runs import FACTORS, METRICS, default_run_path
     from longrope.search.driver import search as run_search
@@ -126,6 +131,7 @@ def search(
             search_length=None if search_length is None else parse_length(search_length),
             needle_depth=needle_depth,
             needle_digits=needle_digits,
+            needle_template=None if needle_template is None else read_needle_template(needle_template),
             race=race,
             evaluations=evaluations,
             token_passes=_token_passes(token_passes),

@@ -29,7 +29,8 @@ class Window:
     """A span of one document: `ids` (length,), BOS first when the tokenizer has one, then the tokens from `start` on.
 
     `document` and `sha256` are the document's name and hash; `start` counts its tokens, BOS not among them. Tokens from
-    `scored_from` on are scored: all but the first, or only an answer at the window's end.
+    `scored_from` on are scored: all but the first, or only an answer at the window's end. `weight`: of each of them
+    among those of other windows, where a search minimises them together.
     """
 
     document: str
@@ -37,6 +38,7 @@ class Window:
     start: int
     ids: Ids
     scored_from: int = 1
+    weight: float = 1.0
 
     @property
     def scored(self) -> int:

@@ -114,6 +114,7 @@ def _searched(loaded: LoadedModel, stage: Stage, reached: int) -> tuple[tuple[Wo
     settings = search_settings(stage, 0)
     settings = settings.shorter or settings
     count = settings.window_count or default_window_count(settings.to)
+    count *= 2 if settings.objective == "both" else 1
     empty = SearchWindows([_window(settings.to)] * count)
     problem = make_problem(as_trained, settings, empty)
     budget = make_budget(settings, empty, len(problem.seeds))

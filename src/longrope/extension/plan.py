@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.errors import UserError, shown
+from longrope.evaluate.templates import needle_template_of
 from longrope.factors import FactorTable
 from longrope.files import LARGEST, check_regular, disk_errors
 from longrope.lengths import LONGEST, format_length, parse_length
@@ -212,7 +213,7 @@ def _check_training(settings: Mapping[str, Any], where: str) -> None:
 
 def _check_search(settings: Mapping[str, Any], do: str, where: str) -> None:
     try:
-        SearchSettings(to=1, stage=None if do == "search" else do, **settings).check_words()
+        _settings_of(1, do, 0, settings).check_words()
     except UserError as error:
         raise error.changed(what=f"{where}: {error.what}") from None
     except TypeError:
@@ -222,6 +223,7 @@ def _check_search(settings: Mapping[str, Any], do: str, where: str) -> None:
 def _check_order(stages: Sequence[Stage], original_length: int) -> None:
     searched: set[int] = set()
     trained: int | None = None
+    reached = 0  # of the fine-tuned model's rows
     for stage in stages:
         where, to = f"stage {stage.number} ({stage.do})", format_length(stage.to)
         if stage.do == "search":
@@ -233,18 +235,20 @@ def _check_order(stages: Sequence[Stage], original_length: int) -> None:
                 raise _wrong(where, f"no search for {to} before it", "a fine-tuning uses factors of its length")
             if trained is not None and stage.to < trained:
                 raise _wrong(where, to, f"a later fine-tuning is not shorter than the one before, {trained}")
-            trained = stage.to
+            trained = reached = stage.to
         elif trained is None:
             raise _wrong(where, "no fine-tuning before it", "it is a search on the fine-tuned model")
         elif stage.do == "second" and stage.to <= trained:
             raise _wrong(where, to, f"a second interpolation goes beyond the fine-tuned length of {trained}")
-        elif stage.do == "recovery" and not original_length <= stage.to < trained:
-            raise _wrong(where, to, f"a recovery is from the original length up to below the fine-tuned {trained}")
+        elif stage.do == "recovery" and not original_length <= stage.to <= reached:
+            raise _wrong(where, to, f"a recovery is from the original length up to {reached}, where its rows end")
         if stage.do != "finetune":
+            known = {"search": None, "second": trained, "recovery": reached}[stage.do]
             try:
-                search_settings(stage, 0).check(original_length, None if stage.do == "search" else trained)
+                search_settings(stage, 0).check(original_length, known)
             except UserError as error:
                 raise error.changed(what=f"{where}: {error.what}") from None
+        reached = max(reached, stage.to) if stage.do == "second" else reached
     reached = max([stage.to for stage in stages if stage.do == "second"] or [trained or max(searched)])
     if unused := [stage for stage in stages if stage.to > reached]:
         rule = (
@@ -297,8 +301,14 @@ def _wrong(what: str, got: object, rule: str) -> UserError:
 
 def search_settings(stage: Stage, seed: int) -> SearchSettings:
     """The settings of the search that a stage is."""
-    kind = None if stage.do == "search" else stage.do
-    return SearchSettings(to=stage.to, stage=kind, seed=seed, **stage.settings)
+    return _settings_of(stage.to, stage.do, seed, stage.settings)
+
+
+def _settings_of(to: int, do: str, seed: int, settings: Mapping[str, Any]) -> SearchSettings:
+    given = dict(settings)
+    if "needle_template" in given:
+        given["needle_template"] = needle_template_of(given["needle_template"])
+    return SearchSettings(to=to, stage=None if do == "search" else do, seed=seed, **given)
 
 
 def measured_lengths(plan: Plan, table: FactorTable | None = None) -> list[int]:

@@ -141,6 +141,8 @@ def _make(going: Extension, stage: Stage) -> bool:
     inputs = {"model": going.hash_of(model)}
     if stage.do == "finetune":
         inputs["factors"] = going.tables[stage.to].row_for(stage.to).key
+    elif rows := _rows_about(going, stage):
+        inputs["rows"] = ", ".join(f"{row.up_to}: {row.key}" for row in rows.rows)
     before = going.done.has(stage.name, inputs)
     if before:
         say(f"{stage.name} is done")
@@ -176,9 +178,20 @@ def _search(going: Extension, stage: Stage, model: str, folder: Path) -> None:
     loaded = going.model(model)
     if stage.do == "second":
         loaded = loaded.fine_tuned()
+    elif rows := _rows_about(going, stage):
+        loaded = replace(loaded, table=rows)
     windows = choose_search_windows(loaded, settings, going.texts.search)  # what is unseen is measured at the end
     with going.watching.search() as on_progress:
         search_windows(loaded, settings, windows, out=folder, workers=going.workers, on_progress=on_progress)
+
+
+def _rows_about(going: Extension, stage: Stage) -> FactorTable | None:
+    """The table so far, for a recovery from the fine-tuned length on: it starts at the rows about its length.
+
+    One below starts between the original RoPE and what the weights were trained with, which their checkpoint knows.
+    """
+    trained = max((each.to for each in going.plan.stages if each.do == "finetune"), default=0)
+    return going.table if stage.do == "recovery" and stage.to >= trained else None
 
 
 def _train(going: Extension, stage: Stage, model: str, folder: Path) -> None:

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from longrope.factors import RopeFactors
 from longrope.search.tasks import Outcome, Task
+from longrope.windows import Window
 
 Losses = NDArray[np.float64]
-"""Nats by window."""
+"""Nats by window, times its weight."""
 
 # Pieces that the windows of a search are run in. Windows of a piece run as one batch, which short ones need to be fast.
 _PIECES = 8
@@ -26,14 +27,26 @@ def in_pieces(windows: Sequence[int]) -> list[tuple[int, ...]]:
 class Archive:
     """Losses of candidates on the search windows, of which there are len(counts); further windows are not kept.
 
-    counts: scored tokens of each search window. A candidate's value is its token-weighted perplexity on all of them.
+    counts: scored tokens of each search window. weights: of each of its tokens, 1 by default. A candidate's value is
+    its perplexity on all of them, each token by its weight.
     """
 
-    def __init__(self, counts: Sequence[int] | NDArray[np.int64]) -> None:
-        self.counts = np.asarray(counts, dtype=np.int64)
+    def __init__(self, counts: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        self._scored, self._weights = tuple(counts), tuple(weights or [1.0] * len(counts))
+        self.counts = np.array(self._scored) * np.array(self._weights)
+        """Scored tokens of each search window, times its weight."""
         self._losses: dict[str, Losses] = {}
         self._factors: dict[str, RopeFactors] = {}
         self._best: tuple[float, RopeFactors] | None = None
+
+    @classmethod
+    def of(cls, windows: Sequence[Window]) -> Archive:
+        """An archive of nothing yet, for some search windows."""
+        return cls([window.scored for window in windows], [window.weight for window in windows])
+
+    def empty(self) -> Archive:
+        """One of the same windows in which nothing is known."""
+        return Archive(self._scored, self._weights)
 
     @property
     def everything(self) -> tuple[int, ...]:
@@ -63,7 +76,7 @@ class Archive:
         known = self._losses.setdefault(key, np.full(len(self.counts), np.nan))
         for window, loss in zip(task.windows, outcome.losses, strict=True):
             if window < len(known):
-                known[window] = loss if math.isfinite(loss) else math.inf
+                known[window] = self._weights[window] * loss if math.isfinite(loss) else math.inf
         value = self.value(task.factors)
         if value is None:
             return None
@@ -75,7 +88,7 @@ class Archive:
         return value
 
     def losses(self, factors: RopeFactors) -> Losses:
-        """Loss (N,) of a candidate on each window in nats, NaN where it was not tried, infinite where it failed."""
+        """Loss (N,) of a candidate on each window, weighted, NaN where it was not tried, infinite where it failed."""
         return self._losses.get(factors.key, np.full(len(self.counts), np.nan))
 
     def value(self, factors: RopeFactors) -> float | None:

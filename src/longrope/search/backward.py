@@ -33,8 +33,9 @@ def loss_gradient(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float, int]:
     """Loss in nats of each window (N,), the gradient of their sum by rescale (P,) and by attention factor, and tokens.
 
-    The tokens are those of forward passes made twice, because their activations did not fit into memory. Windows run
-    one by one. Raises UserError, with a length that would fit, when one does not fit even so.
+    The gradient is that of the losses times their windows' weights. The tokens are those of forward passes made twice,
+    because their activations did not fit into memory. Windows run one by one. Raises UserError, with a length that
+    would fit, when one does not fit even so.
     """
     losses = []
     rescale, attention_factor, recomputed = np.zeros(len(factors.rescale)), 0.0, 0
@@ -52,8 +53,8 @@ def loss_gradient(
         if found is None:
             raise window_too_long(lambda ids: _one(loaded, patch, factors, ids, None, True), _ids(window))
         losses.append(found[0])
-        rescale += found[1]
-        attention_factor += found[2]
+        rescale += window.weight * found[1]
+        attention_factor += window.weight * found[2]
         recomputed += len(window.ids) if again else 0
     return np.array(losses), rescale, attention_factor, recomputed
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,24 @@ def choose_search_windows(
             seed=seed,
             depth=settings.needle_depth,
             digits=settings.needle_digits,
+            template=settings.needle_template,
             taken=taken,
         )
 
     first = needles(count or default_window_count(length), seed)
     # Another seed, so that keys and numbers are others too.
     further = needles(wanted, seed + 1, first) if wanted else []
+    if settings.objective == "both":
+        spare = spare_windows(searched, loaded.tokenizer, length=length, count=wanted, seed=seed, taken=plain)
+        weight = sum(window.scored for window in plain) / sum(window.scored for window in first)
+        return SearchWindows(in_turn(plain, first, weight), in_turn(spare, further, weight), judged, measured=plain)
     return SearchWindows(first, further, judged, measured=plain)
+
+
+def in_turn(plain: Sequence[Window], needles: Sequence[Window], weight: float) -> list[Window]:
+    """Both kinds of windows in turn, so that every piece of them has both; a token of a needle has the weight."""
+    weighted = [replace(window, weight=weight) for window in needles]
+    return [window for pair in zip_longest(plain, weighted) for window in pair if window is not None]
 
 
 def search_windows(
@@ -201,7 +213,7 @@ def run_search(
     problem = make_problem(loaded, settings, windows, init)
     if windows.shorter is not None:
         problem = replace(problem, seeds=_from_shorter(run, loaded, settings, windows, init, workers, on_progress))
-    archive = Archive([window.scored for window in windows.search])
+    archive = Archive.of(windows.search)
     everything = [*windows.search, *windows.gradient]
     budget = make_budget(settings, windows, len(problem.seeds))
     if settings.method != "evolution" and windows.shorter is None:
@@ -381,6 +393,8 @@ def run_config(
 ) -> dict[str, Any]:
     """What config.json of a run that searches holds: everything its result depends on."""
     chosen = settings.to_dict() | describe_options(loaded)
+    if settings.stage is not None:  # the rows are no part of the model's fingerprint
+        chosen["rows"] = [row.key for row in loaded.meaning.rows]
     return {
         "command": command,
         "longrope": __version__,

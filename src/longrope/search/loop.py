@@ -85,7 +85,7 @@ class Loop:
     ) -> None:
         self.run, self.archive, self.workers, self.budget = run, archive, workers, budget
         self.lengths = lengths
-        self.seen = Archive(archive.counts)  # as outcomes come in, where `archive` has them in the order of the tasks
+        self.seen = archive.empty()  # as outcomes come in, where `archive` has them in the order of the tasks
         lines = run.evaluations()
         self.known = {line["key"]: self._outcome(line) for line in lines}
         self.spent, self.fresh_tokens = 0, 0

@@ -1,7 +1,7 @@
 """Windows of the needle objective: a number told in a real document, of which only the recall at the end is scored.
 
 The needle-driven perplexity of LongRoPE2 (arXiv 2502.20082): most tokens of a text can be foretold from those just
-before them, and say little about far positions; the number cannot. The wording is ours.
+before them, and say little about far positions; the number cannot. The wording is ours, or that of a template.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import numpy as np
 from longrope.documents import Document
 from longrope.errors import UserError
 from longrope.evaluate.prompts import Prompt, shared_start
-from longrope.evaluate.templates import FIRST, INTRO_FROM, SECOND
-from longrope.evaluate.templates import NEEDLE as NEEDLE_PROMPT
+from longrope.evaluate.templates import FIRST, INTRO_FROM, NEEDLE, SECOND, SHORT_NEEDLE, NeedleTemplate
 from longrope.windows import Window, bos_of, choose_windows, spare_windows, token_ids
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ Depth = Literal["start", "spread"]
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
 """All of them."""
 
-INTRO, NEEDLE, QUESTION = NEEDLE_PROMPT.intro, NEEDLE_PROMPT.needle, NEEDLE_PROMPT.question + NEEDLE_PROMPT.lead
-"""The texts of a prompt."""
 DIGITS = 7
 """Of the number, as in LongRoPE2."""
 
@@ -42,6 +39,7 @@ def needle_windows(
     seed: int,
     depth: Depth,
     digits: int = DIGITS,
+    template: NeedleTemplate | None = None,
     taken: Sequence[Window] | None = None,
 ) -> list[Window]:
     """`count` windows of exactly `length` tokens: BOS, introduction, document with a needle, question, answer.
@@ -49,13 +47,14 @@ def needle_windows(
     Only the tokens of the answer, a number of `digits` digits, are scored. The seed fixes keys and numbers, and the
     documents' spans by the rules of `choose_windows`. depth: "start" puts the needle before the document, as LongRoPE2
     does; "spread" puts that of window k at (k + 1/2) / count of the document. `Window.start` is where the span of the
-    document begins. With `taken`, the spans are none of those of these windows, and as many of `count` as the documents
-    have. Raises UserError when the prompt does not fit, or the documents do not suffice.
+    document begins. template: the prompts' wording; by default ours, without its introduction below 1024 tokens. With
+    `taken`, the spans are none of those of these windows, and as many of `count` as the documents have. Raises
+    UserError when the prompt does not fit, or the documents do not suffice.
     """
     if depth not in DEPTHS:
         rule = f"it is one of {', '.join(DEPTHS)}"
         raise UserError("--needle-depth", got=repr(depth), rule=rule, do="choose one of them")
-    prompts = _prompts(tokenizer, length, count, seed, digits)
+    prompts = _prompts(tokenizer, template, length, count, seed, digits)
     fixed = max((each.size for each in prompts), default=0)
     if length < fixed + 2:
         raise UserError(
@@ -83,19 +82,32 @@ def needle_windows(
     return windows
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, digits: int) -> list[Prompt]:
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    template: NeedleTemplate | None,
+    length: int,
+    count: int,
+    seed: int,
+    digits: int,
+) -> list[Prompt]:
     """Each window's prompt, without its document."""
     ids = partial(token_ids, tokenizer)
     rng = np.random.default_rng(seed)
-    head = bos_of(tokenizer) + (ids(INTRO) if length >= INTRO_FROM else [])
+    wording = template or (SHORT_NEEDLE if length < INTRO_FROM else NEEDLE)
+    head = bos_of(tokenizer) + (ids(wording.intro.format()) if wording.intro else [])
     prompts = []
     for _ in range(count):
-        key = f"{FIRST[rng.integers(len(FIRST))]}-{SECOND[rng.integers(len(SECOND))]}"
+        if template is None:
+            key = f"{FIRST[rng.integers(len(FIRST))]}-{SECOND[rng.integers(len(SECOND))]}"
+        else:
+            key = template.names[int(rng.integers(len(template.names)))]
         number = int(rng.integers(10 ** (digits - 1), 10**digits))
-        asked = QUESTION.format(key=key)
-        whole = ids(f"{asked} {number}")
+        asked, answer = (wording.question + wording.lead).format(key=key), wording.answer.format(key=key, number=number)
+        whole, space = ids(asked + answer), answer[: len(answer) - len(answer.lstrip())]
         # The space is scored only where it is one token with the number, or the tokenizer joins even more than that.
-        known = max(shared_start(ids(text), whole) for text in (asked, f"{asked} "))
-        prompts.append(Prompt(head, ids(NEEDLE.format(key=key, number=number)), whole[:known], whole[known:]))
-        assert prompts[-1].answer, "a text with a number has more tokens than without it"
+        known = max(shared_start(ids(text), whole) for text in (asked, asked + space))
+        prompts.append(Prompt(head, ids(wording.needle.format(key=key, number=number)), whole[:known], whole[known:]))
+        if not prompts[-1].answer:
+            got, rule = f"a tokenizer that writes {answer.strip()!r} as no tokens of its own", "the answer is scored"
+            raise UserError("--needle-template", got=got, rule=rule, do="write another question or answer")
     return prompts

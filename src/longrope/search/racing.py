@@ -128,7 +128,7 @@ def race_to_be_parent(
     return [_value(archive, each) if id(each) in survived else float("nan") for each in candidates]
 
 
-def paired_spread(others: Losses, rival: Losses, counts: NDArray[np.int64]) -> float:
+def paired_spread(others: Losses, rival: Losses, counts: NDArray[np.float64]) -> float:
     """Standard deviation over windows of the difference in loss a token, of others (K, N) to a rival (N,), pooled."""
     if not len(others):
         return 0.0

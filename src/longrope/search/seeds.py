@@ -19,6 +19,9 @@ PAPER = ("pi", "ntk", "yarn")
 ALL = ("pi", "ntk", "ntk-cd", "yarn", "llama3")
 """Those that our own searches start from."""
 
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the way from one row to another, where a recovery starts."""
+
 Seeds = list[tuple[str, RopeFactors]]
 """Factors by name."""
 
@@ -51,22 +54,30 @@ def vectors(
 
 
 def recovery(loaded: LoadedModel, space: Space, target: int, init: Sequence[FactorTable]) -> Seeds:
-    """Seeds of a recovery: the original RoPE, the row that the weights were trained with, and those between.
+    """Seeds of a recovery: the original RoPE, the table's longest row, and those between.
 
-    Between them, because fine-tuning has moved the model from one towards the other.
+    Between them, because fine-tuning has moved the model from one towards the other. Where the table has rows about the
+    target, also those: its own with the next longer one, else the shorter and the longer, and what is between.
     """
-    trained = last_row(loaded.meaning, loaded.meaning.rows[-1].up_to)
-    found = []
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        row = RopeFactors(
-            up_to=target,
-            rescale=tuple((trained.vector**share).tolist()),
-            start_tokens=trained.start_tokens if share == 1.0 else 0,
-            attention_factor=trained.attention_factor**share,
-        )
-        name = {0.0: "original", 1.0: "own"}.get(share, f"between-{share:g}")
-        found.append((name, row if space.holds(row) else _repaired(row, space)))
-    return found + given(loaded, space, target, init)
+    rows = loaded.meaning.rows
+    unscaled = rows[-1].with_values(rescale=(1.0,) * len(rows[-1].rescale), attention_factor=1.0, start_tokens=0)
+    names = {0.0: "original", 1.0: "own"}
+    found = [(names.get(share, f"between-{share:g}"), between(unscaled, rows[-1], share)) for share in SHARES]
+    shorter, longer = [row for row in rows if row.up_to <= target], [row for row in rows if row.up_to > target]
+    if shorter and longer and set(shorter[-1].rescale) != {1.0}:
+        about = [(f"row-{share:g}", between(shorter[-1], longer[0], share)) for share in SHARES]
+        found = about + found  # the first is evaluated first
+    found = [(name, row if space.holds(row) else _repaired(row, space)) for name, row in found]
+    return [(name, row.with_values(up_to=target)) for name, row in found] + given(loaded, space, target, init)
+
+
+def between(first: RopeFactors, second: RopeFactors, share: float) -> RopeFactors:
+    """A row at a share of the way from one to another, on a logarithmic scale; at 0 and 1 exactly these."""
+    if share in (0.0, 1.0):
+        return (first, second)[int(share)]
+    rescale = first.vector ** (1 - share) * second.vector**share
+    attention_factor = first.attention_factor ** (1 - share) * second.attention_factor**share
+    return RopeFactors(second.up_to, tuple(rescale.tolist()), attention_factor=attention_factor)
 
 
 def given(loaded: LoadedModel, space: Space, target: int, init: Sequence[FactorTable]) -> Seeds:
@@ -110,13 +121,15 @@ def with_attention(
 ) -> Seeds:
     """Each seed with each attention factor; a seed of its own scaling also with its own, where that is searched.
 
-    choices: start tokens of the search; a seed with others gets `start`. Equal ones come once.
+    A row of a table has its own alone: it was found with it. choices: start tokens of the search; a seed with others
+    gets `start`. Equal ones come once.
     """
     found: Seeds = []
     known: set[str] = set()
     for name, row in seeds:
-        tried = dict(factors)
-        if searched and name.partition("-")[0] in ("own", "init", "between"):
+        kind = name.partition("-")[0]
+        tried = {} if searched and kind == "row" else dict(factors)
+        if searched and kind in ("own", "init", "between", "row"):
             tried["own"] = row.attention_factor
         for rule, value in tried.items():
             kept = row.start_tokens if row.start_tokens in choices else start

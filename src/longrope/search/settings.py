@@ -8,13 +8,14 @@ from typing import Any
 
 from longrope.baselines import attention_factor
 from longrope.errors import UserError
+from longrope.evaluate.templates import NeedleTemplate, describe_template
 from longrope.lengths import format_length
 from longrope.search.methods import METHODS
 from longrope.search.needle import DEPTHS, DIGITS, Depth
 from longrope.search.space import START_TOKENS
 from longrope.windows import default_window_count
 
-_OBJECTIVES = ("perplexity", "needle")
+_OBJECTIVES = ("perplexity", "needle", "both")
 _STAGES = ("second", "recovery")
 # A recovery is at short lengths, where the windows of a longer search would be few tokens.
 _RECOVERY_TOKENS = 65536
@@ -34,7 +35,8 @@ class SearchSettings:
     method: str = "hybrid"
     """evolution: Algorithm 1 of the paper. gradient: descent from the best seeds. hybrid: seeds, descent, evolution."""
     objective: str = "perplexity"
-    """perplexity, or needle: the loss of the answer to a question about a needle in a real document (LongRoPE2)."""
+    """perplexity; needle: the loss of the answer to a question about a needle in a real document (LongRoPE2); both: the
+    geometric mean of the perplexities of as many whole windows and of the answers of as many needles."""
     space: str = "longrope"
     """longrope, or longrope2: from the real critical dimension on, NTK below."""
     start_tokens: str | None = None
@@ -51,10 +53,12 @@ class SearchSettings:
     """Where the needle is: spread over the documents, or at their start (as LongRoPE2 has it)."""
     needle_digits: int = DIGITS
     """Digits of the number that is asked for."""
+    needle_template: NeedleTemplate | None = None
+    """The needle's wording, such as one in another language; by default ours."""
     race: bool = False
     """Whether evolution drops children that cannot become parents before all windows are run; off in the paper's."""
     windows: int | None = None
-    """Search windows; by default 8 up to 32k, 5 below 512k, 3 from there."""
+    """Search windows, of each kind where the objective is both; by default 8 up to 32k, 5 below 512k, 3 from there."""
     gradient_windows: int | None = None
     """Further windows of the same documents that gradients are taken on, as far as there are; 0: the search windows.
     By default 0, and 64 where there are fewer than 4 search windows."""
@@ -83,11 +87,11 @@ class SearchSettings:
         self.check_words()
         reached = reached or original_length
         if self.stage == "recovery":
-            if not original_length <= self.to < reached:
+            if not original_length <= self.to <= reached or reached == original_length:
                 raise UserError(
                     "--to",
                     got=f"{self.to} tokens",
-                    rule=f"a recovery is for lengths from the original {original_length} to below {reached}, where the "
+                    rule=f"a recovery is for lengths from the original {original_length} to {reached}, where the "
                     "checkpoint's own factors end",
                     do="give such a length, and a checkpoint that was fine-tuned with factors",
                 )
@@ -113,9 +117,12 @@ class SearchSettings:
                 rule=f"it is an extension that is shorter than the target: above {least} and below {self.to}",
                 do="give such a length, or leave it out",
             )
-        if self.search_length is not None and self.objective == "needle":
-            rule = "what is found at a shorter length is decided between by perplexity"
-            raise UserError("--search-length", got="--objective needle", rule=rule, do="leave one of them out")
+        if self.search_length is not None and self.objective != "perplexity":
+            got, rule = (
+                f"--objective {self.objective}",
+                "what is found at a shorter length is decided between by perplexity",
+            )
+            raise UserError("--search-length", got=got, rule=rule, do="leave one of them out")
         self._check_factors(original_length)
 
     def check_words(self) -> None:
@@ -148,6 +155,9 @@ class SearchSettings:
         if not 1 <= self.needle_digits <= _MOST_DIGITS:
             rule = f"a number has 1 to {_MOST_DIGITS} of them"
             raise UserError("--needle-digits", got=self.needle_digits, rule=rule, do="use 7 as in LongRoPE2")
+        if self.needle_template is not None and self.objective == "perplexity":
+            got, rule = "--objective perplexity", "it is the wording of the needle objective"
+            raise UserError("--needle-template", got=got, rule=rule, do="leave it out, or choose needle or both")
         if self.race and self.method != "evolution":
             rule = f"it is a choice of evolution; {self.method} always races"
             raise UserError("--race", got=f"--method {self.method}", rule=rule, do="leave it out")
@@ -199,7 +209,9 @@ class SearchSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: resolved, without the number of windows, which are listed there."""
-        return {name: value for name, value in vars(self.resolved()).items() if name != "windows"}
+        told = {name: value for name, value in vars(self.resolved()).items() if name != "windows"}
+        wording = told.pop("needle_template")
+        return told if wording is None else told | {"needle_template": describe_template(wording)}
 
 
 BUDGET = ("evaluations", "token_passes", "hours")
