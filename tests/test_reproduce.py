@@ -38,6 +38,11 @@ search_length = "6x"
 [[stages]]
 do = "recovery"
 to = ["1x"]
+[[stages]]
+do = "recovery"
+to = "4x"
+objective = "both"
+attention_factor = "none"  # so that it is another row than the trained one
 [measure]
 lengths = ["1x"]
 windows = 1
@@ -107,6 +112,19 @@ def test_figures_are_what_the_checkpoints_give(made: Path) -> None:
     assert values["perplexity at 8x / at the fine-tuned length"] == pytest.approx(far / trained, rel=2e-3)
     recovered = perplexity(final, table.row_for(LENGTH), LENGTH)
     assert values["short window after recovery / base"] == pytest.approx(recovered / at_original, rel=2e-3)
+    trained_with = FactorTable.load(state / "extend" / "02-finetune-512" / "factors.json").row_for(4 * LENGTH)
+    tables = {part: each["tables"] for part, each in results["parts"].items()}
+    by_row = tables["trained-length"]["the fine-tuned length by row"]
+    assert trained_with != table.row_for(4 * LENGTH), "or nothing is told apart below"
+    assert by_row["trained with"]["perplexity"] == pytest.approx(perplexity(final, trained_with, 4 * LENGTH), rel=2e-3)
+    assert by_row["searched anew"]["perplexity"] == pytest.approx(trained, rel=2e-3)
+    assert by_row["next longer"]["tries"] == 4
+    unrecovered = tables["by-length"]["perplexity by length"]["not recovered"][str(LENGTH)]
+    assert unrecovered == pytest.approx(perplexity(final, trained_with, LENGTH), rel=2e-3)
+    second_pi = trained_with.with_values(rescale=tuple(2 * each for each in trained_with.rescale))
+    assert tables["by-length"]["perplexity by length"]["second pi"][str(8 * LENGTH)] == pytest.approx(
+        perplexity(final, second_pi, 8 * LENGTH), rel=2e-3
+    )
     mixed = load_model(str(state / "mixed-512" / "checkpoint"), options)
     short = perplexity(mixed, mixed.meaning.row_for(LENGTH), LENGTH)
     assert values["short window after mixed windows to 4x / base"] == pytest.approx(short / at_original, rel=2e-3)
@@ -178,6 +196,8 @@ def test_a_committed_final_model_is_measured_where_it_is_of_the_same_stages(
     )
     final = tmp_path / "models" / "miniature-quick-final"
     shutil.copytree(made / "state" / "miniature-quick" / "extend" / "checkpoint", final)
+    trained = made / "state" / "miniature-quick" / "extend" / "02-finetune-512" / "factors.json"
+    shutil.copy(trained, final / "trained.json")
     (final / "made_of.json").write_text(json.dumps({"made_of": "something else"}))
     assert command(tmp_path, "--parts", "by-length") == 2
     assert "miniature-quick-final is of another plan, other documents or another seed" in capsys.readouterr().err

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from longrope.evaluate.passkey import PasskeyMeasure
 from longrope.evaluate.perplexity import window_losses
@@ -119,7 +120,7 @@ def lengths(setting: Setting, state: State) -> None:
             "the same tokens of the test document", by_length["ours"][length] / at_original, 1.0,
         )  # fmt: skip
     recovered = value(final, "recovered", original, table.row_for(original))
-    unrecovered = value(final, "not recovered", original, table.row_for(trained[-1]))
+    unrecovered = value(final, "not recovered", original, setting.trained_with)
     state.figure(
         "short window after recovery / base", "windows of the original length", recovered / at_original, 1.02,
         paper=PAPER["recovery"], without_recovery=unrecovered / at_original,
@@ -130,7 +131,7 @@ def lengths(setting: Setting, state: State) -> None:
         f"perplexity at {target // original}x / at the fine-tuned length", "the same tokens of the test document",
         ratio, 1.15, aim=1.10, paper=PAPER["ratio"],
     )  # fmt: skip
-    second = setting.load(final).fine_tuned(trained[-1])
+    second = replace(setting.load(final), under=setting.trained_with)
     rows = {name: second.baseline(name, target) for name in SECOND}
     for name in SECOND:
         theirs = value(final, f"second {name}", target, rows[name])
@@ -155,11 +156,22 @@ def passkeys(
     setting: Setting, wanted: list[int], name: str, tries: int, seed: int
 ) -> list[tuple[int, float, list[float] | None]]:
     """(length, share found, interval) of the final checkpoint, as a run of its own."""
-    loaded = setting.load(setting.final)
-    measure = PasskeyMeasure(tries=tries, seed=seed)
-    rows = {("longrope", length): loaded.meaning.row_for(length) for length in wanted}
-    done = measure_run("reproduce", loaded, measure, rows, {"lengths": wanted}, out=setting.state / name)
-    return [(each["length"], each["value"], each["ci"]) for each in done["results"]]
+    table = setting.load(setting.final).meaning
+    rows = {("longrope", length): table.row_for(length) for length in wanted}
+    done = passkeys_by_row(setting, rows, name, tries, seed)
+    return [(each["length"], each["value"], each["ci"]) for each in done]
+
+
+def passkeys_by_row(
+    setting: Setting, rows: Mapping[tuple[str, int], RopeFactors], name: str, tries: int, seed: int
+) -> list[dict[str, Any]]:
+    """The results of the final checkpoint under some rows by name and length, as a run of its own."""
+    measure, wanted = PasskeyMeasure(tries=tries, seed=seed), [length for _, length in rows]
+    loaded, out = setting.load(setting.final), setting.state / name
+    results: list[dict[str, Any]] = measure_run("reproduce", loaded, measure, rows, {"lengths": wanted}, out=out)[
+        "results"
+    ]
+    return results
 
 
 def tell_passkeys(

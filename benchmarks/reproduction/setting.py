@@ -18,14 +18,18 @@ from longrope.documents import Document, read_sources
 from longrope.errors import UserError
 from longrope.extension.done import digest
 from longrope.extension.plan import Plan
+from longrope.factors import FactorTable, RopeFactors
 from longrope.files import read_object, write_atomically
 from longrope.model import LoadedModel, load_model
+from longrope.runs import CHECKPOINT, FACTORS
 from longrope.windows import Window, choose_windows
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 MODELS = Path(__file__).parents[1] / "models"
 MADE_OF = "made_of.json"
 """In a committed model: the hash of all that its stages depend on."""
+TRAINED = "trained.json"
+"""In a committed model: the table that its weights were trained with, before rows of it were searched anew."""
 BRIEF = 4096
 """Bytes of the short windows of a last fine-tuning: of prose enough that its gradient says something."""
 
@@ -185,7 +189,7 @@ class Setting:
 
         Raises UserError where there is neither.
         """
-        made, committed = self.run / "checkpoint", MODELS / f"{self.state.name}-final"
+        made, committed = self.run / CHECKPOINT, MODELS / f"{self.state.name}-final"
         if made.is_dir():
             return made
         if (committed / MADE_OF).is_file():
@@ -196,6 +200,13 @@ class Setting:
             got = f"none in {self.run}"
         rule = "this part measures the model at the end of all stages"
         raise UserError("--parts", got=got, rule=rule, do="make the core first: --parts core")
+
+    @property
+    def trained_with(self) -> RopeFactors:
+        """The row that the final model's weights were trained with, which a recovery may have replaced in its table."""
+        own = self.final == self.run / CHECKPOINT
+        path = self.stage("finetune", self.trained[-1]) / FACTORS if own else self.final / TRAINED
+        return FactorTable.load(path).row_for(self.trained[-1])
 
     def recall(self, length: int) -> Path:
         """Documents of recall tasks, beside the texts that a fine-tuning to a length is on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from longrope.model import LoadedModel, load_model
 from longrope.runs import DONE
 from longrope.training.run import finetune
 from longrope.windows import Window
-from reproduction.core import passkeys, perplexity, searches, tell_passkeys
+from reproduction.core import passkeys, passkeys_by_row, perplexity, searches, tell_passkeys
 from reproduction.setting import Setting, cut, with_recall
 from reproduction.state import State
 
@@ -67,14 +67,14 @@ def by_length(setting: Setting, state: State) -> None:
     """Tables 5 to 7, 9 and 10: the final model at every length, unrecovered, and by other second interpolations."""
     original, target, trained = setting.size.length, setting.plan.target, setting.trained[-1]
     final = setting.final
-    table, second = setting.load(final).meaning, setting.load(final).fine_tuned(trained)
+    table, second = setting.load(final).meaning, replace(setting.load(final), under=setting.trained_with)
     value = _values(setting, state, final, setting.judged(target))
     base = _values(setting, state, setting.base, setting.judged(target))
     found: dict[str, dict[str, float]] = {}
     for length in [original << power for power in range((target // original).bit_length())]:
         found.setdefault("ours", {})[str(length)] = value("ours", length, table.row_for(length))
         if length <= 2 * original:
-            unrecovered = value("not recovered", length, table.row_for(trained))
+            unrecovered = value("not recovered", length, setting.trained_with)
             found.setdefault("not recovered", {})[str(length)] = unrecovered
         if length <= 4 * original:
             found.setdefault("base", {})[str(length)] = base("base", length, None)
@@ -107,6 +107,22 @@ def retrieval(setting: Setting, state: State) -> None:
     tell_passkeys(setting, state, "passkeys of other prompts", f"{tries} tries a length", measured)
 
 
+def trained_length(setting: Setting, state: State) -> None:
+    """The fine-tuned length under the row that was trained with, the one searched anew, and the next longer one."""
+    length, tries = setting.trained[-1], 2 * setting.size.tries
+    table = setting.load(setting.final).meaning
+    longer = next(row for row in table.rows if row.up_to > length)
+    rows = {"trained with": setting.trained_with, "searched anew": table.row_for(length), "next longer": longer}
+    value = _values(setting, state, setting.final, setting.judged(setting.plan.target))
+    told: dict[str, dict[str, Any]] = {name: {"perplexity": value(name, length, row)} for name, row in rows.items()}
+    if not (setting.state / "trained-length" / DONE).exists():
+        state.begin()
+    tried = {(name, length): row for name, row in rows.items()}
+    for each in passkeys_by_row(setting, tried, "trained-length", tries, setting.seed + 1):
+        told[each["method"]] |= {"passkeys": each["value"], "ci": each["ci"], "tries": tries}
+    state.table("the fine-tuned length by row", told)
+
+
 def direct(setting: Setting, state: State) -> None:
     """Table 12: the last fine-tuned length from the base model at once, with as many tokens as step by step."""
     searches(setting, state)
@@ -117,10 +133,10 @@ def direct(setting: Setting, state: State) -> None:
     given = dict(stages[0].settings) | {"steps": steps}
     given |= {name: stages[-1].settings[name] for name in ("batch", "documents")}
     out = _trained(setting, state, setting.base, found(setting, length), length, given, "direct")
-    windows = setting.judged(setting.plan.target)
+    windows, rows = setting.judged(setting.plan.target), (found(setting, length).row_for(length), setting.trained_with)
     values = {
-        name: _values(setting, state, model, windows)(name, length, setting.load(model).meaning.row_for(length))
-        for name, model in (("direct", out), ("fine-tuned", setting.final))
+        name: _values(setting, state, model, windows)(name, length, row)
+        for name, model, row in (("direct", out, rows[0]), ("fine-tuned", setting.final, rows[1]))
     }
     told = {"direct": values["direct"], "step by step": values["fine-tuned"], "tokens": tokens, "steps": steps}
     state.table("direct against progressive", told)
@@ -148,16 +164,25 @@ def _mixed(setting: Setting, state: State, lengths: list[int]) -> None:
     windows = setting.judged(setting.plan.target)
     base = _values(setting, state, setting.base, windows)("base", original, None)
     told: dict[str, dict[str, float]] = {"base": {str(original): base}}
-    for name, each, what in (("mixed", model, "mixed"), ("without", plain, "fine-tuned")):
-        value, table = _values(setting, state, each, windows), setting.load(each).meaning
-        row = table.row_for(original if name == "mixed" else longest)  # the other one is as it was trained, unrecovered
-        told[name] = {str(original): value(f"{what} short", original, row)}
-        told[name][str(longest)] = value(what, longest, table.row_for(longest))
+    row = found(setting, longest).row_for(longest)
+    short = setting.load(model).meaning.row_for(original)
+    plain_row = setting.trained_with if plain == setting.final else row  # as it was trained, unrecovered
+    told["mixed"] = _two(_values(setting, state, model, windows), "mixed", {original: short, longest: row})
+    plain_values = _values(setting, state, plain, windows)
+    told["without"] = _two(plain_values, "fine-tuned", {original: plain_row, longest: plain_row})
     state.figure(
         f"short window after mixed windows to {longest // original}x / base", "windows of the original length",
         told["mixed"][str(original)] / base, 1.01, without=told["without"][str(original)] / base,
     )  # fmt: skip
     state.table("with and without mixed windows", told)
+
+
+def _two(
+    value: Callable[[str, int, RopeFactors | None], float], what: str, rows: Mapping[int, RopeFactors]
+) -> dict[str, float]:
+    """Perplexities by length, the shorter one's named for what it is."""
+    short, long = sorted(rows)
+    return {str(short): value(f"{what} short", short, rows[short]), str(long): value(what, long, rows[long])}
 
 
 def _trained(
@@ -211,6 +236,7 @@ TABLES = {
     "by-length": by_length,
     "angles": angles,
     "retrieval": retrieval,
+    "trained-length": trained_length,
     "direct": direct,
     "mixed": mixed,
     "mixed-longest": mixed_longest,
