@@ -27,7 +27,7 @@ from common import RESULTS, Figure, machine, print_table, today, versions, write
 from longrope.errors import UserError
 from longrope.extension.plan import read_plan
 from longrope.files import read_lines, read_object
-from longrope.runs import LOSSES
+from longrope.runs import LOSSES, STAGES
 from reproduction.core import CORE
 from reproduction.packing import pack, unpack
 from reproduction.setting import SETTINGS, Setting, quick_plan
@@ -141,6 +141,8 @@ def write(name: str, setting: Setting, state: State, out: Path) -> int:
     trained = [setting.run / stage.name / LOSSES for stage in setting.plan.stages if stage.do == "finetune"]
     if "stages" in parts and all(file.exists() for file in trained):
         parts["stages"]["losses"] = {file.parent.name: [line["loss"] for line in read_lines(file)] for file in trained}
+    if state.has("stages"):
+        parts["stages"]["seconds"] = {line["stage"]: line["seconds"] for line in read_lines(setting.run / STAGES)}
     document["parts"] = {part: parts[part] for part in PARTS if part in parts}
     told = [Figure.from_dict(figure) for part in document["parts"].values() for figure in part["figures"]]
     print_table(name, told)

@@ -396,10 +396,10 @@ TRAIN = {"do": "finetune", "to": "4x", "steps": 2}
         (plan_of(SEARCH, {"do": "second", "to": "8x"}), "stage 2 (second): got no fine-tuning before it; "),
         (plan_of(SEARCH, TRAIN, {"do": "second", "to": "4x"}), "stage 3 (second): got 192; a second interp"),
         (plan_of(SEARCH, TRAIN, {"do": "recovery", "to": "5x"}), "stage 3 (recovery): got 240; a recovery is from"),
-        (plan_of(SEARCH | {"needle_template": "x"}), "stage 1: [needle]: got 'x'; it is a table of needle, question, "),
+        (plan_of(SEARCH | {"needle_template": "x"}), "stage 1: needle_template: got 'x'; it is a table of needle,"),
         (
             plan_of(SEARCH | {"objective": "both", "needle_template": {"needle": "{key}"}}),
-            "stage 1: [needle] question: got no such field; a needle template has it",
+            "stage 1: needle_template question: got no such field; a needle template has it",
         ),
         (
             plan_of(SEARCH | {"needle_template": {"needle": "{key} {number}", "question": "{key}"}}),

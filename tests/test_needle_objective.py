@@ -356,3 +356,40 @@ def test_a_template_of_no_use_or_without_a_needle_is_refused(tmp_path: Path, mon
     Path("words.toml").write_text('[needle]\nneedle = "{key} {number}"\nquestion = "{key}"\n')
     told = refused(*words, "--needle-template", "words.toml")
     assert told.startswith("--needle-template: got --objective perplexity; it is the wording of the needle objective; ")
+
+
+def test_both_takes_no_more_gradient_windows_of_one_kind_than_the_documents_have_of_the_other(
+    small: LoadedModel,
+) -> None:
+    long, short = len(DOCUMENTS[0].text), [Document("short", DOCUMENTS[0].text), Document("other", DOCUMENTS[1].text)]
+    for length in (900, 1023, long // 9, long // 5):
+        settings = SearchSettings(to=length, objective="both", windows=2, gradient_windows=64)
+        windows = choose_search_windows(small, settings, short)
+        assert len(windows.search) == 4
+        kinds = [window.weight == 1.0 for window in windows.gradient]
+        assert kinds == [True, False] * (len(kinds) // 2)
+        assert len(kinds) > 0
+
+
+def test_a_step_of_the_descent_has_a_window_of_either_kind(small: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for document in DOCUMENTS:
+        (tmp_path / "texts" / document.name).write_text(document.text)
+    given: dict[str, Any] = {"documents": [str(tmp_path / "texts")], "objective": "both", "windows": 3}
+    whole = search(small, to=400, **given, method="gradient", evaluations=30, out=tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "evaluations.jsonl")
+    steps: dict[tuple[str, int], list[int]] = {}
+    for line in lines:
+        if "gradient" in line:
+            steps.setdefault((line["origin"], line["iteration"]), []).extend(line["windows"])
+    assert steps
+    for windows in steps.values():
+        first, second = sorted(windows)
+        assert (first % 2, second) == (0, first + 1)
+    assert search(small, to=400, **given, method="gradient", evaluations=12, out=tmp_path / "half") is not None
+    more = search(small, to=400, **given, method="gradient", evaluations=30, out=tmp_path / "half")
+    assert more.rows == whole.rows, "gone on with"
+    raced = search(small, to=400, **given, method="evolution", race=True, evaluations=70, out=tmp_path / "raced")
+    assert raced.rows[-1].up_to == 400
+    for line in read_lines(tmp_path / "raced" / "evaluations.jsonl"):
+        assert len(line["windows"]) % 2 == 0, "a child is judged by both"

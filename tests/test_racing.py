@@ -180,11 +180,24 @@ def test_on_windows_that_are_all_alike_the_decision_is_that_of_all_windows_after
 def test_the_spread_is_that_of_paired_differences_a_token() -> None:
     rng = np.random.default_rng(0)
     window, own = rng.normal(0, 50, 6), rng.normal(0, 5, (3, 6))
-    counts = np.full(6, COUNT)
-    assert paired_spread(np.zeros((0, 6)), window, counts) == 0
-    assert paired_spread(window + np.full((3, 1), 7.0), window, counts) == pytest.approx(0, abs=1e-12)
+    difference = Archive([COUNT] * 6).differences
+    assert paired_spread(difference(np.zeros((0, 6)), window)) == 0
+    assert paired_spread(difference(window + np.full((3, 1), 7.0), window)) == pytest.approx(0, abs=1e-12)
     wanted = math.sqrt(sum(float(np.var(row, ddof=1)) for row in own) / 3) / COUNT
-    assert paired_spread(window + own, window, counts) == pytest.approx(wanted)
+    assert paired_spread(difference(window + own, window)) == pytest.approx(wanted)
+
+
+def test_windows_that_are_compared_together_are_one_difference_and_never_in_two_pieces() -> None:
+    archive = Archive([100, 5] * 6, [1.0, 20.0] * 6, together=2)
+    assert archive.pieces == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)]
+    assert all(len(piece) % 2 == 0 for piece in Archive([COUNT] * 40, together=2).pieces)
+    assert [window for piece in Archive([COUNT] * 40, together=2).pieces for window in piece] == list(range(40))
+    rng = np.random.default_rng(0)
+    losses, others = rng.normal(100, 3, 12), rng.normal(100, 3, 12)
+    expected = [(losses[i] + losses[i + 1] - others[i] - others[i + 1]) / 200 for i in range(0, 12, 2)]
+    np.testing.assert_allclose(archive.differences(losses, others), expected)
+    losses[3] = np.nan
+    assert np.isnan(archive.differences(losses, others)).tolist() == [False, True, False, False, False, False]
 
 
 def test_who_must_be_further_ahead_is_dropped_sooner() -> None:

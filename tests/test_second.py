@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import window_losses
 from longrope.factors import FactorTable, RopeFactors, unscaled
-from longrope.files import read_lines
+from longrope.files import read_lines, read_object
 from longrope.model import LoadedModel, load_model
 from longrope.search.driver import search
 from longrope.search.objective import Evaluator
@@ -172,6 +173,26 @@ def test_a_recovery_is_a_row_for_a_length_that_is_reached_already() -> None:
     assert {1.0, trained.attention_factor} <= factors, "at the original length too, where all rules say 1"
 
 
+@pytest.mark.usefixtures("here")
+def test_a_recovery_between_rows_begins_with_those_about_it_and_one_at_the_last_with_that(here: Path) -> None:
+    rows = table().rows
+    far = rows[-1].with_values(up_to=FARTHER, rescale=tuple((3 * rows[-1].vector).tolist()), attention_factor=1.4)
+    replace(table(), rows=(*rows, far)).save(here / "model" / "factors.json")
+    origins = {}
+    for to in (TARGET, 2 * TARGET, FARTHER, 2 * ORIGINAL):
+        made = found(to, "recovery", out=f"to-{to}", windows=1, gradient_windows=2, evaluations=12)
+        assert made.lengths == sorted({ORIGINAL, TARGET, FARTHER, to})
+        lines = read_lines(Path(f"to-{to}/evaluations.jsonl"))
+        origins[to] = {line["origin"]: tuple(line["rescale"]) for line in lines}
+        config = read_object(Path(f"to-{to}/config.json"), "config")
+        assert ("rows" in config["settings"]) == (to != FARTHER)
+    for to in (TARGET, 2 * TARGET):
+        assert origins[to]["row-0"] == pytest.approx(rows[-1].rescale, abs=0.006)
+        assert origins[to]["row-1"] == pytest.approx(far.rescale, abs=0.006)
+    assert origins[2 * ORIGINAL]["row-1"] == pytest.approx(rows[-1].rescale, abs=0.006), "what is in use there"
+    assert not any(name.startswith("row") for name in origins[FARTHER])
+
+
 def test_factors_of_a_shorter_search_are_carried_over_as_the_baselines_are() -> None:
     space = LongRope(SHAPE.pairs, 8.0, (0,))
     for name in ("pi", "ntk"):
@@ -207,7 +228,7 @@ def test_a_search_at_a_shorter_length_ends_with_the_best_of_a_few_at_the_target(
         (["plain", "--to", FARTHER, "--stage", "second"], "model: got plain, which is not extended; a second"),
         (["model", "--to", TARGET, "--stage", "second"], f"--to: got {TARGET} tokens; a second interpolation goes"),
         (["model", "--to", FARTHER, "--stage", "recovery"], f"--to: got {FARTHER} tokens; a recovery is for lengths"),
-        (["plain", "--to", ORIGINAL, "--stage", "recovery"], "--to: got 48 tokens; a recovery is for lengths"),
+        (["plain", "--to", ORIGINAL, "--stage", "recovery"], "--stage: got a checkpoint that is not extended; a rec"),
         (["model", "--to", ORIGINAL - 1, "--stage", "recovery"], "--to: got 47 tokens; a recovery is for lengths"),
         (["model", "--to", FARTHER, "--stage", "third"], "--stage: got 'third'; it is one of second, recovery"),
         (["plain", "--to", TARGET, "--search-length", TARGET], "--search-length: got 192 tokens; it is an extension"),

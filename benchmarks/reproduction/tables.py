@@ -111,8 +111,9 @@ def trained_length(setting: Setting, state: State) -> None:
     """The fine-tuned length under the row that was trained with, the one searched anew, and the next longer one."""
     length, tries = setting.trained[-1], 2 * setting.size.tries
     table = setting.load(setting.final).meaning
-    longer = next(row for row in table.rows if row.up_to > length)
-    rows = {"trained with": setting.trained_with, "searched anew": table.row_for(length), "next longer": longer}
+    rows = {"trained with": setting.trained_with, "searched anew": table.row_for(length)}
+    if longer := [row for row in table.rows if row.up_to > length]:
+        rows["next longer"] = longer[0]
     value = _values(setting, state, setting.final, setting.judged(setting.plan.target))
     told: dict[str, dict[str, Any]] = {name: {"perplexity": value(name, length, row)} for name, row in rows.items()}
     if not (setting.state / "trained-length" / DONE).exists():
@@ -167,9 +168,9 @@ def _mixed(setting: Setting, state: State, lengths: list[int]) -> None:
     row = found(setting, longest).row_for(longest)
     short = setting.load(model).meaning.row_for(original)
     plain_row = setting.trained_with if plain == setting.final else row  # as it was trained, unrecovered
-    told["mixed"] = _two(_values(setting, state, model, windows), "mixed", {original: short, longest: row})
+    told["mixed"] = _short_and_long(_values(setting, state, model, windows), "mixed", {original: short, longest: row})
     plain_values = _values(setting, state, plain, windows)
-    told["without"] = _two(plain_values, "fine-tuned", {original: plain_row, longest: plain_row})
+    told["without"] = _short_and_long(plain_values, "fine-tuned", {original: plain_row, longest: plain_row})
     state.figure(
         f"short window after mixed windows to {longest // original}x / base", "windows of the original length",
         told["mixed"][str(original)] / base, 1.01, without=told["without"][str(original)] / base,
@@ -177,7 +178,7 @@ def _mixed(setting: Setting, state: State, lengths: list[int]) -> None:
     state.table("with and without mixed windows", told)
 
 
-def _two(
+def _short_and_long(
     value: Callable[[str, int, RopeFactors | None], float], what: str, rows: Mapping[int, RopeFactors]
 ) -> dict[str, float]:
     """Perplexities by length, the shorter one's named for what it is."""

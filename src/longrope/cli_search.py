@@ -104,7 +104,6 @@ def search(
     seeds = [as_table(path) for path in init or []]
     from longrope.console import err, print_json, resume_with, search_progress
     from longrope.console_tables import factors_table, results_table
-    from longrope.evaluate.templates import read_needle_template
     from longrope.files import read_object
     from longrope.runs import FACTORS, METRICS, default_run_path
     from longrope.search.driver import search as run_search
@@ -131,7 +130,7 @@ def search(
             search_length=None if search_length is None else parse_length(search_length),
             needle_depth=needle_depth,
             needle_digits=needle_digits,
-            needle_template=None if needle_template is None else read_needle_template(needle_template),
+            needle_template=needle_template,
             race=race,
             evaluations=evaluations,
             token_passes=_token_passes(token_passes),

@@ -104,12 +104,12 @@ class LoadedModel:
         own = last_row(self.own, self.rope.original_length)
         return own.with_values(up_to=self.rope.original_length, attention_factor=1.0, start_tokens=0)
 
-    def fine_tuned(self, length: int | None = None) -> LoadedModel:
-        """The same model for a second interpolation: extensions multiply its own row for a length, and begin there.
+    def fine_tuned(self) -> LoadedModel:
+        """The same model for a second interpolation: extensions multiply its own longest row, and begin there.
 
-        That is the longest row by default. Raises UserError for a checkpoint that is not extended.
+        Raises UserError for a checkpoint that is not extended.
         """
-        last = self.meaning.rows[-1] if length is None else self.meaning.row_for(length)
+        last = self.meaning.rows[-1]
         if last.up_to <= self.rope.original_length or set(last.rescale) == {1.0}:
             got, rule = f"{self.name}, which is not extended", "a second interpolation is on top of a first"
             do = "give a checkpoint that was fine-tuned with factors, or leave out --stage"

@@ -24,7 +24,7 @@ from longrope.lengths import format_length
 from longrope.report.facts import command_line
 from longrope.report.read import RunData, read_run
 from longrope.report.results import length_of
-from longrope.report.searched import counts, evaluations_text
+from longrope.report.searched import counts, evaluations_text, objective_text
 from longrope.report.style import count_text, duration_text, slug, value_text
 from longrope.report.tensorboard_files import EventLog
 from longrope.runs import CONFIG, DONE, EVALUATIONS, LOCK, METRICS, RESULTS, is_run
@@ -221,7 +221,7 @@ def _search(data: RunData) -> dict[str, str]:
     facts["search"] = f"{evaluations_text(data)}{budget}"
     best = min((e.value for e in data.evaluations if e.kind == "complete" and e.value is not None), default=None)
     if best is not None:
-        facts["best"] = f"{data.settings.get('objective', 'value')} {value_text(best)}"
+        facts["best"] = f"{objective_text(data.settings)} {value_text(best)}"
     recent = data.evaluations[-_RECENT:]
     seconds = sum(each.seconds for each in recent)
     spent = counts(data.evaluations).tokens

@@ -175,28 +175,28 @@ def _read(path: Path, kind: str, cls: type[_Kind]) -> _Kind:
         rule, do = f"prompts of {kind} are in the table [{kind}]", f"add [{kind}], or measure without a template"
         raise UserError(f"{path}", got=f"no table [{kind}]", rule=rule, do=do)
     try:
-        return _made(cls, given)
+        return _made(cls, given, f"[{kind}]")
     except UserError as error:
         raise error.changed(what=f"{path}, {error.what}") from None
 
 
-def needle_template_of(given: object) -> NeedleTemplate:
-    """A needle's template of parsed fields. Raises UserError, naming the field."""
+def needle_template_of(given: object, where: str) -> NeedleTemplate:
+    """A needle's template of parsed fields. Raises UserError, naming where they stand and the field."""
     if not isinstance(given, Mapping):
         rule = f"it is a table of {', '.join(field.name for field in fields(NeedleTemplate))}"
-        raise UserError("[needle]", got=shown(given), rule=rule, do="write such a table")
-    return _made(NeedleTemplate, given)
+        raise UserError(where, got=shown(given), rule=rule, do="write such a table")
+    return _made(NeedleTemplate, given, where)
 
 
-def _made(cls: type[_Kind], given: Mapping[str, Any]) -> _Kind:
+def _made(cls: type[_Kind], given: Mapping[str, Any], where: str) -> _Kind:
     kind = "needle" if cls is NeedleTemplate else "passkey"
     known = {field.name: field.default is MISSING for field in fields(cls)}
     for name in given:
         if name not in known:
             rule = f"the fields are {', '.join(known)}"
-            raise UserError(f"[{kind}] {name}", got="an unknown field", rule=rule, do="rename it")
+            raise UserError(f"{where} {name}", got="an unknown field", rule=rule, do="rename it")
     for name, needed in known.items():
         if needed and name not in given:
-            raise UserError(f"[{kind}] {name}", got="no such field", rule=f"a {kind} template has it", do="add it")
+            raise UserError(f"{where} {name}", got="no such field", rule=f"a {kind} template has it", do="add it")
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return cls(**values)

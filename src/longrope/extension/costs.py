@@ -114,20 +114,20 @@ def _searched(loaded: LoadedModel, stage: Stage, reached: int) -> tuple[tuple[Wo
     settings = search_settings(stage, 0)
     settings = settings.shorter or settings
     count = settings.window_count or default_window_count(settings.to)
-    count *= 2 if settings.objective == "both" else 1
+    count *= settings.together
     empty = SearchWindows([_window(settings.to)] * count)
     problem = make_problem(as_trained, settings, empty)
     budget = make_budget(settings, empty, len(problem.seeds))
     made_of = f"up to {budget.total:,} evaluations of {budget.evaluation:,} tokens"
     # The seeds come first, then the descents, each gradient in place of three evaluations.
     passes = budget.total * count
-    gradients = gradient_windows(settings.method, count, DescentSettings())
+    gradients = settings.together * gradient_windows(settings.method, count // settings.together, DescentSettings())
     gradients = max(0, min(gradients, (passes - count * len(problem.seeds)) // 3))
     sizes = EvolutionSettings.for_length(settings.to)
     children = sizes.mutations + sizes.crossovers if settings.method == "evolution" else count
     work = (
         Work("forward", settings.to, passes - 3 * gradients, children),
-        Work("gradient", settings.to, gradients, batch_size(count)),
+        Work("gradient", settings.to, gradients, settings.together * batch_size(count // settings.together)),
     )
     return tuple(each for each in work if each.windows), made_of
 

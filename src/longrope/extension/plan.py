@@ -249,11 +249,9 @@ def _check_order(stages: Sequence[Stage], original_length: int) -> None:
             except UserError as error:
                 raise error.changed(what=f"{where}: {error.what}") from None
         reached = max(reached, stage.to) if stage.do == "second" else reached
-    reached = max([stage.to for stage in stages if stage.do == "second"] or [trained or max(searched)])
-    if unused := [stage for stage in stages if stage.to > reached]:
-        rule = (
-            f"the stages end with factors up to {format_length(reached)}: a search beyond is followed by a fine-tuning"
-        )
+    end = max([stage.to for stage in stages if stage.do == "second"] or [trained or max(searched)])
+    if unused := [stage for stage in stages if stage.to > end]:
+        rule = f"the stages end with factors up to {format_length(end)}: a search beyond is followed by a fine-tuning"
         raise _wrong(unused[0].name, "nothing that uses it", rule)
     names = Counter((stage.do, stage.to) for stage in stages if stage.do != "finetune")
     if twice := next((name for name, count in names.items() if count > 1), None):
@@ -307,7 +305,7 @@ def search_settings(stage: Stage, seed: int) -> SearchSettings:
 def _settings_of(to: int, do: str, seed: int, settings: Mapping[str, Any]) -> SearchSettings:
     given = dict(settings)
     if "needle_template" in given:
-        given["needle_template"] = needle_template_of(given["needle_template"])
+        given["needle_template"] = needle_template_of(given["needle_template"], "needle_template")
     return SearchSettings(to=to, stage=None if do == "search" else do, seed=seed, **given)
 
 

@@ -14,7 +14,7 @@ from longrope.baselines import RULES
 from longrope.errors import plural
 from longrope.report.figures import Figure, Plot, letters, make_axis, make_figure, make_trace, on_log_axis
 from longrope.report.read import RunData
-from longrope.report.searched import counts
+from longrope.report.searched import counts, objective_text
 from longrope.report.style import DOTS, OURS_COLOUR, count_text, is_ours, look, run_colour, stage_of, value_text
 
 _MOST_DOTS = 2000  # a page stays readable and below 6 MB
@@ -50,7 +50,7 @@ def convergences_plot(runs: Sequence[RunData]) -> Plot | None:
             best = np.minimum.accumulate([point.value for point in points])
             line = {"color": run_colour(rank), "width": 3, "shape": "hv"}
             traces.append(_steps(letters(run.name), points, best, spent) | {"line": line})
-            objectives.add(letters(str(run.settings.get("objective", "value"))))
+            objectives.add(letters(objective_text(run.settings)))
     if not traces:
         return None
     figure = make_figure(
@@ -106,7 +106,7 @@ def _figure(
     seeds = _seed_lines(points, rule, (points[0].cost, spent), frame)
     one = "" if run.evaluation_tokens is None else f", {count_text(run.evaluation_tokens)} an evaluation"
     horizontal = make_axis(f"token-passes{one}", rangemode="tozero", nticks=6)
-    objective = letters(str(run.settings.get("objective", "value")))
+    objective = letters(objective_text(run.settings))
     vertical = make_axis(objective, range=list(frame))
     return make_figure([*_dots(points), *seeds, steps], xaxis=horizontal, yaxis=vertical)
 

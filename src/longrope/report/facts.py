@@ -11,7 +11,7 @@ from typing import Any
 from longrope.lengths import format_length
 from longrope.report.read import RunData
 from longrope.report.results import MEASURES, Against, Result, length_of
-from longrope.report.searched import counts, evaluations_text, number_text
+from longrope.report.searched import counts, evaluations_text, number_text, objective_text
 from longrope.report.style import (
     Look,
     count_text,
@@ -257,7 +257,7 @@ def stage_rows(run: RunData) -> list[StageRow]:
     rows = []
     for stage in run.stages:
         told = {key: value for key, value in stage.asked.items() if key not in ("stage", "do", "to")}
-        asked = ", ".join(f"{key} {value}" for key, value in told.items())
+        asked = ", ".join(key if isinstance(value, Mapping) else f"{key} {value}" for key, value in told.items())
         to = length_of(stage.asked.get("to"))
         time = "not done" if stage.seconds is None else duration_text(stage.seconds)
         rows.append(StageRow(stage.name, length_text(to) if to else "", asked, _came_of(stage.run), time))
@@ -270,7 +270,7 @@ def _came_of(run: RunData | None) -> str:
     if losses := [loss for _, loss in run.losses if loss is not None]:
         return f"loss {value_text(losses[0])} → {value_text(losses[-1])} in {len(run.losses)} steps"
     if values := [each.value for each in run.evaluations if each.kind == "complete" and each.value is not None]:
-        return f"{run.settings.get('objective', 'value')} {value_text(min(values))} after {evaluations_text(run)}"
+        return f"{objective_text(run.settings)} {value_text(min(values))} after {evaluations_text(run)}"
     return ""
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from longrope.errors import plural
 from longrope.report.read import Evaluation, RunData
@@ -22,7 +23,10 @@ _WORDS: dict[str, tuple[str, dict[str, str], str]] = {
     ),
     "objective": (
         "Objective",
-        {"needle": "needle: the loss of the answer to a question about a number told in a real document"},
+        {
+            "needle": "needle: the loss of the answer to a question about a number told in a real document",
+            "both": "both: perplexity of whole windows, and of the answers to questions about a number told in others",
+        },
         "{}",
     ),
     "space": (
@@ -51,6 +55,12 @@ class Counts:
     gradient: int
     tokens: float
     recomputed: float
+
+
+def objective_text(settings: Mapping[str, Any]) -> str:
+    """What the values of a search are."""
+    word = str(settings.get("objective", "value"))
+    return "perplexity of text and answers" if word == "both" else word
 
 
 def counts(evaluations: Sequence[Evaluation]) -> Counts:

@@ -19,20 +19,26 @@ Losses = NDArray[np.float64]
 _PIECES = 8
 
 
-def in_pieces(windows: Sequence[int]) -> list[tuple[int, ...]]:
-    """Windows in order, in at most 8 pieces whose sizes differ by one at most; up to 8 windows are each a piece."""
-    return [tuple(int(window) for window in piece) for piece in np.array_split(windows, min(_PIECES, len(windows)))]
+def in_pieces(windows: Sequence[int], together: int = 1) -> list[tuple[int, ...]]:
+    """Windows in order, in at most 8 pieces whose sizes differ by one at most; up to 8 windows are each a piece.
+
+    together: windows that are never in two pieces, where they come in groups of so many.
+    """
+    groups = np.reshape(windows, (-1, together))
+    pieces = np.array_split(groups, min(_PIECES, len(groups)))
+    return [tuple(int(window) for window in piece.flatten()) for piece in pieces]
 
 
 class Archive:
     """Losses of candidates on the search windows, of which there are len(counts); further windows are not kept.
 
     counts: scored tokens of each search window. weights: of each of its tokens, 1 by default. A candidate's value is
-    its perplexity on all of them, each token by its weight.
+    its perplexity on all of them, each token by its weight. together: windows of different kinds that are compared as
+    one, since only the differences of equals tell their spread; groups of so many, in order.
     """
 
-    def __init__(self, counts: Sequence[int], weights: Sequence[float] | None = None) -> None:
-        self._scored, self._weights = tuple(counts), tuple(weights or [1.0] * len(counts))
+    def __init__(self, counts: Sequence[int], weights: Sequence[float] | None = None, together: int = 1) -> None:
+        self._scored, self._weights, self.together = tuple(counts), tuple(weights or [1.0] * len(counts)), together
         self.counts = np.array(self._scored) * np.array(self._weights)
         """Scored tokens of each search window, times its weight."""
         self._losses: dict[str, Losses] = {}
@@ -40,13 +46,13 @@ class Archive:
         self._best: tuple[float, RopeFactors] | None = None
 
     @classmethod
-    def of(cls, windows: Sequence[Window]) -> Archive:
+    def of(cls, windows: Sequence[Window], together: int = 1) -> Archive:
         """An archive of nothing yet, for some search windows."""
-        return cls([window.scored for window in windows], [window.weight for window in windows])
+        return cls([window.scored for window in windows], [window.weight for window in windows], together)
 
     def empty(self) -> Archive:
         """One of the same windows in which nothing is known."""
-        return Archive(self._scored, self._weights)
+        return Archive(self._scored, self._weights, self.together)
 
     @property
     def everything(self) -> tuple[int, ...]:
@@ -56,7 +62,13 @@ class Archive:
     @property
     def pieces(self) -> list[tuple[int, ...]]:
         """Indices of all search windows, in the pieces that a race goes by."""
-        return in_pieces(self.everything)
+        return in_pieces(self.everything, self.together)
+
+    def differences(self, losses: Losses, others: Losses) -> Losses:
+        """Difference in loss a token (..., N / together) of losses (..., N) to others, NaN where one was not tried."""
+        groups = (len(self.counts) // self.together, self.together)
+        by_group = (losses - others).reshape(*losses.shape[:-1], *groups).sum(-1)
+        return np.asarray(by_group / self.counts.reshape(groups).sum(-1))
 
     @property
     def best(self) -> tuple[float, RopeFactors] | None:

@@ -97,13 +97,15 @@ def descend(
 ) -> Steps[None]:
     """Descend from some factors; the vectors that count are evaluated on all search windows and in the archive.
 
-    pool: windows that gradients are taken on, in random batches of `batch_size` that share none until few are left.
+    pool: windows that gradients are taken on, in random batches of `batch_size` that share none until few are left;
+    those that the archive compares together are in a batch together.
     """
     chart, fine = space.chart(start.vector), space.with_step(fine_enough(shape, start.vector, settings))
     matrix = chart.matrix
     x, m = chart.coordinates(np.maximum(start.vector, 1.0)), math.log(start.attention_factor)
     by_x, by_m = Adam(len(x)), Adam(1)
-    size, waiting = min(batch_size(len(archive.counts)), len(pool)), list[int]()
+    groups = np.reshape(pool, (-1, archive.together))
+    size, waiting = min(batch_size(len(archive.counts) // archive.together), len(groups)), list[int]()
     best, rival, start_x, best_x, best_m = archive.value(start) or math.inf, start, x, x, m
     stale, scale, path = 0, 1.0, list[Vector]()
     moves = settings.attention_step > 0
@@ -114,8 +116,8 @@ def descend(
 
     for step in range(settings.steps):
         if len(waiting) < size:
-            waiting = [int(index) for index in rng.permutation(len(pool))]
-        batch = tuple(sorted(pool[waiting.pop()] for _ in range(size)))
+            waiting = [int(index) for index in rng.permutation(len(groups))]
+        batch = sorted(int(window) for _ in range(size) for window in groups[waiting.pop()])
         here = at(x, m)
         outcomes = yield [Proposal(Task(here, piece, gradient=True), origin, step) for piece in in_pieces(batch)]
         by_rescale = sum((np.array(each.gradient.rescale) for each in outcomes if each.gradient), np.zeros(len(matrix)))
@@ -174,7 +176,7 @@ def refine(exact: RopeFactors, space: Space, archive: Archive, origin: str, iter
 
 def lags(archive: Archive, factors: RopeFactors, rival: RopeFactors) -> bool:
     """Whether factors are worse than others by more than a standard error of the difference over all windows."""
-    differences = (archive.losses(factors) - archive.losses(rival)) / archive.counts
+    differences = archive.differences(archive.losses(factors), archive.losses(rival))
     if not np.isfinite(differences).all() or len(differences) < 2:
         return False
     return bool(differences.mean() > differences.std(ddof=1) / math.sqrt(len(differences)))

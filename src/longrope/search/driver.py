@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from longrope.documents import Document, read_sources
 from longrope.errors import UserError, plural
 from longrope.evaluate.methods import Result
 from longrope.evaluate.recorded import measure_methods
+from longrope.evaluate.templates import read_needle_template
 from longrope.factors import FactorTable, RopeFactors, last_row
 from longrope.lengths import as_length, format_length
 from longrope.model import LoadedModel, as_loaded
@@ -76,12 +76,14 @@ def search(
     returns its table. `unseen` documents are only measured, at the end. `init` are further seeds. `workers`: a number
     of Ray workers on this machine, `ray` or `ray:ADDRESS` for a cluster; by default all is done in this process.
     on_progress is called after each task. options: LoadOptions as one object. `keywords` are the fields of
-    SearchSettings and of LoadOptions, which are the command's words. Returns the table of two rows that factors.json
-    holds. Raises UserError for bad input.
+    SearchSettings and of LoadOptions, which are the command's words; needle_template may be a file. Returns the table
+    that factors.json holds. Raises UserError for bad input.
     """
     for name in ("start_tokens", "attention_factor"):  # numbers too, from Python
         if keywords.get(name) is not None:
             keywords[name] = str(keywords[name])
+    if isinstance(keywords.get("needle_template"), str | Path):
+        keywords["needle_template"] = read_needle_template(keywords["needle_template"])
     chosen = SearchSettings(to=as_length(to), **taken(SearchSettings, keywords))
     workers = None if workers is None else str(workers)
     if isinstance(model, LoadedModel) and (options is not None or keywords):
@@ -147,19 +149,22 @@ def choose_search_windows(
         )
 
     first = needles(count or default_window_count(length), seed)
+    spare: list[Window] = []
+    if settings.objective == "both":
+        spare = spare_windows(searched, loaded.tokenizer, length=length, count=wanted, seed=seed, taken=plain)
+        wanted = len(spare)
     # Another seed, so that keys and numbers are others too.
     further = needles(wanted, seed + 1, first) if wanted else []
     if settings.objective == "both":
-        spare = spare_windows(searched, loaded.tokenizer, length=length, count=wanted, seed=seed, taken=plain)
         weight = sum(window.scored for window in plain) / sum(window.scored for window in first)
-        return SearchWindows(in_turn(plain, first, weight), in_turn(spare, further, weight), judged, measured=plain)
+        first, further = in_turn(plain, first, weight), in_turn(spare[: len(further)], further, weight)
     return SearchWindows(first, further, judged, measured=plain)
 
 
 def in_turn(plain: Sequence[Window], needles: Sequence[Window], weight: float) -> list[Window]:
-    """Both kinds of windows in turn, so that every piece of them has both; a token of a needle has the weight."""
+    """Pairs of a whole window and a needle, whose tokens have the weight."""
     weighted = [replace(window, weight=weight) for window in needles]
-    return [window for pair in zip_longest(plain, weighted) for window in pair if window is not None]
+    return [window for pair in zip(plain, weighted, strict=True) for window in pair]
 
 
 def search_windows(
@@ -213,7 +218,7 @@ def run_search(
     problem = make_problem(loaded, settings, windows, init)
     if windows.shorter is not None:
         problem = replace(problem, seeds=_from_shorter(run, loaded, settings, windows, init, workers, on_progress))
-    archive = Archive.of(windows.search)
+    archive = Archive.of(windows.search, settings.together)
     everything = [*windows.search, *windows.gradient]
     budget = make_budget(settings, windows, len(problem.seeds))
     if settings.method != "evolution" and windows.shorter is None:
@@ -225,7 +230,7 @@ def run_search(
     if archive.best is None:
         raise UserError(
             "search",
-            got=f"no finite {settings.objective} from {len(loop.known)} tasks",
+            got=f"no finite value from {len(loop.known)} tasks",
             rule="at least one candidate has one",
             do="check the checkpoint with --dtype float32, or give other documents",
         )
@@ -322,7 +327,11 @@ def make_budget(settings: SearchSettings, windows: SearchWindows, tried: int) ->
             evaluations = expected  # a race that drops little must not cost more than what it replaces
     else:
         expected = methods.expected_evaluations(
-            settings.method, tried, len(settings.start_choices), len(windows.search), DescentSettings()
+            settings.method,
+            tried,
+            len(settings.start_choices),
+            len(windows.search) // settings.together,
+            DescentSettings(),
         )
     return Budget(
         evaluation=sum(len(window.ids) for window in windows.search),
@@ -393,8 +402,8 @@ def run_config(
 ) -> dict[str, Any]:
     """What config.json of a run that searches holds: everything its result depends on."""
     chosen = settings.to_dict() | describe_options(loaded)
-    if settings.stage is not None:  # the rows are no part of the model's fingerprint
-        chosen["rows"] = [row.key for row in loaded.meaning.rows]
+    if settings.stage == "recovery" and (about := seeds.rows_about(loaded.meaning, settings.to)):
+        chosen["rows"] = [f"{row.up_to}: {row.key}" for row in about]  # which may be of a table that is no file yet
     return {
         "command": command,
         "longrope": __version__,

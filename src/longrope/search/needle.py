@@ -44,12 +44,12 @@ def needle_windows(
 ) -> list[Window]:
     """`count` windows of exactly `length` tokens: BOS, introduction, document with a needle, question, answer.
 
-    Only the tokens of the answer, a number of `digits` digits, are scored. The seed fixes keys and numbers, and the
-    documents' spans by the rules of `choose_windows`. depth: "start" puts the needle before the document, as LongRoPE2
-    does; "spread" puts that of window k at (k + 1/2) / count of the document. `Window.start` is where the span of the
-    document begins. template: the prompts' wording; by default ours, without its introduction below 1024 tokens. With
-    `taken`, the spans are none of those of these windows, and as many of `count` as the documents have. Raises
-    UserError when the prompt does not fit, or the documents do not suffice.
+    Only the tokens of the answer are scored: a number of `digits` digits, with what a template writes around it. The
+    seed fixes keys and numbers, and the documents' spans by the rules of `choose_windows`. depth: "start" puts the
+    needle before the document, as LongRoPE2 does; "spread" puts that of window k at (k + 1/2) / count of the document.
+    `Window.start` is where the span of the document begins. template: the prompts' wording; by default ours, without
+    its introduction below 1024 tokens. With `taken`, the spans are none of those of these windows, and as many of
+    `count` as the documents have. Raises UserError when the prompt does not fit, or the documents do not suffice.
     """
     if depth not in DEPTHS:
         rule = f"it is one of {', '.join(DEPTHS)}"
@@ -91,23 +91,26 @@ def _prompts(
     digits: int,
 ) -> list[Prompt]:
     """Each window's prompt, without its document."""
-    ids = partial(token_ids, tokenizer)
     rng = np.random.default_rng(seed)
-    wording = template or (SHORT_NEEDLE if length < INTRO_FROM else NEEDLE)
-    head = bos_of(tokenizer) + (ids(wording.intro.format()) if wording.intro else [])
+    wording = SHORT_NEEDLE if length < INTRO_FROM else NEEDLE
+    prompt = partial(_own_prompt, tokenizer, wording) if template is None else partial(template.prompt, tokenizer)
     prompts = []
     for _ in range(count):
         if template is None:
             key = f"{FIRST[rng.integers(len(FIRST))]}-{SECOND[rng.integers(len(SECOND))]}"
         else:
             key = template.names[int(rng.integers(len(template.names)))]
-        number = int(rng.integers(10 ** (digits - 1), 10**digits))
-        asked, answer = (wording.question + wording.lead).format(key=key), wording.answer.format(key=key, number=number)
-        whole, space = ids(asked + answer), answer[: len(answer) - len(answer.lstrip())]
-        # The space is scored only where it is one token with the number, or the tokenizer joins even more than that.
-        known = max(shared_start(ids(text), whole) for text in (asked, asked + space))
-        prompts.append(Prompt(head, ids(wording.needle.format(key=key, number=number)), whole[:known], whole[known:]))
-        if not prompts[-1].answer:
-            got, rule = f"a tokenizer that writes {answer.strip()!r} as no tokens of its own", "the answer is scored"
-            raise UserError("--needle-template", got=got, rule=rule, do="write another question or answer")
+        prompts.append(prompt(key, str(rng.integers(10 ** (digits - 1), 10**digits))))
     return prompts
+
+
+def _own_prompt(tokenizer: PreTrainedTokenizerBase, wording: NeedleTemplate, key: str, number: str) -> Prompt:
+    """A prompt of our own wording, of which the answer is the number alone."""
+    ids = partial(token_ids, tokenizer)
+    head = bos_of(tokenizer) + (ids(wording.intro) if wording.intro else [])
+    asked = (wording.question + wording.lead).format(key=key)
+    whole = ids(f"{asked} {number}")
+    # The space is scored only where it is one token with the number, or the tokenizer joins even more than that.
+    known = max(shared_start(ids(text), whole) for text in (asked, f"{asked} "))
+    assert whole[known:], "a text with a number has more tokens than without it"
+    return Prompt(head, ids(wording.needle.format(key=key, number=number)), whole[:known], whole[known:])

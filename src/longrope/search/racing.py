@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from longrope.factors import RopeFactors
 from longrope.search.archive import Archive, Losses
@@ -87,14 +86,14 @@ def race_to_beat(candidates: Sequence[Candidate], archive: Archive) -> Steps[Non
 
 
 def _lags(archive: Archive, losses: Losses, rival: Losses) -> bool:
-    seen = np.flatnonzero(~np.isnan(losses))
-    if np.isinf(losses[seen]).any():
+    if np.isinf(losses).any():
         return True  # it failed on a window, so that its value is infinite
+    differences = archive.differences(losses, rival)
+    seen = differences[~np.isnan(differences)]
     if len(seen) < 2:
         return False
-    differences = (losses[seen] - rival[seen]) / archive.counts[seen]
-    error = np.std(differences, ddof=1) * np.sqrt(1 / len(seen) - 1 / len(losses))
-    return bool(np.mean(differences) > error)
+    error = np.std(seen, ddof=1) * np.sqrt(1 / len(seen) - 1 / len(differences))
+    return bool(np.mean(seen) > error)
 
 
 def race_to_be_parent(
@@ -109,9 +108,9 @@ def race_to_be_parent(
     """
     parents = np.array([archive.losses(candidate.factors) for _, candidate in evolution.parents])
     places = evolution.settings.parents
-    if len(parents) < places or len(archive.counts) < 2:
+    if len(parents) < places or len(archive.counts) < 2 * archive.together:
         return (yield from whole(candidates, archive))
-    spread = paired_spread(parents[:-1], parents[-1], archive.counts)
+    spread = paired_spread(archive.differences(parents[:-1], parents[-1]))
     pieces, seen = archive.pieces, list[int]()
     alive = list(candidates)
     for index in evolution.rng.permutation(len(pieces)):
@@ -120,7 +119,7 @@ def race_to_be_parent(
         counts = archive.counts[seen].sum()
         means = [float(archive.losses(each.factors)[seen].sum() / counts) for each in alive]
         last_place = np.sort(np.append(parents[:, seen].sum(1) / counts, means))[places - 1]
-        margin = settings.ahead * spread * np.sqrt(1 / len(seen) - 1 / len(archive.counts))
+        margin = settings.ahead * spread * np.sqrt(archive.together * (1 / len(seen) - 1 / len(archive.counts)))
         alive = [each for each, mean in zip(alive, means, strict=True) if mean <= last_place - margin]
         if not alive:
             break
@@ -128,11 +127,10 @@ def race_to_be_parent(
     return [_value(archive, each) if id(each) in survived else float("nan") for each in candidates]
 
 
-def paired_spread(others: Losses, rival: Losses, counts: NDArray[np.float64]) -> float:
-    """Standard deviation over windows of the difference in loss a token, of others (K, N) to a rival (N,), pooled."""
-    if not len(others):
+def paired_spread(differences: Losses) -> float:
+    """Standard deviation over windows of differences in loss a token, those (K, N) of K others to a rival, pooled."""
+    if not len(differences):
         return 0.0
-    differences = (others - rival) / counts
     return float(np.sqrt(np.mean(np.var(differences, axis=1, ddof=1))))
 
 

@@ -63,12 +63,18 @@ def recovery(loaded: LoadedModel, space: Space, target: int, init: Sequence[Fact
     unscaled = rows[-1].with_values(rescale=(1.0,) * len(rows[-1].rescale), attention_factor=1.0, start_tokens=0)
     names = {0.0: "original", 1.0: "own"}
     found = [(names.get(share, f"between-{share:g}"), between(unscaled, rows[-1], share)) for share in SHARES]
-    shorter, longer = [row for row in rows if row.up_to <= target], [row for row in rows if row.up_to > target]
-    if shorter and longer and set(shorter[-1].rescale) != {1.0}:
-        about = [(f"row-{share:g}", between(shorter[-1], longer[0], share)) for share in SHARES]
-        found = about + found  # the first is evaluated first
+    if about := rows_about(loaded.meaning, target):  # the first is evaluated first
+        found = [(f"row-{share:g}", between(*about, share)) for share in SHARES] + found
     found = [(name, row if space.holds(row) else _repaired(row, space)) for name, row in found]
     return [(name, row.with_values(up_to=target)) for name, row in found] + given(loaded, space, target, init)
+
+
+def rows_about(table: FactorTable, target: int) -> tuple[RopeFactors, RopeFactors] | None:
+    """The longest row up to a length and the shortest beyond; None without both, and for the first and the last."""
+    shorter, longer = ([row for row in table.rows if (row.up_to > target) == beyond] for beyond in (False, True))
+    if not shorter or not longer or (set(shorter[-1].rescale) == {1.0} and longer[0] is table.rows[-1]):
+        return None
+    return shorter[-1], longer[0]
 
 
 def between(first: RopeFactors, second: RopeFactors, share: float) -> RopeFactors:
@@ -121,8 +127,8 @@ def with_attention(
 ) -> Seeds:
     """Each seed with each attention factor; a seed of its own scaling also with its own, where that is searched.
 
-    A row of a table has its own alone: it was found with it. choices: start tokens of the search; a seed with others
-    gets `start`. Equal ones come once.
+    A row of a table has its own alone, where it is searched: it was found with it. choices: start tokens of the search;
+    a seed with others gets `start`. Equal ones come once.
     """
     found: Seeds = []
     known: set[str] = set()

@@ -60,7 +60,8 @@ class SearchSettings:
     windows: int | None = None
     """Search windows, of each kind where the objective is both; by default 8 up to 32k, 5 below 512k, 3 from there."""
     gradient_windows: int | None = None
-    """Further windows of the same documents that gradients are taken on, as far as there are; 0: the search windows.
+    """Further windows (of each kind) of the same documents that gradients are taken on, as far as there are; 0: the
+    search windows.
     By default 0, and 64 where there are fewer than 4 search windows."""
     evaluations: int | None = None
     """Limit in evaluations of all search windows; by default the method's own size."""
@@ -87,13 +88,16 @@ class SearchSettings:
         self.check_words()
         reached = reached or original_length
         if self.stage == "recovery":
-            if not original_length <= self.to <= reached or reached == original_length:
+            if reached <= original_length:
+                got, rule = "a checkpoint that is not extended", "a recovery is of one that was fine-tuned with factors"
+                raise UserError("--stage", got=got, rule=rule, do="give such a checkpoint, or leave out --stage")
+            if not original_length <= self.to <= reached:
                 raise UserError(
                     "--to",
                     got=f"{self.to} tokens",
                     rule=f"a recovery is for lengths from the original {original_length} to {reached}, where the "
                     "checkpoint's own factors end",
-                    do="give such a length, and a checkpoint that was fine-tuned with factors",
+                    do="give such a length",
                 )
         elif self.stage == "second" and self.to <= reached:
             raise UserError(
@@ -135,6 +139,9 @@ class SearchSettings:
         }
         if self.stage is not None:
             words["--stage"] = (self.stage, _STAGES)
+        if not isinstance(self.needle_template, NeedleTemplate | None):
+            got, rule = f"a {type(self.needle_template).__name__}", "it is a NeedleTemplate, or the path of its file"
+            raise UserError("--needle-template", got=got, rule=rule, do="give one of them")
         for flag, (word, known) in words.items():
             if word not in known:
                 rule = f"it is one of {', '.join(known)}"
@@ -193,6 +200,11 @@ class SearchSettings:
         if self.windows is None and self.stage == "recovery":
             return max(default_window_count(self.to), -(-_RECOVERY_TOKENS // self.to))
         return self.windows
+
+    @property
+    def together(self) -> int:
+        """Windows that are compared as one: a whole window and a needle where the objective is both."""
+        return 2 if self.objective == "both" else 1
 
     @property
     def start_choices(self) -> tuple[int, ...]:

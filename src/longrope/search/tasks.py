@@ -32,7 +32,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Derivatives of the summed loss (nats) of a task by each rescale factor (P,) and by the attention factor."""
+    """Derivatives of a task's loss by each rescale factor (P,) and by the attention factor: nats, windows weighted."""
 
     rescale: tuple[float, ...]
     attention_factor: float
