@@ -119,12 +119,14 @@ def lengths(setting: Setting, state: State) -> None:
             f"perplexity at {length // original}x after fine-tuning / of the base at its own length",
             "the same tokens of the test document", by_length["fine-tuned"][length] / at_original, 1.0,
         )  # fmt: skip
-    longest = trained[-1]
-    by_length["ours"][longest] = value(final, "ours", longest, table.row_for(longest))
-    state.figure(
-        f"perplexity at {longest // original}x by the final table / of the base at its own length",
-        "the same tokens of the test document", by_length["ours"][longest] / at_original, 1.0,
-    )  # fmt: skip
+    longest, row = trained[-1], table.row_for(trained[-1])
+    by_length["ours"][longest] = by_length["fine-tuned"][longest]
+    if row.key != setting.trained_with.key:  # searched anew
+        by_length["ours"][longest] = value(final, "ours", longest, row)
+        state.figure(
+            f"perplexity at {longest // original}x by the final table / of the base at its own length",
+            "the same tokens of the test document", by_length["ours"][longest] / at_original, 1.0,
+        )  # fmt: skip
     recovered = by_length["ours"][original] = value(final, "recovered", original, table.row_for(original))
     unrecovered = value(final, "not recovered", original, setting.trained_with)
     state.figure(
