@@ -32,7 +32,7 @@ from reproduction.core import CORE
 from reproduction.packing import pack, unpack
 from reproduction.setting import SETTINGS, Setting, quick_plan
 from reproduction.state import OutOfTimeError, State
-from reproduction.tables import TABLES
+from reproduction.tables import MADE_OF, TABLES
 
 STATE = Path(__file__).parent / "state"
 PARTS = CORE | TABLES
@@ -116,6 +116,17 @@ def make(setting: Setting, state: State, wanted: list[str]) -> None:
         state.finish(part, time.monotonic() - start, made(setting))
 
 
+def still(part: str, recorded: dict[str, Any], document: dict[str, Any]) -> bool:
+    """Whether a recorded part is of what the document is of: model, documents, and the stages that it is made of."""
+    kinds = MADE_OF.get(part)
+
+    def of(told: dict[str, Any]) -> list[Any]:
+        stages = [stage for stage in told.get("stages", []) if kinds is None or stage["do"] in kinds]
+        return [stages, *(told.get(key) for key in ("benchmark", "seed", "model", "documents"))]
+
+    return of(recorded) == of(document)
+
+
 def made(setting: Setting) -> dict[str, Any]:
     """When, where and in which precision something was made."""
     told: dict[str, Any] = {"date": today(), "threads": setting.threads, "machine": machine(), "versions": versions()}
@@ -125,14 +136,15 @@ def made(setting: Setting) -> dict[str, Any]:
 def write(name: str, setting: Setting, state: State, out: Path) -> int:
     """The table and the JSON of all parts that are done; the exit code, 1 when a figure misses its limit.
 
-    Parts of the same model, plan and documents that the JSON has already, from another machine or day, stay in it.
+    Parts of the same model, stages and documents that the JSON has already, from another machine or day, stay in it.
     """
     path = out / f"{name}.json"
     document: dict[str, Any] = {"benchmark": name, "seed": setting.seed, "model": setting.size.told()}
     document |= {"stages": [stage.to_dict() for stage in setting.plan.stages], "documents": setting.hashes()}
     recorded = read_object(path, "results") if path.exists() else {}
-    same = all(recorded.get(key) == value for key, value in document.items())
-    parts: dict[str, Any] = dict(recorded["parts"]) if same else {}
+    parts: dict[str, Any] = {
+        name: part for name, part in recorded.get("parts", {}).items() if still(name, recorded, document)
+    }
     for part in PARTS:
         if state.has(part):
             parts[part] = {"minutes": round(state.seconds(part) / 60, 1), **state.made(part)}

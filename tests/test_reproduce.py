@@ -185,6 +185,11 @@ def test_tables_of_the_base_model_need_its_searches_alone_and_go_beside_parts_th
     assert {name: part for name, part in after["parts"].items() if name != "without"} == {
         name: part for name, part in before["parts"].items() if name != "without"
     }
+    plan = (tmp_path / "miniature.toml").read_text().replace("attention_factor = 1.5", "attention_factor = 1.4")
+    (tmp_path / "miniature.toml").write_text(plan)
+    command(tmp_path, "--parts", "base", "--state", str(tmp_path / "other"))
+    kept = ["base", "without", "nonuniform", "direct", "mixed", "mixed-longest"]
+    assert list(json.loads(file.read_text())["parts"]) == kept, "of other recoveries what is made of the stages before"
     (tmp_path / "corpus" / "test" / "more.txt").write_text("another document")
     command(tmp_path, "--parts", "without", "--state", str(tmp_path / "new"))
     assert list(json.loads(file.read_text())["parts"]) == ["without"], "of other documents nothing is kept"

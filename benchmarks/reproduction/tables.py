@@ -242,3 +242,13 @@ TABLES = {
     "mixed": mixed,
     "mixed-longest": mixed_longest,
 }
+
+MADE_OF = {
+    "base": (),
+    "without": ("search",),
+    "nonuniform": ("search",),
+    "direct": ("search", "finetune"),
+    "mixed": ("search", "finetune"),
+    "mixed-longest": ("search", "finetune"),
+}
+"""Of which kinds of stages a part is made, where it is not of all: what comes after those changes nothing in it."""
