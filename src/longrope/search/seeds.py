@@ -57,14 +57,16 @@ def recovery(loaded: LoadedModel, space: Space, target: int, init: Sequence[Fact
     """Seeds of a recovery: the original RoPE, the table's longest row, and those between.
 
     Between them, because fine-tuning has moved the model from one towards the other. Where the table has rows about the
-    target, also those: its own with the next longer one, else the shorter and the longer, and what is between.
+    target, first those: its own with the next longer one, else the shorter and the longer, and what is between; of all
+    these only as they are, with no other attention factor.
     """
     rows = loaded.meaning.rows
     unscaled = rows[-1].with_values(rescale=(1.0,) * len(rows[-1].rescale), attention_factor=1.0, start_tokens=0)
     names = {0.0: "original", 1.0: "own"}
     found = [(names.get(share, f"between-{share:g}"), between(unscaled, rows[-1], share)) for share in SHARES]
-    if about := rows_about(loaded.meaning, target):  # the first is evaluated first
-        found = [(f"row-{share:g}", between(*about, share)) for share in SHARES] + found
+    if about := rows_about(loaded.meaning, target):
+        found = [(f"row-{share:g}", between(*about, share)) for share in SHARES]
+        found += [(f"row-last-{share:g}", between(unscaled, rows[-1], share)) for share in SHARES]
     found = [(name, row if space.holds(row) else _repaired(row, space)) for name, row in found]
     return [(name, row.with_values(up_to=target)) for name, row in found] + given(loaded, space, target, init)
 
