@@ -231,7 +231,7 @@ def test_the_committed_final_model_has_the_plans_rows_and_finds_passkeys() -> No
     loaded = load_model(str(folder), LoadOptions(device="cpu", threads=1))
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert [row.up_to for row in loaded.meaning.rows] == [256, 512, 16384, 131072]
-    for length in (512, 1024):  # a row of recovery, and the row that it was fine-tuned with
+    for length in (512, 1024):  # rows of recoveries, the second of which serves up to 16k
         with loaded.patch() as patch:
             patch.install(loaded.meaning.row_for(length))
             assert passkey(loaded, length, tries=20, seed=2).value >= 0.9
