@@ -331,6 +331,8 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing() -> None:
     assert rows[f"02-finetune-{TARGET}"]["tokens"] == 3 * 6 * 2 * TARGET
     assert rows[f"01-search-{TARGET}"]["tokens"] == 5 * 2 * TARGET
     assert rows[f"03-second-{FAR}"]["tokens"] == 5 * 2 * FAR
+    assert rows[f"05-recovery-{2 * ORIGINAL}"]["tokens"] == 5 * 3 * 2 * ORIGINAL
+    assert rows[f"06-recovery-{TARGET}"]["tokens"] == 12 * 4 * TARGET, "two windows of either kind"
     assert rows["perplexity"]["tokens"] == 2 * (ORIGINAL + 2 * ORIGINAL + TARGET + FAR)
     told = longrope(*command("--stages", "plan.toml", "--dry-run"))
     assert "token-passes at most" in told.err

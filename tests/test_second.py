@@ -16,6 +16,8 @@ from longrope.baselines import baseline, su_attention_factor
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import window_losses
+from longrope.extension.costs import costs
+from longrope.extension.plan import make_plan
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.files import read_lines, read_object
 from longrope.model import LoadedModel, load_model
@@ -191,6 +193,23 @@ def test_a_recovery_between_rows_begins_with_those_about_it_and_one_at_the_last_
         assert origins[to]["row-1"] == pytest.approx(far.rescale, abs=0.006)
     assert origins[2 * ORIGINAL]["row-1"] == pytest.approx(rows[-1].rescale, abs=0.006), "what is in use there"
     assert not any(name.startswith("row") for name in origins[FARTHER])
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_a_recovery_costs_no_more_than_a_dry_run_says(here: Path, ratio: int) -> None:
+    rows = table().rows
+    far = rows[-1].with_values(up_to=FARTHER, rescale=tuple((3 * rows[-1].vector).tolist()), attention_factor=1.4)
+    given: dict[str, Any] = {"windows": 2, "gradient_windows": 0}
+    stages: list[dict[str, Any]] = [{"do": "search", "to": "4x"}, {"do": "finetune", "to": "4x", "steps": 1}]
+    if ratio == 4:
+        replace(table(), rows=(*rows, far)).save(here / "model" / "factors.json")
+        stages.append({"do": "second", "to": FARTHER})
+    plan = make_plan({"stages": [*stages, {"do": "recovery", "to": f"{ratio}x", **given}]}, ORIGINAL)
+    (told,) = [each for each in costs(load_model("plain", FLOAT32), plan) if "recovery" in each.stage]
+    found(ratio * ORIGINAL, "recovery", **given, evaluations=None)
+    spent = sum(line["tokens"] for line in read_lines(Path("run/evaluations.jsonl")))
+    assert 0.4 * told.token_passes < spent <= told.token_passes
 
 
 def test_factors_of_a_shorter_search_are_carried_over_as_the_baselines_are() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from longrope.extension.plan import Plan, Stage, measured_lengths, search_settings
-from longrope.factors import unscaled
+from longrope.factors import RopeFactors, unscaled
 from longrope.lengths import format_length
 from longrope.model import LoadedModel
 from longrope.search.descent import DescentSettings, batch_size
@@ -71,21 +73,22 @@ def costs(loaded: LoadedModel, plan: Plan) -> list[Cost]:
 
     loaded: its weights are not looked at, and may be nowhere.
     """
-    found, reached = [], loaded.rope.original_length
+    found, reached, known = [], loaded.rope.original_length, list[int]()
     for stage in plan.stages:
         if stage.do == "finetune":
             steps, batch = _steps(stage)
-            reached = stage.to
+            reached, known = stage.to, [stage.to]
             made_of = f"{steps} steps of {batch} windows of {stage.to:,} tokens, three passes each"
             trained = (Work("train", stage.to, steps * batch),)
             found.append(Cost(stage.name, stage.to, made_of, trained, batch, stage.settings.get("lora") or 0))
         else:
-            work, made_of = _searched(loaded, stage, reached)
+            work, made_of = _searched(loaded, stage, reached, known)
             if stage.settings.get("search_length"):
                 work += (Work("forward", stage.to, _DECIDED * stage.settings.get("windows", 1)),)
                 made_of = f"{made_of}, {_DECIDED} at the target"
             begins = reached if stage.do == "second" else loaded.rope.original_length
             begins = 0 if stage.do == "recovery" else begins
+            known += [stage.to] if stage.do != "search" else []
             found.append(Cost(stage.name, stage.to, made_of, work, begins=begins))
     lengths = measured_lengths(plan)
     for name, count, made_of in (
@@ -105,11 +108,23 @@ def _steps(stage: Stage) -> tuple[int, int]:
     return recipe.steps, recipe.batch
 
 
-def _searched(loaded: LoadedModel, stage: Stage, reached: int) -> tuple[tuple[Work, ...], str]:
-    """What a search takes at most, of a model that reaches so far by then, and of what it is made."""
-    row = unscaled(loaded.rope.shape.pairs, reached)
+def _searched(loaded: LoadedModel, stage: Stage, reached: int, known: Sequence[int]) -> tuple[tuple[Work, ...], str]:
+    """What a search takes at most, of a model that was trained so far by then, and of what it is made.
+
+    known: lengths of the rows that there are by then. What they hold is not: each is another one, so that no two of
+    a recovery's seeds are the same.
+    """
+    pairs, original = loaded.rope.shape.pairs, loaded.rope.original_length
+    rows = [unscaled(pairs, reached)]
+    if stage.do == "recovery":
+        lengths = sorted(set(known)) if stage.to >= reached else [reached]
+        scales = [max(2.0, each / original) for each in lengths]
+        rows = [
+            RopeFactors(each, (scale,) * pairs, attention_factor=1 + math.log(scale) / 100)
+            for each, scale in zip(lengths, scales, strict=True)
+        ]
     as_trained = replace(
-        loaded, table=replace(loaded.meaning, rows=(row,)), under=row if stage.do == "second" else None
+        loaded, table=replace(loaded.meaning, rows=tuple(rows)), under=rows[0] if stage.do == "second" else None
     )
     settings = search_settings(stage, 0)
     settings = settings.shorter or settings
