@@ -280,7 +280,7 @@ def test_a_list_with_something_else_than_lengths_is_refused(lengths: str, first:
         ),
         (
             search("--objective", "banana"),
-            "--objective: got 'banana'; it is one of perplexity, needle; choose one of them",
+            "--objective: got 'banana'; it is one of perplexity, needle, both; choose one of them",
         ),
         (search("--space", "banana"), "--space: got 'banana'; it is one of longrope, longrope2; choose one of them"),
         (
