@@ -32,7 +32,7 @@ from reproduction.core import CORE
 from reproduction.packing import pack, unpack
 from reproduction.setting import SETTINGS, Setting, quick_plan
 from reproduction.state import OutOfTimeError, State
-from reproduction.tables import MADE_OF, TABLES
+from reproduction.tables import STAGES_OF, TABLES
 
 STATE = Path(__file__).parent / "state"
 PARTS = CORE | TABLES
@@ -118,7 +118,7 @@ def make(setting: Setting, state: State, wanted: list[str]) -> None:
 
 def still(part: str, recorded: dict[str, Any], document: dict[str, Any]) -> bool:
     """Whether a recorded part is of what the document is of: model, documents, and the stages that it is made of."""
-    kinds = MADE_OF.get(part)
+    kinds = STAGES_OF.get(part)
 
     def of(told: dict[str, Any]) -> list[Any]:
         stages = [stage for stage in told.get("stages", []) if kinds is None or stage["do"] in kinds]

@@ -243,7 +243,7 @@ TABLES = {
     "mixed-longest": mixed_longest,
 }
 
-MADE_OF = {
+STAGES_OF = {
     "base": (),
     "without": ("search",),
     "nonuniform": ("search",),

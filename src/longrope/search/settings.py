@@ -61,8 +61,7 @@ class SearchSettings:
     """Search windows, of each kind where the objective is both; by default 8 up to 32k, 5 below 512k, 3 from there."""
     gradient_windows: int | None = None
     """Further windows (of each kind) of the same documents that gradients are taken on, as far as there are; 0: the
-    search windows.
-    By default 0, and 64 where there are fewer than 4 search windows."""
+    search windows. By default 0, and 64 where there are fewer than 4 search windows."""
     evaluations: int | None = None
     """Limit in evaluations of all search windows; by default the method's own size."""
     token_passes: int | None = None
@@ -122,10 +121,8 @@ class SearchSettings:
                 do="give such a length, or leave it out",
             )
         if self.search_length is not None and self.objective != "perplexity":
-            got, rule = (
-                f"--objective {self.objective}",
-                "what is found at a shorter length is decided between by perplexity",
-            )
+            got = f"--objective {self.objective}"
+            rule = "what is found at a shorter length is decided between by perplexity"
             raise UserError("--search-length", got=got, rule=rule, do="leave one of them out")
         self._check_factors(original_length)
 
