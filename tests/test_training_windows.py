@@ -112,6 +112,18 @@ def test_a_batch_is_as_long_as_its_longest() -> None:
     assert {each.shape for each in batch.values()} == {(2, TARGET)}
 
 
+def test_a_cut_window_among_packed_ones_is_still_longer_than_they_are() -> None:
+    """Its length says which row of the table it has."""
+    cut = collate_to_learned([asked(ASKED)[0]], at_least=ORIGINAL + 1)
+    assert cut["input_ids"].shape == (1, ORIGINAL + 1)
+    model: Any = build("llama")
+    with torch.no_grad(), Patch(model, SHAPE) as patch, chunked_loss(model):
+        patch.install(table())
+        found = float(model(**cut).loss)
+        patch.install(table().rows[1])
+        assert found == pytest.approx(float(model(**collate([asked(ASKED)[0]])).loss), rel=1e-6)
+
+
 def test_a_prompt_without_a_completion_is_not_trained_on() -> None:
     assert asked(Document("empty", "What?", prompt=5), ASKED).an_epoch == 1
     with pytest.raises(UserError, match=r"^--documents: got 1 prompt with nothing after it; what follows"):
@@ -128,14 +140,31 @@ def test_an_epoch_has_a_prompt_once_and_none_that_is_longer_than_a_window() -> N
         asked(long, length=100)
 
 
+def packed(*documents: Document, short_length: int) -> MixedWindows:
+    return MixedWindows(windows(length=TARGET), documents, TOKENIZER, short_length=short_length, share=0.999)
+
+
 def test_packed_prompts_are_not_learned_either() -> None:
-    made = MixedWindows(windows(length=TARGET), [ASKED], TOKENIZER, short_length=20, share=0.999)
-    window = packed_of(made)[0]
+    window = packed_of(packed(ASKED, short_length=len(ASKED.text) + 2))[0]
     text = np.frombuffer(ASKED.text.encode(), dtype=np.uint8)
-    first, second = window["labels"][:25], window["input_ids"][:25]
-    assert int(second[0]) == BOS
-    assert {int(each) for each in window["labels"]} <= {NO_TARGET, EOS, *text[16:].tolist()}
-    assert int((first != NO_TARGET).sum()) > 0
+    starts = [0, len(text) + 2]
+    assert torch.nonzero(window["position_ids"] == 0)[:2, 0].tolist() == starts
+    for start in starts:
+        assert int(window["input_ids"][start]) == BOS
+        assert (window["labels"][start : start + 17] == NO_TARGET).all()
+        learned = window["labels"][start + 17 : start + len(text) + 2]
+        assert learned.tolist() == [*text[16:].tolist(), EOS]
+
+
+def test_a_prompt_is_not_cut_from_what_follows_from_it() -> None:
+    """In pieces of a short document the completion would be learned without what its prompt says."""
+    made = packed(ASKED, SHORT[0], short_length=len(ASKED.text) + 1)
+    assert made.left_out == 1
+    for window in packed_of(made):
+        assert set(window["input_ids"].tolist()) <= {BOS, EOS, *SHORT[0].text.encode()}
+    message = r"got 1 prompt with completions, all of them longer; a prompt and its completion lie within 20 tokens"
+    with pytest.raises(UserError, match=message):
+        packed(ASKED, short_length=20)
 
 
 SHORT = [document("s", 30), document("t", 17), document("u", 100)]

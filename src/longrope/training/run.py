@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -158,7 +159,11 @@ def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[Long
         short = read_sources(given.short_documents, share="search", tokenizer=loaded.tokenizer)
         documents = [*documents, *short]
     original = loaded.rope.original_length
-    return MixedWindows(long, short, loaded.tokenizer, short_length=original, share=given.mixed), documents
+    mixed = MixedWindows(long, short, loaded.tokenizer, short_length=original, share=given.mixed)
+    if mixed.left_out:
+        what = plural(mixed.left_out, "prompt")
+        logger.info("%s with completions left out of packed windows: longer than %d tokens", what, original)
+    return mixed, documents
 
 
 def _train(
@@ -189,9 +194,10 @@ def _train(
         with chunked_loss(model):
             arguments = arguments_of(loaded, trained, given, recipe, path / STATE, world)
             watch = Watch(path / LOSSES, total=cast(int, recipe.steps), on_progress=on_progress)
-            # Shared windows are cut into equal parts, and of mixed ones the length decides which factors they have.
-            whole_windows = world.window_size > 1 or given.mixed is not None
-            collator = collate if whole_windows else collate_to_learned
+            # Of mixed windows the length decides which factors they have: a cut one stays longer than packed documents.
+            least = 1 if given.mixed is None else loaded.rope.original_length + 1
+            # Shared windows are cut into equal parts.
+            collator = collate if world.window_size > 1 else partial(collate_to_learned, at_least=least)
             with disk_errors(path):  # it makes the folder of its checkpoints
                 trainer = (ShardingTrainer if world.sharded else Trainer)(
                     model=trained, args=arguments, train_dataset=windows, data_collator=collator, callbacks=[watch]

@@ -160,8 +160,9 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
 
     A packed window holds documents of at most `short_length` tokens, longer ones in pieces, each between BOS and EOS.
     Positions begin anew with each: attention stays inside a document, and a factor table gives it the row of its own
-    length. What is left at the end is filled with the beginning of one more. Raises UserError when there is no short
-    document.
+    length. What is left at the end is filled with the beginning of one more. A prompt stays with its completion: cut
+    off, that would be learned without what it follows from, so one that is longer is left out. Raises UserError when
+    there is no short document.
     """
 
     def __init__(
@@ -182,12 +183,18 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
             rule = f"a short document lies within {short_length} tokens with its ends"
             raise UserError("--mixed", got=f"{piece} tokens for the text", rule=rule, do="leave --mixed out")
         ordered = sorted(distinct(documents), key=lambda document: document.sha256)
-        texts = (_Text.of(document, tokenizer) for document in ordered)
-        parts = (text.part(at, piece) for text in texts for at in range(0, len(text.ids), piece))
+        texts = [_Text.of(document, tokenizer) for document in ordered]
+        whole = [text for text in texts if not text.prompt or len(text.ids) <= piece]
+        self.left_out = len(texts) - len(whole)
+        """Prompts with completions that are longer than a short document."""
+        parts = (text.part(at, piece) for text in whole for at in range(0, len(text.ids), piece))
         self._pieces = [part for part in parts if len(part.ids) > max(1, part.prompt)]
         if not self._pieces:
-            rule = "mixed windows hold short documents, too"
-            raise UserError("--mixed", got="no text to pack", rule=rule, do="give documents with text")
+            rule, got = "mixed windows hold short documents, too", "no text to pack"
+            if self.left_out:
+                rule = f"a prompt and its completion lie within {short_length} tokens together"
+                got = f"{plural(self.left_out, 'prompt')} with completions, all of them longer"
+            raise UserError("--mixed", got=got, rule=rule, do="give --short-documents with short texts")
 
     def __len__(self) -> int:
         return len(self.long)
@@ -216,8 +223,11 @@ def collate(windows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
 
 
-def collate_to_learned(windows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """The same without what lies behind the last token that is learned: no token sees what follows it."""
+def collate_to_learned(windows: Sequence[dict[str, Tensor]], at_least: int = 1) -> dict[str, Any]:
+    """The same without what lies behind the last token that is learned: no token sees what follows it.
+
+    at_least: tokens that stay, where a window's length says which row of a factor table it has.
+    """
     batch = collate(windows)
-    end = int((batch["labels"] != NO_TARGET).any(dim=0).nonzero()[-1]) + 1
+    end = max(at_least, int((batch["labels"] != NO_TARGET).any(dim=0).nonzero()[-1]) + 1)
     return {name: each[:, :end] for name, each in batch.items()}
