@@ -21,7 +21,7 @@ from commands import TARGET, longrope, refused, table, write_checkpoint, write_d
 from longrope.errors import UserError
 from longrope.evaluate.harness_answers import answers_as_json
 from longrope.training.sharded import check_shards
-from longrope.training.state import mark_whole
+from longrope.training.state import WHOLE, mark_whole
 
 SOURCE = Path(__file__).parents[1] / "src" / "longrope"
 
@@ -146,7 +146,7 @@ def test_state_of_a_training_that_others_wrote_runs_nothing(here: Path, mark: Pa
     stored = io.BytesIO()
     torch.save(Spy(mark), stored)
     path.write_bytes(pickle.dumps(Spy(mark)) if how == "pickled" else stored.getvalue())
-    mark_whole(checkpoint)
+    mark_whole(checkpoint, of=json.loads((checkpoint / WHOLE).read_text())["of"])
     told = refused(*TRAINING)
     assert told.startswith("checkpoint: got run/checkpoints/checkpoint-1: ")
     assert not mark.exists()

@@ -185,6 +185,11 @@ def test_a_shard_of_a_window_has_the_angles_that_it_has_in_the_whole(here: Path)
         ),
         (World(size=6, window_size=4), {"batch": 1}, "processes: got 6 processes; 4 of them share a window"),
         (World(size=8, window_size=8), {"mixed": True}, "--mixed: got 8 processes to a window; attention of a packed"),
+        (
+            World(size=8, window_size=8),
+            {"attention": "eager"},
+            "--attention: got 'eager'; context parallelism is torch's, of its own attention; leave it out, or give sdpa",
+        ),
     ],
 )
 def test_what_processes_cannot_share_is_told(world: World, given: dict[str, Any], message: str) -> None:
@@ -230,8 +235,28 @@ def test_the_configurations_are_what_they_say(
         assert environment["FSDP_VERSION"] == "2"
 
 
-def test_tensor_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
-    with pytest.raises(UserError, match=r"^processes: got tensor parallelism over 2 processes; weights are sharded"):
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+            "processes: got tensor parallelism over 2 processes; weights are sharded by FSDP, windows by context",
+        ),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "4"},
+            "processes: got sequence parallelism over 4 processes; it is DeepSpeed's, which is not used; share windows by",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "processes: got DeepSpeed; weights are sharded by FSDP, whose checkpoints are written whole here",
+        ),
+    ],
+)
+def test_what_is_not_ours_to_shard_with_is_refused(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as told:
         World.told()
+    assert str(told.value).startswith(message)

@@ -23,9 +23,10 @@ from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.factors import FactorTable
 from longrope.model import load_model
-from longrope.training import arguments
+from longrope.training import arguments, callbacks
 from longrope.training.lora import LoraSettings, with_lora
 from longrope.training.run import finetune
+from longrope.training.state import mark_whole
 from longrope.training.windows import LongWindows
 from models import ORIGINAL, tokens
 
@@ -301,6 +302,67 @@ def test_losses_that_the_file_has_lost_are_those_of_the_checkpoint() -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_whichever_checkpoint_is_the_last_that_is_gone_on_with() -> None:
+    assert longrope(*command("--keep", 9, "-q")).code == 0
+    losses = Path("run/training.jsonl").read_bytes()
+    whole = _weights(Path("run/checkpoint/model.safetensors"))
+    for lost in ([12], [9, 12], [6, 9, 12], [3, 6, 9, 12]):
+        unfinish(Path("run"))
+        for step in lost:
+            shutil.rmtree(f"run/checkpoints/checkpoint-{step}")
+        assert longrope(*command("--keep", 9, "-q")).code == 0
+        assert Path("run/training.jsonl").read_bytes() == losses
+        assert all(
+            torch.equal(*pair) for pair in zip(_weights(Path("run/checkpoint/model.safetensors")), whole, strict=True)
+        )
+
+
+@pytest.mark.usefixtures("here")
+def test_a_checkpoint_of_another_training_is_not_gone_on_with() -> None:
+    """Of the same shape, and whole: its losses and weights would be taken for this one's."""
+    assert longrope(*command("--learning-rate", 2e-3, out="other")).code == 0
+    assert longrope(*command("-q")).code == 0
+    losses = Path("run/training.jsonl").read_bytes()
+    unfinish(Path("run"))
+    shutil.rmtree("run/checkpoints/checkpoint-12")
+    shutil.copytree("other/checkpoints/checkpoint-12", "run/checkpoints/checkpoint-12")
+    told = "checkpoint: got run/checkpoints/checkpoint-12, of another training; a training goes on from its own"
+    assert refused(*command()).startswith(told)
+    shutil.rmtree("run/checkpoints/checkpoint-12")
+    assert longrope(*command("-q")).code == 0
+    assert Path("run/training.jsonl").read_bytes() == losses
+
+
+@pytest.mark.usefixtures("here")
+def test_a_checkpoint_of_an_earlier_version_does_not_say_whose_it_is_and_is_gone_on_with() -> None:
+    assert longrope(*command("-q")).code == 0
+    losses = Path("run/training.jsonl").read_bytes()
+    unfinish(Path("run"))
+    file = Path("run/checkpoints/checkpoint-12/longrope.json")
+    listed = json.loads(file.read_text())
+    del listed["of"]
+    file.write_text(json.dumps(listed))
+    assert longrope(*command("-q")).code == 0
+    assert Path("run/training.jsonl").read_bytes() == losses
+
+
+def test_where_one_checkpoint_stays_the_older_one_goes_when_it_is_whole(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a kill while it is being marked would leave none."""
+    there: list[list[str]] = []
+
+    def watched(checkpoint: Path, of: str) -> None:
+        there.append([path.parent.name for path in checkpoint.parent.glob("checkpoint-*/longrope.json")])
+        mark_whole(checkpoint, of)
+
+    monkeypatch.setattr(callbacks, "mark_whole", watched)
+    train(here, keep=1, save_every=1)
+    assert there == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]
+    assert [path.name for path in (here / "run" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.usefixtures("here")
 def test_a_bit_that_is_turned_in_a_checkpoint_is_told_with_its_file() -> None:
     assert longrope(*command("-q")).code == 0
     unfinish(Path("run"))
@@ -331,15 +393,30 @@ def test_a_checkpoint_that_hits_a_limit_of_file_sizes_is_told_and_the_training_g
 
 
 @pytest.mark.usefixtures("here")
-def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_what_was_good() -> None:
-    ran = longrope(*command("--learning-rate", 1e30, "--schedule", "constant", "-q"))
+def test_a_loss_that_is_no_number_stops_with_the_step_and_the_last_good_checkpoint() -> None:
+    """The first step has a learning rate of 0, the second ruins the weights, the third finds that."""
+    given = command("--learning-rate", 1e30, "--warmup", 8, "--save-every", 1, "-q")
+    ran = longrope(*given)
     assert (ran.code, ran.out) == (2, "")
     (line,) = ran.err.splitlines()
     assert line.startswith("longrope: training: got a ")
-    assert " at step " in line
-    assert "the loss stays a number" in line
-    for path in Path("run").rglob("model.safetensors"):
-        assert all(bool(torch.isfinite(each).all()) for each in _weights(path))
+    assert " at step 3; the loss stays a number; checkpoint-1 is the last good one; train with a lower" in line
+    good = _weights(Path("run/checkpoints/checkpoint-1/model.safetensors"))
+    before = _weights(Path("model/model.safetensors"))
+    assert all(torch.equal(*pair) for pair in zip(good, before, strict=True))
+    ruined = _weights(Path("run/checkpoints/checkpoint-2/model.safetensors"))
+    assert max(float(each.abs().max()) for each in ruined) > 1e20
+    assert len(Path("run/training.jsonl").read_text().splitlines()) == 2
+    again = longrope(*given)
+    assert (again.code, again.err) == (2, ran.err), "it goes on, and says the same"
+
+
+@pytest.mark.usefixtures("here")
+def test_where_no_checkpoint_is_good_that_is_said() -> None:
+    ran = longrope(*command("--learning-rate", 1e30, "-q"))
+    assert ran.code == 2
+    assert "no good one was saved yet; train with a lower" in ran.err
+    assert not list(Path("run").rglob("model.safetensors"))
 
 
 def _weights(path: Path) -> list[torch.Tensor]:
@@ -353,7 +430,7 @@ def test_a_window_longer_than_memory_is_told_before_the_first_step_with_what_wou
     with pytest.raises(UserError) as caught:
         train(here)
     found = str(caught.value)
-    assert found.startswith(f"memory: got windows of {TARGET} tokens, of which 2 take ")
+    assert found.startswith(f"memory: got windows of {TARGET} tokens, of which one takes ")
     fits = int(found.partition("use at most ")[2].split()[0])
     assert 0 < fits < TARGET
     assert not (here / "run" / "training.jsonl").exists()
@@ -374,11 +451,20 @@ def test_a_window_longer_than_memory_is_told_before_the_first_step_with_what_wou
         (["--save-dtype", "int8"], "--save-dtype: got 'int8'; it is one of float32, bfloat16, float16; choose one"),
         (["--merge"], "--merge: got no --lora; it is a setting of LoRA"),
         (["-f", "none"], "--factors: got none, and no factors.json beside the weights"),
+        (["--learning-rate", "inf"], "--learning-rate: got inf; it is above 0 and a number"),
+        (["--clip", "nan"], "--clip: got nan; it is above 0 and a number"),
+        (
+            ["--device", "cuda:1"],
+            "--device: got 'cuda:1'; Trainer trains on the first device that it sees; give cuda",
+        ),
+        (["--tracker", "mirror"], "--tracker: got 'mirror'; it is none, all, or some of azure_ml, clearml, "),
+        (["--tracker", "tensorboard,wandb"], "--tracker: got wandb, which is not there; a tracker is a package"),
+        (["--quantize", "4bit"], "--quantize: got 4bit"),
     ],
 )
 def test_bad_input_is_one_line(more: list[object], message: str) -> None:
     given = command(*more)
-    if more[0] in ("-f",):
+    if more[0] == "-f":
         del given[given.index("-f") : given.index("-f") + 2]
     assert message in refused(*given)
 

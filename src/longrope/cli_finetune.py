@@ -83,7 +83,7 @@ def finetune(
     }
     given |= {"gradient_checkpointing": gradient_checkpointing, "save_every": save_every, "keep": keep}
     given |= {"save_dtype": save_dtype}
-    options = shared.options()
+    options = shared.options(own_factors=factors != ["none"])
     path = out or default_run_path("finetune", model, parse_length(length))
     resume_with()
     with training_progress(shared.quiet) as on_progress:

@@ -8,6 +8,7 @@ hash of each.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -231,6 +232,11 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is not None:
             flat[name] = value
     return {name: value for name, value in flat.items() if not name.startswith("ignored.") and name != "longrope"}
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """A hash of all of a run's config.json that is compared when it goes on: what it wrote bears it."""
+    return hashlib.sha256(json.dumps(_flat(cast(dict[str, Any], finite(config))), sort_keys=True).encode()).hexdigest()
 
 
 def _is_budget(key: str, budget_keys: Sequence[str]) -> bool:

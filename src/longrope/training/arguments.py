@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from longrope.checkpoint import AUTOCAST
 from longrope.errors import UserError
@@ -27,81 +30,131 @@ def arguments_of(
 ) -> TrainingArguments:
     """What Trainer is told. trained: the model, with its adapters where it has any. state: the folder of checkpoints.
 
-    Raises UserError when a batch does not fit into memory, with what would.
+    Raises UserError when a window does not fit into memory, with what would.
     """
     share = recipe.batch // world.windows_at_once
-    together = next(
-        size for size in range(min(share, max(1, loaded.batch_tokens // given.length)), 0, -1) if share % size == 0
-    )
+    most = max(1, loaded.batch_tokens // given.length)
+    if given.mixed is not None and loaded.model.config._attn_implementation.startswith("flash"):
+        most = 1  # it finds the documents of a packed window by their positions, and of one window a pass alone
+    sizes = [size for size in range(min(share, most), 0, -1) if share % size == 0]
+    half = loaded.options.dtype in (AUTOCAST, "bfloat16") or loaded.device.type == "cuda"
     # Of shards nothing is estimated: what does not fit into one process is what they are for.
-    again = given.gradient_checkpointing is not False
+    together, again = sizes[0], given.gradient_checkpointing is not False
     if world.window_size == 1 and not world.sharded:
-        again = computed_twice(loaded, trained, given, together)
+        together, again = windows_at_once(loaded, trained, given, sizes, half=half)
     # Its name from transformers 5.23 on, which warns of the older one.
     twice = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(state),
         max_steps=cast(int, recipe.steps),
         per_device_train_batch_size=together,
         gradient_accumulation_steps=share // together,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.schedule,
+        # Trainer's own `constant` knows no warm-up.
+        lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
         warmup_steps=recipe.warmup,
         adam_beta1=recipe.beta1,
         adam_beta2=recipe.beta2,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         optim="adamw_torch",
-        bf16=loaded.options.dtype in (AUTOCAST, "bfloat16") or loaded.device.type == "cuda",
+        bf16=half,
         **{f"{twice}_checkpointing": bool(again), f"{twice}_checkpointing_kwargs": {"use_reentrant": False}},  # type: ignore[arg-type]
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=given.save_every or max(1, cast(int, recipe.steps) // 20),
-        save_total_limit=given.keep,
         seed=given.seed,
         data_seed=given.seed,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        report_to=_trackers(given.tracker),
+        report_to=trackers(given.tracker),
         disable_tqdm=True,
         use_cpu=loaded.device.type == "cpu",
         dataloader_pin_memory=loaded.device.type == "cuda",
         ddp_find_unused_parameters=False if world.size > 1 else None,
     )
+    return made if world.size > 1 else on_one_device(made)
 
 
-def _trackers(wanted: str) -> list[str]:
-    """What Trainer reports to; TensorBoard, which nobody asked for by name, where it is installed."""
+def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """The same for the first device alone: one process would copy the model onto all that it sees (DataParallel)."""
+    if arguments.n_gpu > 1:  # which asks for the device, on which it depends
+        arguments._n_gpu = 1
+    return arguments
+
+
+def trackers(wanted: str) -> list[str]:
+    """What Trainer reports to; TensorBoard, which nobody asked for by name, where it is installed.
+
+    wanted: names with commas between, or none. Raises UserError for one that Trainer does not know, or that is not
+    installed.
+    """
     if wanted == "none" or (wanted == DEFAULT_TRACKER and find_spec("tensorboard") is None):
         return []
-    return [wanted]
+    here = get_available_reporting_integrations()
+    if wanted == "all":
+        return list(here)
+    for name in (names := wanted.split(",")):
+        if name not in INTEGRATION_TO_CALLBACK:
+            rule = f"it is none, all, or some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, with commas between"
+            raise UserError("--tracker", got=repr(name), rule=rule, do="choose one of them, or leave it out")
+        if name not in here:
+            rule, do = "a tracker is a package that is installed", "install it, or give another --tracker, or none"
+            raise UserError("--tracker", got=f"{name}, which is not there", rule=rule, do=do)
+    return names
 
 
-def computed_twice(loaded: LoadedModel, trained: Any, given: Training, together: int) -> bool:
-    """Whether layers are to be computed twice. Raises UserError when a batch does not fit even so, with what would."""
+def windows_at_once(
+    loaded: LoadedModel, trained: Any, given: Training, sizes: Sequence[int], *, half: bool
+) -> tuple[int, bool]:
+    """Windows of a pass, the first of `sizes` that fits, and whether layers are computed twice.
+
+    half: whether products are computed in bfloat16. Raises UserError when one window does not fit even so, with what
+    would.
+    """
+    config = loaded.model.config.get_text_config()
     weights = sum(each.numel() for each in trained.parameters() if each.requires_grad)
     room = free_memory(loaded.device) - _OPTIMIZER_BYTES * weights
     least = max(4, min(_PROBE, given.length // 4))
 
     def run(length: int) -> None:
-        ids = torch.arange(length, device=loaded.device)[None] % 100
-        with loaded.autocast(), torch.enable_grad():
-            trained(input_ids=ids, labels=ids)
+        ids = torch.arange(length, device=loaded.device)[None] % min(100, config.vocab_size)
+        with torch.autocast(loaded.device.type, torch.bfloat16, enabled=half), torch.enable_grad():
+            # Attention inside packed documents is given a mask of all pairs, which is kept.
+            packed = ids.new_tensor([*range(length // 2)] * 2)[None]
+            trained(input_ids=ids, labels=ids, use_cache=False, **({"position_ids": packed} if given.mixed else {}))
 
-    kept = Kept.measured(trained, [least, 2 * least, 4 * least], run)
-    layers = loaded.model.config.get_text_config().num_hidden_layers
+    with _masks_of_local_layers(config, given.length, least // 2):
+        kept = Kept.measured(trained, [least, 2 * least, 4 * least], run)
+    layers = config.num_hidden_layers
     # One layer's activations, and what each layer is given.
-    width = loaded.model.config.get_text_config().hidden_size
-    twice = Kept(kept.constant / layers, kept.linear / layers + 4 * layers * width, kept.quadratic / layers)
+    linear = kept.linear / layers + 4 * layers * config.hidden_size
+    twice = Kept(kept.constant / layers, linear, kept.quadratic / layers)
     wanted = given.gradient_checkpointing
-    again = together * kept(given.length) > 0.6 * room if wanted is None else wanted
+    again = wanted is not False
+    for together in sizes:
+        again = together * kept(given.length) > 0.6 * room if wanted is None else wanted
+        if together * (twice if again else kept)(given.length) <= room:
+            return together, again
     needed = twice if again else kept
-    if together * needed(given.length) > room:
-        longest, gigabytes = max(0, needed.tokens(room / together)), together * needed(given.length) / 2**30
-        raise UserError(
-            "memory",
-            got=f"windows of {given.length} tokens, of which {together} take {gigabytes:.1f} GiB",
-            rule=f"there are {max(0, room) / 2**30:.1f} GiB beside the weights, their gradients and Adam's moments",
-            do=f"use at most {format_length(longest)} tokens here, --lora, a larger device, or several",
-        )
-    return again
+    longest, gigabytes = max(0, needed.tokens(room)), needed(given.length) / 2**30
+    raise UserError(
+        "memory",
+        got=f"windows of {given.length} tokens, of which one takes {gigabytes:.1f} GiB",
+        rule=f"there are {max(0, room) / 2**30:.1f} GiB beside the weights, their gradients and Adam's moments",
+        do=f"use at most {format_length(longest)} tokens here, --lora, a larger device, or several",
+    )
+
+
+@contextmanager
+def _masks_of_local_layers(config: Any, length: int, probe: int) -> Iterator[None]:
+    """Local attention is given a mask of all pairs as soon as a window is longer than it reaches: in a probe, too."""
+    reach = getattr(config, "sliding_window", None)
+    if not isinstance(reach, int) or reach >= length:
+        yield
+        return
+    config.sliding_window = min(reach, probe)
+    try:
+        yield
+    finally:
+        config.sliding_window = reach

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from longrope.errors import UserError
 from longrope.files import read_lines
-from longrope.training.state import log_loss, loss_line, mark_whole
+from longrope.training.state import checkpoints, log_loss, loss_line, mark_whole, remove
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,16 @@ class Progress:
 
 
 class Watch(TrainerCallback):
-    """Writes a line a step, marks checkpoints whole, and stops where a loss or a gradient is no number."""
+    """Writes a line a step, marks checkpoints whole, and stops where a loss or a gradient is no number.
 
-    def __init__(self, path: Path, *, total: int, on_progress: Callable[[Progress], None] | None) -> None:
-        self.path, self.total, self.on_progress = path, total, on_progress
+    path: of the losses. of: the identity of the run. keep: checkpoints that stay. total: steps.
+    """
+
+    def __init__(
+        self, path: Path, *, of: str, keep: int, total: int, on_progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.path, self.of, self.keep, self.total, self.on_progress = path, of, keep, total, on_progress
         self._begun: tuple[float, int] | None = None
-        self._saved: int | None = None
 
     def losses(self) -> list[float]:
         """The loss of every step so far."""
@@ -49,7 +53,6 @@ class Watch(TrainerCallback):
     ) -> None:
         """Begin to count."""
         self._begun = time.perf_counter(), state.global_step
-        self._saved = state.global_step or None
 
     def on_log(
         self,
@@ -65,7 +68,9 @@ class Watch(TrainerCallback):
         loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
         if not math.isfinite(loss) or not math.isfinite(norm):
             what = f"a loss of {loss}" if not math.isfinite(loss) else f"a gradient of norm {norm}"
-            kept = f"checkpoint-{self._saved} is kept" if self._saved else "nothing was saved yet"
+            # The weights before this step are what went wrong: those that a later step began with have shown a loss.
+            saved = [step for step in checkpoints(Path(str(args.output_dir))) if step < state.global_step - 1]
+            kept = f"checkpoint-{saved[-1]} is the last good one" if saved else "no good one was saved yet"
             rule = "the loss stays a number"
             do = f"{kept}; train with a lower --learning-rate or a longer --warmup into another --out"
             raise UserError("training", got=f"{what} at step {state.global_step}", rule=rule, do=do)
@@ -77,8 +82,13 @@ class Watch(TrainerCallback):
             self.on_progress(Progress(state.global_step, self.total, loss, left))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint whole, when all processes have written what is theirs."""
+        """Mark the checkpoint whole, when all processes have written what is theirs, and remove older ones.
+
+        Trainer would remove them before that: of one that is to stay, a kill in between would leave none.
+        """
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            mark_whole(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
-            self._saved = state.global_step
+            folder = Path(str(args.output_dir))
+            mark_whole(folder / f"checkpoint-{state.global_step}", self.of)
+            for older in list(checkpoints(folder).values())[: -self.keep]:
+                remove(older)

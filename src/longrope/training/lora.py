@@ -30,7 +30,8 @@ class LoraSettings:
 def with_lora(model: Any, settings: LoraSettings, seed: int, *, quantized: bool = False) -> Any:
     """The model with adapters drawn from a seed, equal in all processes; the rest frozen.
 
-    quantized: of a base of few bits, the rest is in float32 (QLoRA). Raises UserError where PEFT is not installed.
+    What is trained is in float32: steps of 1e-5 would round to nothing on norms in bfloat16. quantized: of a base of
+    few bits, the rest is in float32, too (QLoRA). Raises UserError where PEFT is not installed.
     """
     try:
         peft = import_module("peft")
@@ -58,7 +59,11 @@ def with_lora(model: Any, settings: LoraSettings, seed: int, *, quantized: bool 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)  # PEFT draws from torch's own generator
         warnings.simplefilter("ignore", FutureWarning)  # of names in transformers that PEFT still uses
-        return peft.get_peft_model(model, config)
+        made = peft.get_peft_model(model, config)
+    for weight in made.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # PEFT does so for adapters alone
+    return made
 
 
 def merged(model: Any, adapter: Path) -> Any:

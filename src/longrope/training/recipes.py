@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import inf
 from typing import Any
 
 from longrope.errors import UserError
@@ -31,14 +32,14 @@ class Recipe:
         """The recipe with what is given (not None) instead. Raises UserError for values that cannot be."""
         made = replace(self, **{name: value for name, value in given.items() if value is not None})
         for flag, value, good, rule in (
-            ("--learning-rate", made.learning_rate, made.learning_rate > 0, "it is above 0"),
+            ("--learning-rate", made.learning_rate, 0 < made.learning_rate < inf, "it is above 0 and a number"),
             ("--schedule", made.schedule, made.schedule in _SCHEDULES, f"it is one of {', '.join(_SCHEDULES)}"),
             ("--warmup", made.warmup, made.warmup >= 0, "it is not negative"),
             ("--batch", made.batch, made.batch >= 1, "it is at least 1"),
             ("--beta1", made.beta1, 0 <= made.beta1 < 1, "it is from 0 to below 1"),
             ("--beta2", made.beta2, 0 <= made.beta2 < 1, "it is from 0 to below 1"),
-            ("--clip", made.clip, made.clip > 0, "it is above 0"),
-            ("--weight-decay", made.weight_decay, made.weight_decay >= 0, "it is not negative"),
+            ("--clip", made.clip, 0 < made.clip < inf, "it is above 0 and a number"),
+            ("--weight-decay", made.weight_decay, 0 <= made.weight_decay < inf, "it is not negative"),
             ("--steps", made.steps, made.steps is None or made.steps >= 1, "it is at least 1"),
         ):
             if not good:

@@ -27,13 +27,14 @@ from longrope.files import disk_errors
 from longrope.folders import replaced_folder
 from longrope.lengths import as_length
 from longrope.model import LoadedModel, as_loaded, load_model
-from longrope.runs import ADAPTER, CHECKPOINT, LOSSES, METRICS, RunFolder, command_line, default_run_path
-from longrope.training.arguments import arguments_of
+from longrope.runs import ADAPTER, CHECKPOINT, LOSSES, METRICS, RunFolder, command_line, default_run_path, identity
+from longrope.training.apart import check_apart
+from longrope.training.arguments import arguments_of, trackers
 from longrope.training.callbacks import Progress, Watch
 from longrope.training.lora import merged, with_lora
 from longrope.training.loss import chunked_loss
 from longrope.training.recipes import Recipe
-from longrope.training.settings import Training, described, settings_of
+from longrope.training.settings import DEFAULT_TRACKER, Training, described, settings_of
 from longrope.training.sharded import check_shards
 from longrope.training.state import damaged, keep_losses, last_whole
 from longrope.training.trainer import ShardingTrainer, gathered
@@ -71,8 +72,11 @@ def finetune(
     """
     given, chosen, options = settings_of(as_length(length), recipe, lora, options, keywords)
     world = World.told()
-    world.check(batch=chosen.batch, length=given.length, mixed=given.mixed is not None)
+    mixed = given.mixed is not None
+    world.check(batch=chosen.batch, length=given.length, mixed=mixed, attention=options.attention)
     options = world.placed(options)
+    if not trackers(given.tracker) and given.tracker == DEFAULT_TRACKER:
+        logger.info("no TensorBoard here: the losses are in %s alone (install longrope[tensorboard])", LOSSES)
     loaded = as_loaded(model, options)
     table = loaded.table if factors is None else as_table(factors)
     if table is None:
@@ -93,24 +97,31 @@ def finetune(
     path = Path(out) if out is not None else default_run_path("finetune", loaded.name, given.length)
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.open(path, config)) if world.main else None
-        before, last = world.first(lambda: _begin(run, served))
+        before, last = world.first(lambda: _begin(run, served, identity(config)))
         if before is not None:
             logger.info("%s is finished: its measurements are in %s", path, path / METRICS)
             return before
-        losses = _train(loaded, served, given, chosen, windows, path, world, last, on_progress)
+        watch = Watch(
+            path / LOSSES,
+            of=identity(config),
+            keep=given.keep,
+            total=cast(int, chosen.steps),
+            on_progress=on_progress,
+        )
+        losses = _train(loaded, served, given, chosen, windows, path, world, last, watch)
         result = {"method": "training", "length": given.length, "value": losses[-1], "tokens": None, "ci": None}
         told: dict[str, Any] = {"command": "finetune", "model": loaded.name, "settings": settings, "measure": "loss"}
         told |= {"results": [result], "losses": losses}
         return world.first(lambda: _end(run, told))
 
 
-def _begin(run: RunFolder | None, table: FactorTable) -> tuple[dict[str, Any] | None, str | None]:
+def _begin(run: RunFolder | None, table: FactorTable, of: str) -> tuple[dict[str, Any] | None, str | None]:
     """What the main process finds in a run: its metrics where it is finished, else the checkpoint to go on from."""
     assert run is not None, "the main process opened it"
     if run.finished:
         return run.metrics(), None
     run.save_factors(table)
-    last = last_whole(run.path / STATE)
+    last = last_whole(run.path / STATE, of)
     check_shards(last)
     keep_losses(run.path / LOSSES, last)
     return None, None if last is None else str(last)
@@ -175,7 +186,7 @@ def _train(
     path: Path,
     world: World,
     last: str | None,
-    on_progress: Callable[[Progress], None] | None,
+    watch: Watch,
 ) -> list[float]:
     """The losses of all steps; writes what was trained into the run."""
     model: Any = loaded.model
@@ -186,6 +197,8 @@ def _train(
         patch.install(table if given.mixed is not None else table.rows[-1])
         if note:
             logger.info(note)
+        if given.mixed is not None:
+            check_apart(loaded)
         trained = (
             model
             if given.lora is None
@@ -193,7 +206,6 @@ def _train(
         )
         with chunked_loss(model):
             arguments = arguments_of(loaded, trained, given, recipe, path / STATE, world)
-            watch = Watch(path / LOSSES, total=cast(int, recipe.steps), on_progress=on_progress)
             # Of mixed windows the length decides which factors they have: a cut one stays longer than packed documents.
             least = 1 if given.mixed is None else loaded.rope.original_length + 1
             # Shared windows are cut into equal parts.

@@ -14,30 +14,40 @@ from longrope.errors import UserError
 from longrope.files import append_line, as_line, read_lines, read_object, write_atomically
 
 WHOLE = "longrope.json"
-"""Written into a checkpoint when all else is there: the size of every file, and a checksum."""
+"""Written into a checkpoint when all else is there: the size of every file, a checksum, and which training's it is."""
 _SUMMED = 8 * 2**30  # bytes; of larger files the sizes are compared
 _TRAINERS = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def mark_whole(checkpoint: Path) -> None:
-    """Say that everything of a checkpoint is written."""
+def mark_whole(checkpoint: Path, of: str) -> None:
+    """Say that everything of a checkpoint is written. of: the identity of the run that wrote it."""
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
     sums = {name: _checksum(checkpoint / name) for name, size in sizes.items() if size <= _SUMMED}
-    write_atomically(checkpoint / WHOLE, json.dumps({"sizes": sizes, "crc32": sums}) + "\n")
+    write_atomically(checkpoint / WHOLE, json.dumps({"of": of, "sizes": sizes, "crc32": sums}) + "\n")
 
 
-def last_whole(folder: Path) -> Path | None:
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder by step, in order, whole or not."""
+    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def last_whole(folder: Path, of: str) -> Path | None:
     """The last checkpoint that was written whole; later ones that were cut are removed.
 
-    Raises UserError for a checkpoint whose files have changed since.
+    of: the identity of the run that goes on. Raises UserError for a checkpoint whose files have changed since, and for
+    one that another training wrote.
     """
-    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
-    for _, path in sorted(found.items(), reverse=True):
+    for path in reversed(checkpoints(folder).values()):
         if not (path / WHOLE).exists():
-            shutil.rmtree(path)  # it was being written when the process ended
+            remove(path)  # it was being written, or removed, when the process ended
             continue
         listed = read_object(path / WHOLE, "list of a checkpoint's files")
+        if listed.get("of", of) != of:  # earlier versions did not say
+            got, rule = f"{path}, of another training", "a training goes on from its own checkpoints"
+            do = "remove that folder: the same command goes on from the checkpoint before"
+            raise UserError("checkpoint", got=got, rule=rule, do=do)
         sizes, sums = listed.get("sizes"), listed.get("crc32", {})  # earlier versions wrote no checksums
         there = {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
         if not isinstance(sizes, Mapping) or dict(sizes) != there:
@@ -52,6 +62,12 @@ def last_whole(folder: Path) -> Path | None:
                 raise damaged(path, name)
         return path
     return None
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, which is none from the first moment on."""
+    (checkpoint / WHOLE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def damaged(checkpoint: Path, what: str) -> UserError:

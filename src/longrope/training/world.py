@@ -25,7 +25,7 @@ class World:
     """What a launcher (torchrun, accelerate launch) has told this process; alone without one.
 
     size: processes in all. rank: this one, 0 writes. local_rank: on this machine. window_size: processes that share
-    one window (context or sequence parallelism). sharded: whether FSDP shards the weights.
+    one window (context parallelism). sharded: whether FSDP shards the weights.
     """
 
     size: int = 1
@@ -36,7 +36,7 @@ class World:
 
     @classmethod
     def told(cls) -> World:
-        """From the environment that launchers set. Raises UserError for tensor parallelism, which is not ours."""
+        """From the environment that launchers set. Raises UserError for tensor parallelism and for DeepSpeed."""
         number = {
             name: int(os.environ.get(variable, default))
             for name, variable, default in (
@@ -45,14 +45,25 @@ class World:
                 ("local_rank", "LOCAL_RANK", "0"),
             )
         }
+        if _is_set("ACCELERATE_USE_DEEPSPEED"):
+            rule = "weights are sharded by FSDP, whose checkpoints are written whole here; DeepSpeed's are not"
+            do = "use a configuration with FSDP, such as examples/accelerate/8-gpus.yaml"
+            raise UserError("processes", got="DeepSpeed", rule=rule, do=do)
         shared = 1
         if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
             sizes = {kind: int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in ("CP", "SP", "TP")}
             if sizes["TP"] > 1:
-                rule = "weights are sharded by FSDP, windows by context or sequence parallelism"
+                rule = "weights are sharded by FSDP, windows by context parallelism"
                 got = f"tensor parallelism over {sizes['TP']} processes"
                 raise UserError("processes", got=got, rule=rule, do="set parallelism_config_tp_size to 1")
-            shared = sizes["CP"] * sizes["SP"]
+            if sizes["SP"] > 1:
+                got, rule = (
+                    f"sequence parallelism over {sizes['SP']} processes",
+                    "it is DeepSpeed's, which is not used",
+                )
+                do = "share windows by context parallelism: parallelism_config_cp_size"
+                raise UserError("processes", got=got, rule=rule, do=do)
+            shared = sizes["CP"]
         return cls(**number, window_size=shared, sharded=_is_set("ACCELERATE_USE_FSDP"))
 
     @property
@@ -65,7 +76,7 @@ class World:
         """Processes, or groups of them, that each have windows of their own."""
         return self.size // self.window_size
 
-    def check(self, *, batch: int, length: int, mixed: bool) -> None:
+    def check(self, *, batch: int, length: int, mixed: bool, attention: str = "auto") -> None:
         """Raise UserError for a batch that the processes cannot share, and for windows that cannot be cut."""
         if self.size % self.window_size:
             got, rule = f"{self.size} processes", f"{self.window_size} of them share a window"
@@ -77,6 +88,9 @@ class World:
         if self.window_size > 1 and length % pieces:
             got, rule = f"{length} tokens", f"{self.window_size} processes share a window in {pieces} equal pieces"
             raise UserError("--length", got=got, rule=rule, do=f"give a multiple of {pieces}")
+        if attention not in ("auto", "sdpa") and self.window_size > 1:
+            got, rule = repr(attention), "context parallelism is torch's, of its own attention"
+            raise UserError("--attention", got=got, rule=rule, do="leave it out, or give sdpa")
         if mixed and self.window_size > 1:
             got = f"{self.window_size} processes to a window"
             rule = "attention of a packed window stays inside its documents, which context parallelism cannot keep to"
@@ -85,6 +99,10 @@ class World:
     def placed(self, options: LoadOptions) -> LoadOptions:
         """Options that load the model onto this process's device, and start what the processes talk by."""
         if self.size == 1:
+            if options.device.startswith("cuda:") and options.device != "cuda:0":
+                got, rule = repr(options.device), "Trainer trains on the first device that it sees"
+                do = f"give cuda, and CUDA_VISIBLE_DEVICES={options.device.removeprefix('cuda:')} before the command"
+                raise UserError("--device", got=got, rule=rule, do=do)
             return options
         device = options.device
         if device in ("auto", "cuda") and torch.cuda.is_available():

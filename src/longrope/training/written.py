@@ -60,7 +60,8 @@ def write_factors(folder: Path, loaded: LoadedModel, table: FactorTable) -> None
     """The factors of a transformers folder: its factors.json, and config.json where that can express them."""
     table.to_be_given_away().save(folder / FACTORS)
     last = table.rows[-1]
-    long = replace(table, rows=(last.with_values(up_to=table.original_length), last)) if len(table.rows) == 1 else table
+    alone = len(table.rows) == 1 and last.up_to > table.original_length
+    long = replace(table, rows=(last.with_values(up_to=table.original_length), last)) if alone else table
     try:
         keys = to_transformers_config(long)
     except UserError as error:

@@ -1,0 +1,290 @@
+"""What Trainer is told of a training: trackers, devices, schedules, memory, the papers' recipes; packed documents."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    Lfm2Config,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    integrations,
+)
+
+from commands import SHAPE, TARGET, longrope, refused, table, write_checkpoint, write_documents
+from longrope.checkpoint import LoadOptions
+from longrope.errors import UserError
+from longrope.factors import FactorTable, unscaled
+from longrope.memory import Kept
+from longrope.model import load_model
+from longrope.training import arguments
+from longrope.training.apart import check_apart
+from longrope.training.arguments import on_one_device, windows_at_once
+from longrope.training.lora import LoraSettings, with_lora
+from longrope.training.recipes import RECIPES
+from longrope.training.run import finetune
+from longrope.training.settings import Training
+from models import ARCHITECTURES, ORIGINAL, build, save
+
+FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ground")
+    write_checkpoint(folder / "model")
+    write_documents(folder / "texts")
+    table().save(folder / "good.json")
+    return folder
+
+
+@pytest.fixture
+def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(ground, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def train(model: str = "model", out: str = "run", **more: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"steps": 3, "batch": 2, "learning_rate": 1e-3, "tracker": "none", "documents": ["texts"]}
+    given |= {"length": TARGET, "factors": "good.json", "options": FLOAT32}
+    return finetune(model, out=out, **(given | more))
+
+
+# Trackers
+
+
+@pytest.mark.usefixtures("here")
+def test_losses_are_events_of_tensorboard_unless_another_tracker_is_asked_for() -> None:
+    given = ["--length", TARGET, "-f", "good.json", "-d", "texts", "--steps", 3, "--batch", 2, "--dtype", "float32"]
+    ran = longrope("finetune", "model", *given, "--out", "run", "--json")
+    assert ran.code == 0, ran.err
+    (events,) = Path("run").rglob("events.out.tfevents.*")
+    assert events.is_relative_to("run/checkpoints/runs")
+    found = EventAccumulator(str(events.parent))
+    found.Reload()
+    assert [each.value for each in found.Scalars("train/loss")] == pytest.approx(ran.document["losses"], rel=1e-6)
+    judged = ["--lengths", TARGET, "-d", "texts", "--windows", 1]
+    assert longrope("evaluate", "perplexity", "run/checkpoint", *judged).code == 0, "a whole run"
+
+
+@pytest.mark.usefixtures("here")
+def test_what_trainer_knows_as_a_tracker_sees_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered as the package of one would register it; beside TensorBoard, with a comma."""
+    seen: list[float] = []
+
+    class Own(TrainerCallback):
+        def on_log(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **more: Any
+        ) -> None:
+            seen.extend([logs["loss"]] if "loss" in logs else [])
+
+    known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    monkeypatch.setitem(known, "own", Own)
+    for module in (arguments, integrations.integration_utils):
+        monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: ["tensorboard", "own"])
+    losses = train(tracker="own,tensorboard")["losses"]
+    assert seen == losses
+    assert list(Path("run").rglob("events.out.tfevents.*"))
+
+
+# Devices and schedules
+
+
+def test_one_process_trains_on_one_device_however_many_it_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    told = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=3)
+    assert told.train_batch_size == 12, "what Trainer would do"
+    assert on_one_device(told).train_batch_size == 3
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "rates"),
+    [
+        ("constant", 0, [1, 1, 1, 1]),
+        ("constant", 2, [0, 0.5, 1, 1]),
+        ("linear", 0, [1, 0.75, 0.5, 0.25]),
+        ("linear", 2, [0, 0.5, 1, 0.5]),
+        ("cosine", 0, [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]),
+    ],
+)
+def test_learning_rates_are_those_of_the_schedule_with_its_warm_up(
+    schedule: str, warmup: int, rates: list[float]
+) -> None:
+    from longrope.files import read_lines
+
+    train(steps=4, schedule=schedule, warmup=warmup)
+    found = [line["learning_rate"] for line in read_lines(Path("run/training.jsonl"))]
+    assert found == pytest.approx([1e-3 * rate for rate in rates])
+
+
+def test_recipes_are_what_the_papers_say() -> None:
+    """LongRoPE, section 4.1 (LLaMA2 and Mistral); LongRoPE2, section 4.1."""
+    told = {name: (each.learning_rate, each.schedule, each.batch, each.steps) for name, each in RECIPES.items()}
+    assert told == {
+        "longrope-llama2": (2e-5, "linear", 32, 400),
+        "longrope-mistral": (1e-6, "constant", 64, 400),
+        "longrope2": (2e-5, "cosine", 64, None),
+    }
+
+
+# Lengths and factors
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("length", [ORIGINAL // 2, ORIGINAL])
+def test_a_training_within_the_original_length_ends_in_a_checkpoint(length: int) -> None:
+    """Under a table as searches write it, whose first row is that of the original length."""
+    last = table().rows[-1]
+    short = unscaled(len(last.rescale), ORIGINAL)
+    FactorTable(500.0, SHAPE.rotary_dim, ORIGINAL, (short, last)).save("good.json")
+    train(length=length)
+    made = load_model("run/checkpoint", FLOAT32)
+    assert [row.up_to for row in made.meaning.rows] == [ORIGINAL]
+    stock: Any = AutoModelForCausalLM.from_pretrained("run/checkpoint", dtype=torch.float32)
+    ids = torch.arange(ORIGINAL)[None]
+    with torch.no_grad():
+        assert torch.allclose(made.model(ids).logits, stock(ids).logits, atol=1e-5)
+
+
+@pytest.mark.usefixtures("here")
+def test_factors_none_leaves_out_those_of_the_checkpoint() -> None:
+    train()
+    given = ["--length", TARGET, "-d", "texts", "--steps", 1, "--dtype", "float32", "--out", "again"]
+    told = refused("finetune", "run/checkpoint", *given, "--factors", "none")
+    assert told.startswith("--factors: got none, and no factors.json beside the weights")
+    assert longrope("finetune", "run/checkpoint", *given, "--batch", 1, "--tracker", "none").code == 0
+
+
+# What is trained whole beside adapters
+
+
+def test_norms_and_embeddings_beside_adapters_are_trained_in_float32(ground: Path) -> None:
+    """In bfloat16 a step of the papers' learning rate would be rounded away."""
+    loaded = load_model(str(ground / "model"), LoadOptions(device="cpu", dtype="bfloat16", threads=1))
+    made = with_lora(loaded.model, LoraSettings(rank=2, embeddings=True, norms=True), seed=0)
+    trained = {name: each for name, each in made.named_parameters() if each.requires_grad}
+    assert {each.dtype for each in trained.values()} == {torch.float32}
+    assert {"embed_tokens", "norm", "lora_A"} <= {part for name in trained for part in name.split(".")}
+    assert {each.dtype for each in made.parameters() if not each.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.usefixtures("here")
+def test_norms_of_a_half_precision_base_move_by_small_steps() -> None:
+    options = LoadOptions(device="cpu", dtype="bfloat16", threads=1)
+    train(lora=2, norms=True, merge=True, learning_rate=2e-5, steps=1, options=options)
+    kept = {name: each for name, each in load_model("model", FLOAT32).model.named_parameters() if "norm" in name}
+    from safetensors.torch import load_file
+
+    made = load_file("run/checkpoint/model.safetensors")
+    moved = [float((made[name].float() - each).abs().max()) for name, each in kept.items()]
+    assert min(moved) == pytest.approx(2e-5, rel=0.1), "Adam's first step is the learning rate"
+
+
+# Memory
+
+
+@pytest.mark.usefixtures("here")
+def test_fewer_windows_are_run_together_where_more_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = train(out="all", batch=4)["losses"]
+    loaded = load_model("model", FLOAT32)
+    sizes = {}
+    for room in (10**9, 18 * 10**5):
+        monkeypatch.setattr(arguments, "free_memory", lambda device, room=room: room)
+        with loaded.patch() as patch:
+            patch.install(table().rows[-1])
+            loaded.model.requires_grad_(True)
+            sizes[room], _ = windows_at_once(loaded, loaded.model, Training(length=TARGET), [4, 2, 1], half=False)
+    assert sizes[10**9] == 4
+    assert sizes[18 * 10**5] < 4
+    assert train(out="few", batch=4)["losses"] == pytest.approx(expected, rel=1e-5)
+
+
+def kept_by(name: str, given: Training, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
+    """What the estimate is made of."""
+    found: list[Kept] = []
+    measured = Kept.measured
+
+    def watched(*arguments: Any) -> Kept:
+        found.append(measured(*arguments))
+        return found[0]
+
+    monkeypatch.setattr(Kept, "measured", watched)
+    loaded = load_model(str(write_checkpoint(folder / "model", name)), FLOAT32)
+    with loaded.patch() as patch:
+        patch.install(unscaled(loaded.rope.shape.pairs, given.length))
+        loaded.model.requires_grad_(True)
+        windows_at_once(loaded, loaded.model, given, [1], half=False)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "masks"),
+    [
+        ("llama", Training(length=TARGET), False),
+        ("llama", Training(length=TARGET, mixed=0.5), True),
+        ("gemma3", Training(length=TARGET), True),  # of a local layer that reaches less far than a window is long
+    ],
+)
+def test_masks_of_all_pairs_are_counted(
+    name: str, given: Training, masks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is kept, in float32: a window of 128k would take 64 GiB."""
+    kept = kept_by(name, given, tmp_path, monkeypatch)
+    assert (kept.quadratic > 3) == masks, kept
+
+
+def test_a_vocabulary_of_few_words_is_measured_too(tmp_path: Path) -> None:
+    loaded = load_model(str(write_checkpoint(tmp_path / "model")), FLOAT32)
+    loaded.model.resize_token_embeddings(60)
+    with loaded.patch() as patch:
+        patch.install(table())
+        check_apart(loaded)
+        assert windows_at_once(loaded, loaded.model, Training(length=TARGET), [1], half=False) == (1, False)
+
+
+# Packed documents
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gpt_oss"])
+def test_packed_documents_are_apart(name: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", name)
+    check_apart(load_model(str(tmp_path / "model"), FLOAT32), together=2)
+
+
+_MIXED = {
+    "bamba": BambaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=ORIGINAL, attn_layer_indices=[1], mamba_n_heads=4,
+        mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8,
+    ),
+    "lfm2": Lfm2Config(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=ORIGINAL, layer_types=["conv", "full_attention"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*_MIXED, "gpt_oss"])
+def test_a_model_whose_documents_are_not_apart_is_refused_before_mixed_windows(name: str, here: Path) -> None:
+    """A state or a convolution reaches back into the document before; GPT-OSS asks for masks without positions."""
+    torch.manual_seed(0)
+    save(AutoModelForCausalLM.from_config(_MIXED[name]) if name in _MIXED else build(name), here / "carries")
+    shape = load_model("carries", FLOAT32).rope.shape
+    rows = (unscaled(shape.pairs, ORIGINAL), unscaled(shape.pairs, TARGET))
+    FactorTable(shape.rope_theta, shape.rotary_dim, ORIGINAL, rows).save("own.json")
+    with pytest.raises(UserError, match=r"^--mixed: got \w+ with \w+ attention; a packed document is read by itself"):
+        train("carries", factors="own.json", mixed=0.5)
+    assert not Path("run/training.jsonl").exists()
+    assert len(train("carries", "plain", factors="own.json", steps=1)["losses"]) == 1
