@@ -23,17 +23,20 @@ from transformers import (
 
 from commands import SHAPE, TARGET, longrope, refused, table, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
+from longrope.documents import read_sources
 from longrope.errors import UserError
 from longrope.factors import FactorTable, unscaled
 from longrope.memory import Kept
-from longrope.model import load_model
+from longrope.model import NO_TARGET, load_model
 from longrope.training import arguments
-from longrope.training.apart import check_apart
+from longrope.training.apart import documents_are_apart
 from longrope.training.arguments import on_one_device, windows_at_once
 from longrope.training.lora import LoraSettings, with_lora
 from longrope.training.recipes import RECIPES
 from longrope.training.run import finetune
 from longrope.training.settings import Training
+from longrope.training.windows import LongWindows, MixedWindows
+from longrope.training.world import World
 from models import ARCHITECTURES, ORIGINAL, build, save
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
@@ -106,6 +109,15 @@ def test_one_process_trains_on_one_device_however_many_it_sees(tmp_path: Path, m
     told = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=3)
     assert told.train_batch_size == 12, "what Trainer would do"
     assert on_one_device(told).train_batch_size == 3
+
+
+def test_another_device_than_the_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer would move the model to the first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"give cuda, and CUDA_VISIBLE_DEVICES=1 before the command$"):
+        World().placed(LoadOptions(device="cuda:1"))
+    assert World().placed(LoadOptions(device="cuda:0")).device == "cuda:0"
 
 
 @pytest.mark.usefixtures("here")
@@ -212,13 +224,13 @@ def test_fewer_windows_are_run_together_where_more_do_not_fit(monkeypatch: pytes
 
 
 def kept_by(name: str, given: Training, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
-    """What the estimate is made of."""
+    """What the estimate is made of; of mixed windows what rows of short documents keep."""
     found: list[Kept] = []
     measured = Kept.measured
 
     def watched(*arguments: Any) -> Kept:
         found.append(measured(*arguments))
-        return found[0]
+        return found[-1]
 
     monkeypatch.setattr(Kept, "measured", watched)
     loaded = load_model(str(write_checkpoint(folder / "model", name)), FLOAT32)
@@ -226,7 +238,7 @@ def kept_by(name: str, given: Training, folder: Path, monkeypatch: pytest.Monkey
         patch.install(unscaled(loaded.rope.shape.pairs, given.length))
         loaded.model.requires_grad_(True)
         windows_at_once(loaded, loaded.model, given, [1], half=False)
-    return found[0]
+    return found[-1]
 
 
 @pytest.mark.parametrize(
@@ -250,17 +262,18 @@ def test_a_vocabulary_of_few_words_is_measured_too(tmp_path: Path) -> None:
     loaded.model.resize_token_embeddings(60)
     with loaded.patch() as patch:
         patch.install(table())
-        check_apart(loaded)
+        assert documents_are_apart(loaded)
         assert windows_at_once(loaded, loaded.model, Training(length=TARGET), [1], half=False) == (1, False)
 
 
 # Packed documents
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gpt_oss"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_documents_are_apart(name: str, tmp_path: Path) -> None:
+    """GPT-OSS asks for its masks without positions."""
     write_checkpoint(tmp_path / "model", name)
-    check_apart(load_model(str(tmp_path / "model"), FLOAT32), together=2)
+    assert documents_are_apart(load_model(str(tmp_path / "model"), FLOAT32)) == (name != "gpt_oss")
 
 
 _MIXED = {
@@ -277,14 +290,27 @@ _MIXED = {
 
 
 @pytest.mark.parametrize("name", [*_MIXED, "gpt_oss"])
-def test_a_model_whose_documents_are_not_apart_is_refused_before_mixed_windows(name: str, here: Path) -> None:
-    """A state or a convolution reaches back into the document before; GPT-OSS asks for masks without positions."""
+def test_a_model_whose_documents_are_not_apart_trains_on_one_a_row(
+    name: str, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A state or a convolution would reach back into the document before."""
     torch.manual_seed(0)
     save(AutoModelForCausalLM.from_config(_MIXED[name]) if name in _MIXED else build(name), here / "carries")
-    shape = load_model("carries", FLOAT32).rope.shape
+    loaded = load_model("carries", FLOAT32)
+    assert not documents_are_apart(loaded)
+    shape = loaded.rope.shape
     rows = (unscaled(shape.pairs, ORIGINAL), unscaled(shape.pairs, TARGET))
     FactorTable(shape.rope_theta, shape.rotary_dim, ORIGINAL, rows).save("own.json")
-    with pytest.raises(UserError, match=r"^--mixed: got \w+ with \w+ attention; a packed document is read by itself"):
-        train("carries", factors="own.json", mixed=0.5)
-    assert not Path("run/training.jsonl").exists()
-    assert len(train("carries", "plain", factors="own.json", steps=1)["losses"]) == 1
+    with caplog.at_level("INFO"):
+        [found] = train("carries", factors="own.json", mixed=0.999, batch=1, steps=1)["losses"]
+    assert "each is a row of its own" in caplog.text
+    documents = read_sources(["texts"], share="search", tokenizer=loaded.tokenizer)
+    long = LongWindows(documents, loaded.tokenizer, length=TARGET, count=1, seed=0)
+    made = MixedWindows(long, documents, loaded.tokenizer, short_length=ORIGINAL, share=0.999, apart=False)
+    total, count = 0.0, 0
+    for ids, labels in zip(made[0]["input_ids"], made[0]["labels"], strict=True):
+        end = int((labels != NO_TARGET).nonzero()[-1]) + 1
+        with torch.no_grad():
+            total += float(loaded.model(input_ids=ids[None, :end], labels=labels[None, :end]).loss) * (end - 1)
+        count += end - 1
+    assert found == pytest.approx(total / count, rel=1e-4)

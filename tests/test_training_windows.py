@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -145,23 +146,21 @@ def packed(*documents: Document, short_length: int) -> MixedWindows:
 
 
 def test_packed_prompts_are_not_learned_either() -> None:
-    window = packed_of(packed(ASKED, short_length=len(ASKED.text) + 2))[0]
-    text = np.frombuffer(ASKED.text.encode(), dtype=np.uint8)
-    starts = [0, len(text) + 2]
-    assert torch.nonzero(window["position_ids"] == 0)[:2, 0].tolist() == starts
-    for start in starts:
-        assert int(window["input_ids"][start]) == BOS
-        assert (window["labels"][start : start + 17] == NO_TARGET).all()
-        learned = window["labels"][start + 17 : start + len(text) + 2]
-        assert learned.tolist() == [*text[16:].tolist(), EOS]
+    row = packed_of(packed(ASKED, short_length=60))[0]
+    text = [*ASKED.text.encode(), EOS]
+    assert torch.nonzero(row["position_ids"] == 0)[:, 0].tolist() == [0, 25, 50]
+    for start in (0, 25):
+        assert int(row["input_ids"][start]) == BOS
+        assert row["labels"][start : start + 25].tolist() == [NO_TARGET] * 17 + text[16:]
+    assert row["labels"][50:].tolist() == [NO_TARGET] * 10, "of a prompt that is cut nothing is learned"
 
 
 def test_a_prompt_is_not_cut_from_what_follows_from_it() -> None:
     """In pieces of a short document the completion would be learned without what its prompt says."""
     made = packed(ASKED, SHORT[0], short_length=len(ASKED.text) + 1)
     assert made.left_out == 1
-    for window in packed_of(made):
-        assert set(window["input_ids"].tolist()) <= {BOS, EOS, *SHORT[0].text.encode()}
+    for row in packed_of(made):
+        assert set(row["input_ids"].tolist()) <= {BOS, EOS, *SHORT[0].text.encode()}
     message = r"got 1 prompt with completions, all of them longer; a prompt and its completion lie within 20 tokens"
     with pytest.raises(UserError, match=message):
         packed(ASKED, short_length=20)
@@ -170,56 +169,77 @@ def test_a_prompt_is_not_cut_from_what_follows_from_it() -> None:
 SHORT = [document("s", 30), document("t", 17), document("u", 100)]
 
 
-def mixed(share: float = 0.5) -> MixedWindows:
+def mixed(share: float = 0.5, *, apart: bool = True) -> MixedWindows:
     long = LongWindows(BOOKS, TOKENIZER, length=TARGET, count=40, seed=0)
-    return MixedWindows(long, SHORT, TOKENIZER, short_length=ORIGINAL, share=share)
+    return MixedWindows(long, SHORT, TOKENIZER, short_length=ORIGINAL, share=share, apart=apart)
+
+
+def packed_windows(made: MixedWindows) -> list[dict[str, torch.Tensor]]:
+    """Those of short documents, in rows."""
+    return [window for window in (made[index] for index in range(40)) if window["input_ids"].ndim == 2]
 
 
 def packed_of(made: MixedWindows) -> list[dict[str, torch.Tensor]]:
-    return [window for window in (made[index] for index in range(40)) if int((window["position_ids"] == 0).sum()) > 1]
+    """The rows of all of them."""
+    return [
+        {name: each[row] for name, each in window.items()}
+        for window in packed_windows(made)
+        for row in range(len(window["input_ids"]))
+    ]
 
 
-def pieces_of(window: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
-    starts = [*torch.nonzero(window["position_ids"] == 0)[:, 0].tolist(), TARGET]
+def pieces_of(row: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
+    starts = [*torch.nonzero(row["position_ids"] == 0)[:, 0].tolist(), len(row["input_ids"])]
     return list(pairwise(starts))
 
 
 def test_packed_documents_begin_anew_and_are_not_predicted_from_the_one_before() -> None:
-    made = packed_of(mixed())
-    assert 10 < len(made) < 30, "about half of them"
-    for window in made:
-        assert len(window["input_ids"]) == TARGET
-        for start, end in pieces_of(window):
-            assert end - start <= ORIGINAL
-            assert int(window["input_ids"][start]) == BOS
-            assert int(window["labels"][start]) == NO_TARGET
-            assert torch.equal(window["labels"][start + 1 : end], window["input_ids"][start + 1 : end])
-            if end < TARGET:
-                text = bytes(window["input_ids"][start + 1 : end - 1].tolist()).decode()
-                assert int(window["input_ids"][end - 1]) == EOS
+    windows = packed_windows(mixed())
+    assert 10 < len(windows) < 30, "about half of them"
+    assert {window["input_ids"].shape for window in windows} == {(TARGET // ORIGINAL, ORIGINAL)}, "as many tokens"
+    for row in packed_of(mixed()):
+        for start, end in pieces_of(row):
+            assert int(row["input_ids"][start]) == BOS
+            assert int(row["labels"][start]) == NO_TARGET
+            assert torch.equal(row["labels"][start + 1 : end], row["input_ids"][start + 1 : end])
+            if end < ORIGINAL:
+                text = bytes(row["input_ids"][start + 1 : end - 1].tolist()).decode()
+                assert int(row["input_ids"][end - 1]) == EOS
                 assert any(text in short.text for short in SHORT)
 
 
+def test_where_documents_are_not_apart_a_row_has_one() -> None:
+    rows = packed_of(mixed(apart=False))
+    assert len(rows) == len(packed_of(mixed())), "as many rows"
+    for row in rows:
+        assert torch.equal(row["position_ids"], torch.arange(ORIGINAL))
+        end = int((row["labels"] != NO_TARGET).nonzero()[-1]) + 1
+        text = bytes(row["input_ids"][1 : end - 1].tolist()).decode()
+        assert any(text in short.text for short in SHORT)
+        assert [int(row["input_ids"][0]), int(row["input_ids"][end - 1])] == [BOS, EOS]
+        assert row["labels"].tolist() == [NO_TARGET, *row["input_ids"][1:end].tolist(), *[NO_TARGET] * (ORIGINAL - end)]
+
+
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
-def test_a_packed_window_has_the_loss_of_its_documents_alone_under_their_own_factors(name: str) -> None:
-    """Beside a long window in the same batch, which has the long factors."""
+def test_a_window_of_short_documents_has_the_loss_of_each_alone_under_their_own_factors(name: str, apart: bool) -> None:
     model: Any = build(name)
-    long = next(window for window in (mixed()[index] for index in range(40)) if len(pieces_of(window)) == 1)
-    batch = [packed_of(mixed())[0], long]
+    window = packed_windows(mixed(apart=apart))[0]
+    long = table().rows[-1]
+    short = long.with_values(up_to=ORIGINAL, rescale=tuple(1 + (each - 1) / 2 for each in long.rescale))
     with torch.no_grad(), Patch(model, SHAPE) as patch:
-        patch.install(table())
+        patch.install(replace(table(), rows=(short, long)))
         with chunked_loss(model):
-            found = float(model(**collate(batch)).loss)
+            found = float(model(**collate_to_learned([window], at_least=ORIGINAL + 1)).loss)
         total, count = 0.0, 0
-        for start, end in pieces_of(batch[0]):
-            patch.install(table().rows[0])
-            ids = batch[0]["input_ids"][None, start:end]
-            if end - start > 1:
-                total += float(model(input_ids=ids, labels=ids).loss) * (end - start - 1)
-                count += end - start - 1
-        patch.install(table().rows[1])
-        ids = batch[1]["input_ids"][None]
-        total, count = total + float(model(input_ids=ids, labels=ids).loss) * (TARGET - 1), count + TARGET - 1
+        patch.install(short)
+        for row in range(len(window["input_ids"])):
+            one = {name: each[row] for name, each in window.items()}
+            for start, end in pieces_of(one):
+                ids, labels = one["input_ids"][None, start:end], one["labels"][None, start:end]
+                if learned := int((labels[:, 1:] != NO_TARGET).sum()):
+                    total += float(model(input_ids=ids, labels=labels).loss) * learned
+                    count += learned
     assert found == pytest.approx(total / count, rel=1e-5)
 
 

@@ -33,9 +33,8 @@ def arguments_of(
     Raises UserError when a window does not fit into memory, with what would.
     """
     share = recipe.batch // world.windows_at_once
-    most = max(1, loaded.batch_tokens // given.length)
-    if given.mixed is not None and loaded.model.config._attn_implementation.startswith("flash"):
-        most = 1  # it finds the documents of a packed window by their positions, and of one window a pass alone
+    # Short documents among mixed windows are rows of another length, a batch by themselves.
+    most = 1 if given.mixed is not None else max(1, loaded.batch_tokens // given.length)
     sizes = [size for size in range(min(share, most), 0, -1) if share % size == 0]
     half = loaded.options.dtype in (AUTOCAST, "bfloat16") or loaded.device.type == "cuda"
     # Of shards nothing is estimated: what does not fit into one process is what they are for.
@@ -115,35 +114,52 @@ def windows_at_once(
     config = loaded.model.config.get_text_config()
     weights = sum(each.numel() for each in trained.parameters() if each.requires_grad)
     room = free_memory(loaded.device) - _OPTIMIZER_BYTES * weights
-    least = max(4, min(_PROBE, given.length // 4))
-
-    def run(length: int) -> None:
-        ids = torch.arange(length, device=loaded.device)[None] % min(100, config.vocab_size)
-        with torch.autocast(loaded.device.type, torch.bfloat16, enabled=half), torch.enable_grad():
-            # Attention inside packed documents is given a mask of all pairs, which is kept.
-            packed = ids.new_tensor([*range(length // 2)] * 2)[None]
-            trained(input_ids=ids, labels=ids, use_cache=False, **({"position_ids": packed} if given.mixed else {}))
-
-    with _masks_of_local_layers(config, given.length, least // 2):
-        kept = Kept.measured(trained, [least, 2 * least, 4 * least], run)
+    kept = [_kept(loaded, trained, given.length, half=half)]
+    if given.mixed is not None:
+        kept.append(_of_rows(_kept(loaded, trained, given.length, half=half, packed=True), loaded.rope.original_length))
     layers = config.num_hidden_layers
     # One layer's activations, and what each layer is given.
-    linear = kept.linear / layers + 4 * layers * config.hidden_size
-    twice = Kept(kept.constant / layers, linear, kept.quadratic / layers)
+    beside = 4 * layers * config.hidden_size
+    twice = [Kept(one.constant / layers, one.linear / layers + beside, one.quadratic / layers) for one in kept]
     wanted = given.gradient_checkpointing
     again = wanted is not False
+
+    def needed(estimates: list[Kept]) -> float:
+        return max(one(given.length) for one in estimates)
+
     for together in sizes:
-        again = together * kept(given.length) > 0.6 * room if wanted is None else wanted
-        if together * (twice if again else kept)(given.length) <= room:
+        again = together * needed(kept) > 0.6 * room if wanted is None else wanted
+        if together * needed(twice if again else kept) <= room:
             return together, again
-    needed = twice if again else kept
-    longest, gigabytes = max(0, needed.tokens(room)), needed(given.length) / 2**30
+    estimates = twice if again else kept
+    longest = max(0, min(one.tokens(room) for one in estimates))
     raise UserError(
         "memory",
-        got=f"windows of {given.length} tokens, of which one takes {gigabytes:.1f} GiB",
+        got=f"windows of {given.length} tokens, of which one takes {needed(estimates) / 2**30:.1f} GiB",
         rule=f"there are {max(0, room) / 2**30:.1f} GiB beside the weights, their gradients and Adam's moments",
         do=f"use at most {format_length(longest)} tokens here, --lora, a larger device, or several",
     )
+
+
+def _of_rows(kept: Kept, length: int) -> Kept:
+    """The same where a window is rows of some length: what grows with its square grows with the rows."""
+    return Kept(kept.constant, kept.linear + kept.quadratic * length, 0.0)
+
+
+def _kept(loaded: LoadedModel, trained: Any, length: int, *, half: bool, packed: bool = False) -> Kept:
+    """What a window of up to `length` tokens keeps for its backward pass. packed: of two documents."""
+    config = loaded.model.config.get_text_config()
+    least = max(4, min(_PROBE, length // 4))
+
+    def run(tokens: int) -> None:
+        ids = torch.arange(tokens, device=loaded.device)[None] % min(100, config.vocab_size)
+        # Attention inside packed documents is given a mask of all pairs, which is kept.
+        more = {"position_ids": ids.new_tensor([*range(tokens // 2)] * 2)[None]} if packed else {}
+        with torch.autocast(loaded.device.type, torch.bfloat16, enabled=half), torch.enable_grad():
+            trained(input_ids=ids, labels=ids, use_cache=False, **more)
+
+    with _masks_of_local_layers(config, length, least // 2):
+        return Kept.measured(trained, [least, 2 * least, 4 * least], run)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from longrope.folders import replaced_folder
 from longrope.lengths import as_length
 from longrope.model import LoadedModel, as_loaded, load_model
 from longrope.runs import ADAPTER, CHECKPOINT, LOSSES, METRICS, RunFolder, command_line, default_run_path, identity
-from longrope.training.apart import check_apart
+from longrope.training.apart import documents_are_apart
 from longrope.training.arguments import arguments_of, trackers
 from longrope.training.callbacks import Progress, Watch
 from longrope.training.lora import merged, with_lora
@@ -170,7 +170,10 @@ def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[Long
         short = read_sources(given.short_documents, share="search", tokenizer=loaded.tokenizer)
         documents = [*documents, *short]
     original = loaded.rope.original_length
-    mixed = MixedWindows(long, short, loaded.tokenizer, short_length=original, share=given.mixed)
+    apart = documents_are_apart(loaded)
+    if not apart:
+        logger.info("what stands before a document reaches into it in this model: each is a row of its own")
+    mixed = MixedWindows(long, short, loaded.tokenizer, short_length=original, share=given.mixed, apart=apart)
     if mixed.left_out:
         what = plural(mixed.left_out, "prompt")
         logger.info("%s with completions left out of packed windows: longer than %d tokens", what, original)
@@ -197,8 +200,6 @@ def _train(
         patch.install(table if given.mixed is not None else table.rows[-1])
         if note:
             logger.info(note)
-        if given.mixed is not None:
-            check_apart(loaded)
         trained = (
             model
             if given.lora is None
@@ -206,7 +207,7 @@ def _train(
         )
         with chunked_loss(model):
             arguments = arguments_of(loaded, trained, given, recipe, path / STATE, world)
-            # Of mixed windows the length decides which factors they have: a cut one stays longer than packed documents.
+            # Of mixed windows the length decides which factors they have: a cut one stays longer than short documents.
             least = 1 if given.mixed is None else loaded.rope.original_length + 1
             # Shared windows are cut into equal parts.
             collator = collate if world.window_size > 1 else partial(collate_to_learned, at_least=least)

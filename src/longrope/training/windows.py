@@ -156,13 +156,14 @@ class LongWindows(Dataset[dict[str, Tensor]]):
 
 
 class MixedWindows(Dataset[dict[str, Tensor]]):
-    """Long windows and, with a chance of `share`, windows packed of short documents (LongRoPE2, section 3.3).
+    """Long windows and, with a chance of `share`, as many tokens of short documents (LongRoPE2, section 3.3).
 
-    A packed window holds documents of at most `short_length` tokens, longer ones in pieces, each between BOS and EOS.
-    Positions begin anew with each: attention stays inside a document, and a factor table gives it the row of its own
-    length. What is left at the end is filled with the beginning of one more. A prompt stays with its completion: cut
-    off, that would be learned without what it follows from, so one that is longer is left out. Raises UserError when
-    there is no short document.
+    These are rows of `short_length` tokens, which a factor table gives the row of that length: attention costs what it
+    costs there, and not the square of a long window. A row is packed of documents, longer ones in pieces, each between
+    BOS and EOS, whose positions begin anew; what is left at its end is filled with the beginning of one more. A prompt
+    stays with its completion: cut off, that would be learned without what it follows from, so one that is longer is
+    left out. apart: whether attention keeps to positions that begin anew; else a row has one document. Raises UserError
+    when there is no short document.
     """
 
     def __init__(
@@ -173,11 +174,12 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
         *,
         short_length: int,
         share: float,
+        apart: bool = True,
     ) -> None:
         if not 0 < share < 1:
             raise UserError("--mixed", got=share, rule="it is a share between 0 and 1", do="give one such as 0.3")
         self.long, self.share = long, share
-        self._ends = Ends.of(tokenizer)
+        self._short_length, self._apart, self._ends = short_length, apart, Ends.of(tokenizer)
         piece = short_length - self._ends.size
         if piece < 1:
             rule = f"a short document lies within {short_length} tokens with its ends"
@@ -204,23 +206,29 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
         return self._packed(rng) if rng.random() < self.share else self.long[index]
 
     def _packed(self, rng: np.random.Generator) -> dict[str, Tensor]:
-        length = self.long.length
-        ids, labels = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
-        positions, filled = np.empty(length, dtype=np.int64), 0
-        while filled < length:
+        rows = [self._row(rng) for _ in range(self.long.length // self._short_length)]
+        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+    def _row(self, rng: np.random.Generator) -> dict[str, Ids]:
+        """Documents of `short_length` tokens."""
+        size, filled = self._short_length, 0
+        ids, labels = np.zeros(size, dtype=np.int64), np.full(size, NO_TARGET, dtype=np.int64)
+        positions = np.arange(size)
+        while filled < size:
             part, learned = self._pieces[int(rng.integers(len(self._pieces)))].between(self._ends)
-            here = slice(filled, filled + min(len(part), length - filled))
-            size = here.stop - here.start
-            ids[here], labels[here], positions[here] = part[:size], learned[:size], np.arange(size)
+            end = min(size, filled + len(part))
+            ids[filled:end], labels[filled:end] = part[: end - filled], learned[: end - filled]
             labels[filled] = NO_TARGET  # what comes before is another document
-            filled += size
-        made = {"input_ids": ids, "labels": labels, "position_ids": positions}
-        return {name: torch.from_numpy(each) for name, each in made.items()}
+            if not self._apart:
+                break
+            positions[filled:end] = np.arange(end - filled)
+            filled = end
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 def collate(windows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """A batch of windows; all have the same length."""
-    return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
+    """A batch of windows; all have the same length. One that is rows of short documents is a batch by itself."""
+    return {name: torch.cat([torch.atleast_2d(window[name]) for window in windows]) for name in windows[0]}
 
 
 def collate_to_learned(windows: Sequence[dict[str, Tensor]], at_least: int = 1) -> dict[str, Any]:
