@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longrope.baselines import baseline
 from longrope.checkpoint import LoadOptions
 from longrope.documents import Document
 from longrope.errors import UserError
@@ -69,6 +70,22 @@ def test_the_scaling_of_a_checkpoint_is_one_more_seed_and_its_short_row(tmp_path
     own = loaded.own.row_for(loaded.own.rows[-1].up_to)
     assert np.allclose(seeds(loaded)["own"].vector, own.vector, atol=0.005)
     assert seeds(loaded)["pi"].rescale == (8.0,) * loaded.rope.shape.pairs  # the length before is known
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+def test_a_scaling_that_is_switched_on_without_a_longer_window_is_not_multiplied_into_an_extension(
+    tmp_path: Path, kind: str
+) -> None:
+    """As Qwen2.5's card says to: the longer window is the factor times the original one, which the weights know."""
+    model = build(f"llama-{kind}", max_position_embeddings=ORIGINAL)
+    loaded = load_model(str(save(model, tmp_path / "model")), LoadOptions(dtype="float32"))
+    assert (loaded.rope.original_length, loaded.rope.max_length) == (ORIGINAL, ORIGINAL)
+    pairs = loaded.rope.shape.pairs
+    assert loaded.trained.rescale == (1.0,) * pairs
+    found = seeds(loaded)
+    assert found["pi"].rescale == (8.0,) * pairs
+    assert np.allclose(found["own"].vector, loaded.own.rows[-1].vector, atol=0.005)
+    assert loaded.baseline("yarn", TARGET).rescale == baseline("yarn", loaded.rope.shape, TARGET).rescale
 
 
 def test_a_linear_checkpoint_is_extended_from_what_it_was_trained_with(tmp_path: Path) -> None:

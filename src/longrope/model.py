@@ -95,11 +95,13 @@ class LoadedModel:
 
         All 1 and the original length for an unscaled RoPE. They differ from 1 in a second interpolation, and where a
         scaled configuration names no length before scaling (a linear one, mostly): its original length is the scaled.
+        YaRN and Llama 3's scaling stretch from the length they call original, also where that is all the configuration
+        says, as on Qwen2.5's card.
         """
         if self.under is not None:
             return self.under
         named = self.table is not None or self.rope.original_length < self.rope.max_length
-        if named or self.rope.scaling == "default":
+        if named or self.rope.scaling in ("default", "yarn", "llama3"):
             return unscaled(self.rope.shape.pairs, self.rope.original_length)
         own = last_row(self.own, self.rope.original_length)
         return own.with_values(up_to=self.rope.original_length, attention_factor=1.0, start_tokens=0)

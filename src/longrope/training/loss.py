@@ -2,7 +2,8 @@
 
 A chunk's logits are differentiated as soon as they are there, so that nothing of them is kept for the backward pass and
 nothing is computed twice. What runs on a chunk is the class's own code after its decoder, so that caps and scales of
-logits are as the class has them.
+logits are as the class has them. On CUDA Liger's kernel makes the loss of a chunk and its gradient in one pass, where
+it is installed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -140,6 +144,29 @@ def _added(total: Tensor | None, part: Tensor) -> Tensor:
     return part.float() if total is None else total.add_(part)
 
 
+@cache
+def _ligers() -> Callable[..., Tensor] | None:
+    """Liger's cross-entropy, a kernel for GPUs, where it is installed."""
+    if find_spec("liger_kernel") is None:
+        return None
+    return cast(Callable[..., Tensor], import_module("liger_kernel.transformers.functional").liger_cross_entropy)
+
+
+def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """The kernel that computes a loss on a device, None for torch's own functions."""
+    return _ligers() if device.type == "cuda" else None
+
+
+def _summed(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of logits (N, V) and targets (N,), summed, in float32."""
+    if kernel := _kernel(logits.device):
+        # It writes the gradient over what it is given, which the class's own backward pass may still read, and its sum
+        # is in that dtype.
+        own = logits.to(torch.float32, copy=True)
+        return kernel(own, targets, ignore_index=NO_TARGET, reduction="sum")
+    return cross_entropy(logits.float(), targets, ignore_index=NO_TARGET, reduction="sum")
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of hidden states (B, T, D) and targets (B, T), differentiated in its forward pass."""
 
@@ -170,9 +197,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     continue
                 piece = own_rows(hidden.detach(), start, start + rows).requires_grad_(wanted)
                 logits = logits_of(piece, start)
-                loss = cross_entropy(
-                    logits.flatten(0, 1).float(), chosen.flatten(), ignore_index=NO_TARGET, reduction="sum"
-                )
+                loss = _summed(logits.flatten(0, 1), chosen.flatten())
                 total += loss.detach()
                 if by_hidden is not None:
                     by_piece, *by_each = torch.autograd.grad(loss, (piece, *used), allow_unused=True)
