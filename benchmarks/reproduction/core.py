@@ -189,9 +189,11 @@ def tell_passkeys(
     longest = setting.trained[-1]
     found = {length: share for length, share, _ in measured if length <= longest}
     worst = min(found, key=lambda length: found[length])
+    failed = [length for length, share, _ in measured if share < PAPER["passkey"]]
     state.figure(
         f"{what} missed, at the worst length up to {longest // setting.size.length}x", on,
         1 - found[worst], 0.1, worst_length=worst, paper=1 - PAPER["passkey"],
+        first_length_that_fails=failed[0] if failed else None,
     )  # fmt: skip
     state.table(f"{what} found", [[length, share, ci] for length, share, ci in measured])
 
