@@ -235,8 +235,13 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """A hash of all of a run's config.json that is compared when it goes on: what it wrote bears it."""
-    return hashlib.sha256(json.dumps(_flat(cast(dict[str, Any], finite(config))), sort_keys=True).encode()).hexdigest()
+    """A hash of all of a run's config.json that is compared when it goes on: what it wrote bears it.
+
+    The model's fingerprint is in it, its path is not: a run goes on where that was moved.
+    """
+    flat = _flat(cast(dict[str, Any], finite(config)))
+    flat.pop("model.name", None)
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
 def _is_budget(key: str, budget_keys: Sequence[str]) -> bool:
