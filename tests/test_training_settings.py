@@ -192,6 +192,15 @@ def test_norms_and_embeddings_beside_adapters_are_trained_in_float32(ground: Pat
     assert {each.dtype for each in made.parameters() if not each.requires_grad} == {torch.bfloat16}
 
 
+def test_beside_adapters_of_a_quantized_base_what_is_not_quantized_is_in_float32(ground: Path) -> None:
+    """As PEFT prepares a base of few bits, which this one stands for: those need CUDA."""
+    loaded = load_model(str(ground / "model"), LoadOptions(device="cpu", dtype="bfloat16", threads=1))
+    made = with_lora(loaded.model, LoraSettings(rank=2), seed=0, quantized=True)
+    assert {each.dtype for each in made.parameters()} == {torch.float32}
+    trained = {name.split(".")[-3] for name, each in made.named_parameters() if each.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+
+
 @pytest.mark.usefixtures("here")
 def test_norms_of_a_half_precision_base_move_by_small_steps() -> None:
     options = LoadOptions(device="cpu", dtype="bfloat16", threads=1)
