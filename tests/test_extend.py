@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -25,6 +29,7 @@ from models import ORIGINAL, tokens
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
 FAR = 8 * ORIGINAL
+STEPS = 100  # of a training that is ended on its way
 PLAN = """
 [[stages]]
 do = "search"
@@ -417,6 +422,53 @@ TRAIN = {"do": "finetune", "to": "4x", "steps": 2}
         (plan_of(SEARCH, TRAIN | {"norms": True}), "stage 2: norms: got no lora; it is a setting of LoRA"),
         (plan_of(SEARCH | {"start_tokens": 400}), "stage 1 (search): --start-tokens: got '400'; it is a number of"),
         (plan_of(SEARCH | {"attention_factor": "much"}), "stage 1 (search): --attention-factor: got 'much'; it is su"),
+def others_in(folder: Path) -> list[str]:
+    """The command lines of all other processes whose folder this is."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.cwd() == str(folder):
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def test_a_training_of_several_processes_ends_with_the_command_that_launched_it(here: Path) -> None:
+    plan = PLAN.partition('[[stages]]\ndo = "second"')[0] + "[measure]\nwindows = 1\npasskey = 0\n"
+    Path("plan.toml").write_text(plan.replace("steps = 6", f"steps = {STEPS}"))
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    words = command("--stages", "plan.toml", "--launcher", launcher, "--device", "cpu", "-q", to=TARGET)
+    resumed_by = shlex.join(["longrope", *map(str, words)])
+    losses = here / "run" / f"02-finetune-{TARGET}" / "training.jsonl"
+    errors = here.parent / "errors"  # no pipe: its end would be that of all processes
+    trained = 0
+    for which in (signal.SIGTERM, signal.SIGINT):
+        with errors.open("w") as file, start(*words, cwd=here, stderr=file) as process:
+            until = time.monotonic() + 120
+            while steps_in(losses) <= trained and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.01)
+            assert steps_in(losses) > trained, errors.read_text()
+            assert len(others_in(here)) >= 4, "the command, its launcher and two that train"
+            sent = time.monotonic()
+            process.send_signal(which)
+            code = process.wait(timeout=30)
+        assert time.monotonic() - sent < 5
+        assert not any("finetune" in each for each in others_in(here)), "the next command would find a lock"
+        trained = steps_in(losses)
+        assert trained < STEPS
+        assert code == 130
+        told = [line for line in errors.read_text().splitlines() if line.startswith("longrope: ")]
+        assert told[-1] == f"longrope: interrupted; this goes on with it: {resumed_by}"
+        assert set(told[:-1]) <= {"longrope: interrupted; the same command goes on with it"}, "of one that trains"
+    with start(*words, cwd=here) as process:
+        _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert steps_in(losses) == STEPS
+
+
+def steps_in(losses: Path) -> int:
+    return losses.read_bytes().count(b"\n") if losses.exists() else 0
+
+
         (
             plan_of(SEARCH, TRAIN, {"do": "second", "to": "16x", "search_length": "2x"}),
             "stage 3 (second): --search-length: got 96 tokens; it is an extension that is shorter",

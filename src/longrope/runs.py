@@ -265,6 +265,11 @@ def is_first_process() -> bool:
 def default_run_path(command: str, model: str, length: int) -> Path:
     """runs/COMMAND-MODEL-LENGTH; of the model the last part of its path or Hub id, made safe for a file name."""
     name = Path(model).name or Path(model).resolve().name
+def is_launched() -> bool:
+    """Whether a launcher such as torchrun started this process."""
+    return "RANK" in os.environ
+
+
     safe = re.sub(r"[^\w.+-]+", "_", name)[:60].strip("._-")
     return Path("runs") / f"{command}-{safe or 'model'}-{format_length(length)}"
 

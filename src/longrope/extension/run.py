@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from longrope.extension.plan import (
 from longrope.factors import FactorTable, RopeFactors
 from longrope.lengths import as_length, format_length
 from longrope.model import LoadedModel, load_model
+from longrope.launched import run_launched
 from longrope.report import write_report
 from longrope.runs import CHECKPOINT, FACTORS, RunFolder, command_line, default_run_path
 from longrope.search.driver import choose_search_windows, search_windows
@@ -239,7 +239,7 @@ def _launch(going: Extension, stage: Stage, model: str, factors: Path, folder: P
     words += ["--rope-precision", options.rope_precision, *(["--trust-remote-code"] * options.trust_remote_code)]
     words += ["--out", str(folder), "--seed", str(going.seed), "--tracker", going.tracker]
     try:
-        ended = subprocess.run(words, stdout=subprocess.DEVNULL, check=False).returncode
+        ended = run_launched(words)
     except OSError as error:
         rule, do = "it is a command that starts python -m", "give one such as torchrun --nproc-per-node 8"
         raise UserError("--launcher", got=f"{words[0]} ({error.strerror})", rule=rule, do=do) from None
