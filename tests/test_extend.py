@@ -217,6 +217,50 @@ def test_an_extension_killed_in_every_stage_ends_as_if_undisturbed(here: Path, m
             assert losses.read_bytes() == (made / losses).read_bytes()
 
 
+def test_a_run_that_was_moved_goes_on_with_the_model_that_it_has_fine_tuned(here: Path, made: Path) -> None:
+    """Three ways to name the folder of a run: as it was, from its root, and where it was moved to."""
+    second, recovery = f"03-second-{FAR}/evaluations.jsonl", f"04-recovery-{ORIGINAL}/evaluations.jsonl"
+    ways = (("run", "run", second), ("run", str(here / "run"), recovery))
+    for folder, out, moment in ways:
+        with start(*command("--stages", "plan.toml", "-q", out=out), cwd=here) as process:
+            until = time.monotonic() + 300
+            while not (here / folder / moment).exists() and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, moment
+    evaluated = (here / "run" / second).read_bytes()
+    trained = (here / "run" / f"02-finetune-{TARGET}" / "checkpoint" / "model.safetensors").stat()
+    Path("moved").mkdir()
+    (here / "run").rename(here / "moved" / "away")
+    ran = longrope(*command("--stages", "plan.toml", "--json", out="moved/away"))
+    assert ran.code == 0, ran.err
+    assert f"02-finetune-{TARGET} is done" in ran.err
+    run = here / "moved" / "away"
+    assert (run / second).read_bytes() == evaluated, "a stage that is done"
+    assert (run / f"02-finetune-{TARGET}" / "checkpoint" / "model.safetensors").stat() == trained
+    assert ran.document["results"] == json.loads((made / "stdout.json").read_text())["results"]
+    for name in ("factors.json", "checkpoint/model.safetensors", f"02-finetune-{TARGET}/training.jsonl"):
+        assert (run / name).read_bytes() == (made / "run" / name).read_bytes(), name
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_that_was_moved_goes_on_among_its_passkeys() -> None:
+    Path("plan.toml").write_text(
+        '[[stages]]\ndo = "search"\nto = "8x"\nwindows = 1\nevaluations = 2\n[measure]\nwindows = 1\npasskey = 2\n'
+    )
+    whole = longrope(*command("--stages", "plan.toml", "--json"))
+    assert whole.code == 0, whole.err
+    for name in ("DONE", "metrics.json", "passkey/DONE", "passkey/metrics.json"):
+        Path("run", name).unlink()
+    measured = Path("run/passkey/results.jsonl").read_bytes()
+    assert measured.count(b"\n") >= 2
+    Path("run").rename("moved")
+    ran = longrope(*command("--stages", "plan.toml", "--json", out="moved"))
+    assert ran.code == 0, ran.err
+    assert ran.document["results"] == whole.document["results"]
+    assert Path("moved/passkey/results.jsonl").read_bytes() == measured
+
+
 def test_one_stage_a_call_ends_as_all_in_one(here: Path, made: Path) -> None:
     names = [each["stage"] for each in json.loads((made / "stdout.json").read_text())["stages"]]
     given: dict[str, Any] = {"to": FAR, "documents": ["texts"], "stages": "plan.toml", "out": "run", "tracker": "none"}
