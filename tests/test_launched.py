@@ -31,7 +31,8 @@ worker.wait()
 """
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 OURS = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
 from longrope.launched import run_launched
 run_launched([sys.executable, "launcher.py"])
 """
@@ -83,11 +84,14 @@ def test_what_was_launched_ends_with_the_process_that_did(
 ) -> None:
     write_launcher(tmp_path, deaf=deaf)
     with subprocess.Popen([sys.executable, "-c", before + OURS], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        of_it = launched(tmp_path, process)
-        assert all(map(goes_on, of_it))
-        sent = time.monotonic()
-        process.send_signal(which)
-        assert process.wait(timeout=20) == code
+        try:
+            of_it = launched(tmp_path, process)
+            assert all(map(goes_on, of_it))
+            sent = time.monotonic()
+            process.send_signal(which)
+            assert process.wait(timeout=20) == code
+        finally:
+            process.kill()
     if which == signal.SIGINT or before:  # else it could do nothing itself
         assert not any(map(goes_on, of_it))
     while any(map(goes_on, of_it)) and time.monotonic() < sent + 20:

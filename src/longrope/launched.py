@@ -31,20 +31,27 @@ def run_launched(words: Sequence[str]) -> int:
     with _lock:
         launched = psutil.Process(_started(words))
         _going.append(launched)
-        guarding = [sys.executable, "-P", "-c", _GUARD, str(launched.pid)]
-        nowhere = subprocess.DEVNULL  # whoever reads our output waits until all that have it are gone
-        guarded = subprocess.Popen(
-            guarding, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True
-        )
     try:
-        return os.waitstatus_to_exitcode(os.waitpid(launched.pid, 0)[1])
-    except BaseException:  # Ctrl-C in a program that calls us
+        with _guarded(launched.pid):
+            return os.waitstatus_to_exitcode(os.waitpid(launched.pid, 0)[1])
+    except BaseException:  # Ctrl-C in a program that calls us, or there is nobody to guard it
         with launched_ended():
             raise
     finally:
         with _lock:  # taken for good where this process is about to end: then nothing more is said of the command
             _going.clear()
-            guarded.communicate()  # closes its stdin: it ends
+
+
+@contextmanager
+def _guarded(pid: int) -> Iterator[None]:
+    """Have another process look after a command, in case that this one is killed meanwhile."""
+    nowhere = subprocess.DEVNULL  # whoever reads our output waits until all that have it are gone
+    words = [sys.executable, "-P", "-c", _GUARD, str(pid)]
+    guarding = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    try:
+        yield
+    finally:
+        guarding.communicate()  # closes its stdin: it ends
 
 
 def _started(words: Sequence[str]) -> int:
