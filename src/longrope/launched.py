@@ -62,7 +62,7 @@ def _started(words: Sequence[str]) -> int:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) - {signal.SIGINT, signal.SIGTERM}
     return os.posix_spawnp(
         words[0],
-        words,
+        list(words),
         os.environ,
         file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
         setsid=True,
