@@ -154,7 +154,10 @@ def write(name: str, setting: Setting, state: State, out: Path) -> int:
     if "stages" in parts and all(file.exists() for file in trained):
         parts["stages"]["losses"] = {file.parent.name: [line["loss"] for line in read_lines(file)] for file in trained}
     if state.has("stages"):
-        parts["stages"]["seconds"] = {line["stage"]: line["seconds"] for line in read_lines(setting.run / STAGES)}
+        lines = read_lines(setting.run / STAGES)
+        parts["stages"]["seconds"] = {line["stage"]: line["seconds"] for line in lines}
+        if resumed := [line["stage"] for line in lines if line.get("resumed")]:
+            parts["stages"]["resumed"] = resumed  # their seconds are those since then
     document["parts"] = {part: parts[part] for part in PARTS if part in parts}
     told = [Figure.from_dict(figure) for part in document["parts"].values() for figure in part["figures"]]
     print_table(name, told)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
 from commands import SHAPE, TARGET, Ran, contents, longrope, refused, start, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
-from longrope.extension.plan import PLANS, default_plan, make_plan, read_plan
+from longrope.extension.plan import PLANS, Measures, Plan, Stage, default_plan, make_plan, read_plan
 from longrope.extension.run import extend
 from longrope.factors import FactorTable
 from longrope.files import as_line, read_lines
@@ -25,6 +29,7 @@ from models import ORIGINAL, tokens
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
 FAR = 8 * ORIGINAL
+STEPS = 100  # of a training that is ended on its way
 PLAN = """
 [[stages]]
 do = "search"
@@ -212,6 +217,50 @@ def test_an_extension_killed_in_every_stage_ends_as_if_undisturbed(here: Path, m
             assert losses.read_bytes() == (made / losses).read_bytes()
 
 
+def test_a_run_that_was_moved_goes_on_with_the_model_that_it_has_fine_tuned(here: Path, made: Path) -> None:
+    """Three ways to name the folder of a run: as it was, from its root, and where it was moved to."""
+    second, recovery = f"03-second-{FAR}/evaluations.jsonl", f"04-recovery-{ORIGINAL}/evaluations.jsonl"
+    ways = (("run", "run", second), ("run", str(here / "run"), recovery))
+    for folder, out, moment in ways:
+        with start(*command("--stages", "plan.toml", "-q", out=out), cwd=here) as process:
+            until = time.monotonic() + 300
+            while not (here / folder / moment).exists() and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, moment
+    evaluated = (here / "run" / second).read_bytes()
+    trained = (here / "run" / f"02-finetune-{TARGET}" / "checkpoint" / "model.safetensors").stat()
+    Path("moved").mkdir()
+    (here / "run").rename(here / "moved" / "away")
+    ran = longrope(*command("--stages", "plan.toml", "--json", out="moved/away"))
+    assert ran.code == 0, ran.err
+    assert f"02-finetune-{TARGET} is done" in ran.err
+    run = here / "moved" / "away"
+    assert (run / second).read_bytes() == evaluated, "a stage that is done"
+    assert (run / f"02-finetune-{TARGET}" / "checkpoint" / "model.safetensors").stat() == trained
+    assert ran.document["results"] == json.loads((made / "stdout.json").read_text())["results"]
+    for name in ("factors.json", "checkpoint/model.safetensors", f"02-finetune-{TARGET}/training.jsonl"):
+        assert (run / name).read_bytes() == (made / "run" / name).read_bytes(), name
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_that_was_moved_goes_on_among_its_passkeys() -> None:
+    Path("plan.toml").write_text(
+        '[[stages]]\ndo = "search"\nto = "8x"\nwindows = 1\nevaluations = 2\n[measure]\nwindows = 1\npasskey = 2\n'
+    )
+    whole = longrope(*command("--stages", "plan.toml", "--json"))
+    assert whole.code == 0, whole.err
+    for name in ("DONE", "metrics.json", "passkey/DONE", "passkey/metrics.json"):
+        Path("run", name).unlink()
+    measured = Path("run/passkey/results.jsonl").read_bytes()
+    assert measured.count(b"\n") >= 2
+    Path("run").rename("moved")
+    ran = longrope(*command("--stages", "plan.toml", "--json", out="moved"))
+    assert ran.code == 0, ran.err
+    assert ran.document["results"] == whole.document["results"]
+    assert Path("moved/passkey/results.jsonl").read_bytes() == measured
+
+
 def test_one_stage_a_call_ends_as_all_in_one(here: Path, made: Path) -> None:
     names = [each["stage"] for each in json.loads((made / "stdout.json").read_text())["stages"]]
     given: dict[str, Any] = {"to": FAR, "documents": ["texts"], "stages": "plan.toml", "out": "run", "tracker": "none"}
@@ -239,7 +288,26 @@ def test_a_stage_that_was_removed_is_made_again(here: Path, made: Path) -> None:
     assert ran.code == 0, ran.err
     assert f"01-search-{TARGET} is done" in ran.err
     assert f"03-second-{FAR} is done" in ran.err, "the same weights came of it again"
+    assert "resumed" not in Path("run/metrics.json").read_text(), "its seconds are all that it took"
     assert (here / "run" / "factors.json").read_bytes() == (made / "run" / "factors.json").read_bytes()
+
+
+def test_the_seconds_of_a_stage_that_was_resumed_say_since_when_they_are(here: Path, made: Path) -> None:
+    copied(made, here)
+    name = f"06-recovery-{TARGET}"
+    Path("run", name, "DONE").unlink()
+    stages = Path("run/stages.jsonl")
+    stages.write_text("".join(stages.read_text().splitlines(keepends=True)[:-1]))
+    assert "resumed" not in Path("run/metrics.json").read_text()
+    assert "since it was resumed" not in Path("run/report.html").read_text()
+    ran = longrope(*command("--stages", "plan.toml", "--json"))
+    assert ran.code == 0, ran.err
+    assert [each["stage"] for each in ran.document["stages"] if each.get("resumed")] == [name]
+    before = json.loads((made / "stdout.json").read_text())["stages"]
+    assert ran.document["stages"][:-1] == before[:-1]
+    assert [line["stage"] for line in read_lines(stages) if line.get("resumed")] == [name]
+    page = Path("run/report.html").read_text()
+    assert page.count("since it was resumed") == 1
 
 
 def test_a_stage_that_was_changed_and_one_of_other_inputs_are_refused(here: Path, made: Path) -> None:
@@ -256,6 +324,45 @@ def test_a_stage_that_was_changed_and_one_of_other_inputs_are_refused(here: Path
     Path("run/stages.jsonl").write_text("".join(as_line(line) for line in lines))
     told = f"stage: got 03-second-{FAR}, which was made of another model; a stage goes on from the one before it; "
     assert told in ran_into(here)
+
+
+@pytest.mark.parametrize("name", ["documents", "short_documents"])
+def test_a_training_whose_own_documents_have_changed_is_refused(here: Path, name: str) -> None:
+    for folder, text in (("tasks", "0.txt"), ("other", "1.txt")):
+        Path(folder).mkdir()
+        Path("texts", text).rename(Path(folder, text))
+    search = Stage(1, "search", TARGET, "base", {"windows": 2, "evaluations": 2})
+    train = Stage(2, "finetune", TARGET, settings={name: ["tasks"], "steps": 2, "batch": 2, "mixed": 0.5})
+    given: dict[str, Any] = {"to": TARGET, "documents": ["texts"], "unseen": ["other"], "out": "run", "tracker": "none"}
+    given |= {"stages": Plan((search, train), Measures(windows=1, passkey=0)), "options": FLOAT32}
+    told = f"stage: got {train.name}, which was made of other {name.replace('_', ' ')}; "
+    told += "documents of a stage stay as they were when it was trained; "
+    told += f"restore them, or remove run/{train.name}: the same command makes it again"
+    task = Path("tasks/0.txt")
+    whole = task.read_text()
+
+    assert "results" not in extend("model", **given, at_most=2)
+    task.write_text(whole.replace("rope", "cord"))
+    with pytest.raises(UserError) as refusal:
+        extend("model", **given)
+    assert str(refusal.value) == told
+    task.write_text(whole)
+    Path("tasks/renamed").mkdir()
+    task = task.rename("tasks/renamed/0.txt")
+    trained = Path("run", train.name, "checkpoint", "model.safetensors").stat()
+    assert extend("model", **given)["results"]
+    assert Path("run", train.name, "checkpoint", "model.safetensors").stat() == trained, "the same, elsewhere"
+    task.write_text(whole.replace("rope", "cord"))
+    with pytest.raises(UserError) as refusal:
+        extend("model", **given)
+    assert str(refusal.value) == told, "of a finished run, too"
+
+    lines = read_lines(Path("run/stages.jsonl"))
+    assert lines[1]["inputs"].pop(name)
+    Path("run/DONE").unlink()
+    Path("run/stages.jsonl").write_text("".join(as_line(line) for line in lines))
+    assert extend("model", **given)["results"], "an earlier version did not write down which they were"
+    assert Path("run", train.name, "checkpoint", "model.safetensors").stat() == trained
 
 
 @pytest.mark.parametrize("name", ["results.jsonl", "evaluations.jsonl", "metrics.json"])
@@ -312,6 +419,52 @@ def test_a_launcher_trains_the_stage(here: Path, made: Path) -> None:
     assert process.returncode == 0, err
     stage = f"02-finetune-{TARGET}/training.jsonl"
     assert (here / "run" / stage).read_bytes() == (made / "run" / stage).read_bytes()
+
+
+def others_in(folder: Path) -> list[str]:
+    """The command lines of all other processes whose folder this is."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.cwd() == str(folder):
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def test_a_training_of_several_processes_ends_with_the_command_that_launched_it(here: Path) -> None:
+    plan = PLAN.partition('[[stages]]\ndo = "second"')[0] + "[measure]\nwindows = 1\npasskey = 0\n"
+    Path("plan.toml").write_text(plan.replace("steps = 6", f"steps = {STEPS}"))
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    words = command("--stages", "plan.toml", "--launcher", launcher, "--device", "cpu", "-q", to=TARGET)
+    resumed_by = shlex.join(["longrope", *map(str, words)])
+    losses = here / "run" / f"02-finetune-{TARGET}" / "training.jsonl"
+    errors = here.parent / "errors"  # no pipe: its end would be that of all processes
+    trained = 0
+    for which in (signal.SIGTERM, signal.SIGINT):
+        with errors.open("w") as file, start(*words, cwd=here, stderr=file) as process:
+            until = time.monotonic() + 120
+            while steps_in(losses) <= trained and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.01)
+            assert steps_in(losses) > trained, errors.read_text()
+            assert len(others_in(here)) >= 4, "the command, its launcher and two that train"
+            sent = time.monotonic()
+            process.send_signal(which)
+            code = process.wait(timeout=30)
+        assert time.monotonic() - sent < 5
+        assert not any("finetune" in each for each in others_in(here)), "the next command would find a lock"
+        trained = steps_in(losses)
+        assert trained < STEPS
+        assert code == 130
+        told = [line for line in errors.read_text().splitlines() if line.startswith("longrope: ")]
+        assert told[-1] == f"longrope: interrupted; this goes on with it: {resumed_by}"
+        assert set(told[:-1]) <= {"longrope: interrupted; the same command goes on with it"}, "of one that trains"
+    ran = longrope(*words)
+    assert ran.code == 0, ran.err
+    assert steps_in(losses) == STEPS
+
+
+def steps_in(losses: Path) -> int:
+    return losses.read_bytes().count(b"\n") if losses.exists() else 0
 
 
 @pytest.mark.usefixtures("here")

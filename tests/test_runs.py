@@ -301,6 +301,25 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         assert run.resumed
 
 
+def test_the_same_model_may_lie_elsewhere_and_another_one_is_refused_by_its_name(tmp_path: Path) -> None:
+    def of(model: dict[str, Any]) -> dict[str, Any]:
+        return {**CONFIG, "model": {**CONFIG["model"], **model}}
+
+    RunFolder.open(tmp_path, CONFIG).close()
+    with RunFolder.open(tmp_path, of({"name": "elsewhere/tiny"})) as run:
+        assert run.resumed
+    assert read_object(tmp_path / "config.json", "config") == CONFIG
+    rule = "a run is continued with its own settings; choose another --out"
+    with pytest.raises(UserError) as caught:
+        RunFolder.open(tmp_path, of({"name": "elsewhere/tiny", "fingerprint": "def"}))
+    told = f'--out: got {tmp_path}, a run where model.name was "tiny", now "elsewhere/tiny"; '
+    assert str(caught.value) == f'{told}model.fingerprint was "abc", now "def"; {rule}'
+    without = {**CONFIG, "model": {"name": "tiny"}}
+    RunFolder.open(tmp_path / "without", without).close()
+    with pytest.raises(UserError, match=r'a run where model\.name was "tiny", now "tony"; a run'):
+        RunFolder.open(tmp_path / "without", {**without, "model": {"name": "tony"}})
+
+
 def test_many_differences_are_named_shortly(tmp_path: Path) -> None:
     RunFolder.open(tmp_path, CONFIG).close()
     with pytest.raises(UserError, match=r'settings\.a was not set, now "x{50,56}\.\.\.; .* and 2 more; ') as caught:

@@ -21,7 +21,7 @@ ORIGINAL = 48
 """Trained length of the campaign's model."""
 TARGET = 4 * ORIGINAL
 _SHAPE = RopeShape(rope_theta=500.0, rotary_dim=16, original_length=ORIGINAL)
-_TIMES = ("seconds", "elapsed", "peak_bytes", "seconds_left", "crc")
+_TIMES = ("seconds", "elapsed", "peak_bytes", "seconds_left", "resumed", "crc")
 _UNTOLD = (".lock", ".names.json")  # the second is in the way of nobody
 _PLAN = """
 [[stages]]

@@ -24,9 +24,10 @@ from rich.text import Text
 
 from longrope.errors import printable
 from longrope.files import disk_errors, finite
+from longrope.launched import launched_ended
 from longrope.lengths import format_length
 from longrope.report.style import stage_of
-from longrope.runs import is_first_process
+from longrope.runs import is_first_process, is_launched
 from longrope.search.loop import format_seconds
 
 if TYPE_CHECKING:
@@ -90,23 +91,32 @@ def set_up_logging(verbosity: int) -> None:
 def end_at_once_on_signals() -> None:
     """SIGINT and SIGTERM end the process with exit code 130 and, where there is one, the command that resumes.
 
-    State is always on disk, so nothing is left to do. A thread waits for the signals, because Python's own handlers
-    would wait for a forward pass to end first, which can be many minutes.
+    State is always on disk, so nothing is left to do but to end what was launched. A thread waits for the signals,
+    because Python's own handlers would wait for a forward pass to end first, which can be many minutes.
     """
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads started later inherit it
 
     def wait() -> None:
         signal.sigwait(signals)
-        command = "".join(shlex.join(["longrope", *sys.argv[1:], *more]) for more in _resumed_with)
-        resume = f"; this goes on with it: {command}" if command else ""
         below_the_bar = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # with the cursor that the bar hides
-        with suppress(OSError):
-            if is_first_process():
-                os.write(2, os.fsencode(f"{below_the_bar}longrope: interrupted{resume}\n"))  # paths are any bytes
-        os._exit(_INTERRUPTED)
+        with launched_ended():  # or it would hold the run's lock, which the next command takes
+            line = f"{below_the_bar}longrope: interrupted{_resume()}\n"
+            with suppress(OSError):
+                if is_first_process():
+                    os.write(2, os.fsencode(line))  # paths are any bytes
+            os._exit(_INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _resume() -> str:
+    """What goes on with an interrupted command, for the end of a line; nothing of one that writes no run."""
+    if _resumed_with and is_launched():
+        return "; the same command goes on with it"  # its first words are the launcher's, which are not known here
+    return "".join(
+        f"; this goes on with it: {shlex.join(['longrope', *sys.argv[1:], *more])}" for more in _resumed_with
+    )
 
 
 def resume_with(*arguments: str) -> None:

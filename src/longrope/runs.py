@@ -46,6 +46,7 @@ STAGES = "stages.jsonl"
 CHECKPOINT, ADAPTER = "checkpoint", "adapter"
 """Folders that a training writes."""
 _SEALED = (CONFIG, FACTORS, METRICS, EVALUATIONS, RESULTS, LOSSES, STAGES)
+_NAME, _FINGERPRINT = "model.name", "model.fingerprint"  # the path or Hub id that was given, and what lies there
 _NUMBER = int | float | None
 _EVALUATION_KEYS: dict[str, type | UnionType] = {"key": str, "value": _NUMBER}
 _RESULT_KEYS: dict[str, type | UnionType] = {"method": str, "length": int, "item": str, "record": dict}
@@ -211,6 +212,8 @@ def _check_same(path: Path, wanted: Mapping[str, Any], budget_keys: Sequence[str
     """Whether a budget has grown since config.json. Raises UserError when anything else differs, naming it."""
     old, new = _flat(cast(Mapping[str, Any], read_json(path / CONFIG, "config of the run"))), _flat(wanted)
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if _FINGERPRINT in new and _FINGERPRINT not in changed and _NAME in changed:
+        changed.remove(_NAME)  # the same model by another path: it was moved, or is the last stage of a run that was
     grown = [key for key in changed if _is_budget(key, budget_keys) and _grows(old.get(key), new.get(key))]
     if differing := [key for key in changed if key not in grown]:
         shown = "; ".join(f"{key} was {_show(old.get(key))}, now {_show(new.get(key))}" for key in differing[:4])
@@ -271,6 +274,11 @@ def command_line() -> list[str] | None:
 def is_first_process() -> bool:
     """Whether this is the first of the processes that a launcher such as torchrun started, which talks for all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_launched() -> bool:
+    """Whether a launcher such as torchrun started this process."""
+    return "RANK" in os.environ
 
 
 def default_run_path(command: str, model: str, length: int) -> Path:

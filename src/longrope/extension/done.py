@@ -14,6 +14,9 @@ from longrope.files import append_line, disk_errors, read_lines
 from longrope.runs import CHECKPOINT, DONE, STAGES
 from longrope.seals import content_to_hash
 
+DOCUMENTS = ("documents", "short_documents")
+"""Inputs that are a stage's own documents; earlier versions did not write them down."""
+
 
 def digest(folder: Path) -> str:
     """`sha256:...` of what the next stage reads of a folder: factors, configuration and weights."""
@@ -45,28 +48,55 @@ class Done:
 
     def has(self, stage: str, inputs: Mapping[str, str]) -> bool:
         """Whether a stage is done, of these inputs. Raises UserError for one made of others, or with changed files."""
-        line, folder = self._lines.get(stage), self.run / stage
-        if line is None or not (folder / DONE).exists():
+        line, folder = self._line(stage), self.run / stage
+        if line is None:
             return False
-        again = f"remove {folder}: the same command makes it again"
-        if dict(line["inputs"]) != dict(inputs):
-            differing = sorted(set(line["inputs"].items()) ^ set(inputs.items()))
-            got = f"{stage}, which was made of another {differing[0][0]}"
-            raise UserError("stage", got=got, rule="a stage goes on from the one before it", do=again)
+        if differing := _differing(line["inputs"], inputs):
+            raise self._made_of_others(stage, differing[0])
         if self.outputs(folder) != line["outputs"]:
-            got = f"{stage}, whose files have changed since it was made"
-            raise UserError("stage", got=got, rule="later stages are made of it", do=f"restore them, or {again}")
+            got, do = f"{stage}, whose files have changed since it was made", f"restore them, or {self._again(stage)}"
+            raise UserError("stage", got=got, rule="later stages are made of it", do=do)
         seals.check_folder(folder)  # nothing later reads the rest, and the finished run holds it as the stage's result
         return True
 
+    def check_documents(self, stage: str, documents: Mapping[str, str]) -> None:
+        """Raise UserError for a stage that is done and was trained on others than these documents of its own."""
+        line = self._line(stage)
+        if line is not None and (differing := _differing(line["inputs"], {**line["inputs"], **documents})):
+            raise self._made_of_others(stage, differing[0])
+
+    def _line(self, stage: str) -> Mapping[str, Any] | None:
+        """What is written down of a stage that is done, None of any other."""
+        return self._lines.get(stage) if (self.run / stage / DONE).exists() else None
+
+    def _again(self, stage: str) -> str:
+        return f"remove {self.run / stage}: the same command makes it again"
+
+    def _made_of_others(self, stage: str, what: str) -> UserError:
+        rule, do = "a stage goes on from the one before it", self._again(stage)
+        if what in DOCUMENTS:
+            rule, do = "documents of a stage stay as they were when it was trained", f"restore them, or {do}"
+        made_of = "another model" if what == "model" else f"other {what.replace('_', ' ')}"
+        return UserError("stage", got=f"{stage}, which was made of {made_of}", rule=rule, do=do)
+
     def seconds(self, stage: str) -> float | None:
-        """How long a stage took, None where it is not done."""
+        """How long a stage took, None where it is not done; of one that was resumed, since it last was."""
         line = self._lines.get(stage)
         return None if line is None else float(line["seconds"])
 
-    def add(self, stage: str, inputs: Mapping[str, str], seconds: float) -> None:
+    def resumed(self, stage: str) -> bool:
+        """Whether a stage was ended on its way and went on: what it took before is counted nowhere."""
+        return bool(self._lines.get(stage, {}).get("resumed"))
+
+    def add(self, stage: str, inputs: Mapping[str, str], seconds: float, *, resumed: bool = False) -> None:
         """Write down that a stage is done."""
         line: dict[str, Any] = {"stage": stage, "inputs": dict(inputs), "outputs": self.outputs(self.run / stage)}
-        line["seconds"] = round(seconds, 1)
+        line |= {"seconds": round(seconds, 1)} | ({"resumed": True} if resumed else {})
         append_line(self.run / STAGES, line)
         self._lines[stage] = line
+
+
+def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The inputs that are not what they were, by name; those that were not written down are not known to differ."""
+    names = sorted({*before, *now})
+    return [name for name in names if before.get(name) != now.get(name) and (name in before or name not in DOCUMENTS)]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shlex
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longrope import __version__
-from longrope.checkpoint import LoadOptions, load_options
+from longrope.checkpoint import LoadOptions, load_options, load_tokenizer
 from longrope.describe import describe_documents, describe_options, describe_trained
+from longrope.documents import read_sources
 from longrope.errors import UserError
 from longrope.extension.costs import Cost, costs
-from longrope.extension.done import Done
+from longrope.extension.done import DOCUMENTS, Done
 from longrope.extension.finish import measure, write_checkpoint
 from longrope.extension.going import Extension, Texts, Watching, check_documents, texts_of
 from longrope.extension.plan import (
@@ -29,13 +30,17 @@ from longrope.extension.plan import (
     search_settings,
 )
 from longrope.factors import FactorTable, RopeFactors
+from longrope.launched import run_launched
 from longrope.lengths import as_length, format_length
 from longrope.model import LoadedModel, load_model
 from longrope.report import write_report
-from longrope.runs import CHECKPOINT, FACTORS, RunFolder, command_line, default_run_path
+from longrope.runs import CHECKPOINT, CONFIG, FACTORS, RunFolder, command_line, default_run_path
 from longrope.search.driver import choose_search_windows, search_windows
 from longrope.training.run import finetune
 from longrope.workers import options_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +90,9 @@ def extend(
     path = Path(out) if out is not None else default_run_path("extend", loaded.name, target)
     config = _config(loaded, plan, texts, target, seed, documents, unseen, search_documents)
     with RunFolder.open(path, config) as run:
+        done = Done(path)
+        for stage in plan.stages:  # those of a stage that is done, too: told before any other is made
+            done.check_documents(stage.name, _own_documents(stage, loaded.tokenizer))
         if run.finished:
             watching.stage(f"{path} is finished")
             return run.metrics()
@@ -99,7 +107,7 @@ def extend(
             launcher=shlex.split(launcher or ""),
             tracker=tracker,
             watching=watching,
-            done=Done(path),
+            done=done,
             original_length=loaded.rope.original_length,
             current=model,
             _loaded=loaded,
@@ -109,11 +117,11 @@ def extend(
         for stage in plan.stages:
             made += _make(going, stage)
             if at_most is not None and made >= at_most:
-                return {"stages": going.told()}
+                return {"stages": _told(going)}
         assert going.table is not None, "a plan has a search"
         run.save_factors(going.table)
         write_checkpoint(going, going.table)
-        run.save_metrics(measure(going, run, going.table) | {"stages": going.told()})
+        run.save_metrics(measure(going, run, going.table) | {"stages": _told(going)})
         write_report(path)
         run.finish()
         return run.metrics()
@@ -141,6 +149,7 @@ def _make(going: Extension, stage: Stage) -> bool:
     inputs = {"model": going.hash_of(model)}
     if stage.do == "finetune":
         inputs["factors"] = going.tables[stage.to].row_for(stage.to).key
+        inputs |= _own_documents(stage, load_tokenizer(going.base, trust_remote_code=going.options.trust_remote_code))
     elif rows := _rows_about(going, stage):
         inputs["rows"] = ", ".join(f"{row.up_to}: {row.key}" for row in rows.rows)
     before = going.done.has(stage.name, inputs)
@@ -148,12 +157,13 @@ def _make(going: Extension, stage: Stage) -> bool:
         say(f"{stage.name} is done")
     else:
         say(f"{stage.name} begins")
+        resumed = (folder / CONFIG).exists()  # of a process that ended on its way, and told nobody how long it took
         begun = time.perf_counter()
         if stage.do == "finetune":
             _train(going, stage, model, folder)
         else:
             _search(going, stage, model, folder)
-        going.done.add(stage.name, inputs, time.perf_counter() - begun)
+        going.done.add(stage.name, inputs, time.perf_counter() - begun, resumed=resumed)
     found = FactorTable.load(folder / FACTORS)
     if stage.do == "finetune":
         going.current, going.table = str(folder / CHECKPOINT), found
@@ -165,6 +175,23 @@ def _make(going: Extension, stage: Stage) -> bool:
         assert going.table is not None, "the order of stages is checked"
         going.table = with_row(going.table, found.row_for(stage.to))
     return not before
+
+
+def _own_documents(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hashes of the documents that a stage alone is trained on, by the setting that names them."""
+    found = {}
+    for name in DOCUMENTS:
+        if sources := stage.settings.get(name):
+            documents = read_sources(sources, share="search", tokenizer=tokenizer)
+            hashes = "".join(f"{document.sha256}\n" for document in documents)
+            found[name] = f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"
+    return found
+
+
+def _told(going: Extension) -> list[dict[str, Any]]:
+    """The stages with the seconds that each took, and whether these are the last ones of a stage that was resumed."""
+    resumed = {stage.name: {"resumed": True} for stage in going.plan.stages if going.done.resumed(stage.name)}
+    return [told | resumed.get(told["stage"], {}) for told in going.told()]
 
 
 def with_row(table: FactorTable, row: RopeFactors) -> FactorTable:
@@ -239,7 +266,7 @@ def _launch(going: Extension, stage: Stage, model: str, factors: Path, folder: P
     words += ["--rope-precision", options.rope_precision, *(["--trust-remote-code"] * options.trust_remote_code)]
     words += ["--out", str(folder), "--seed", str(going.seed), "--tracker", going.tracker]
     try:
-        ended = subprocess.run(words, stdout=subprocess.DEVNULL, check=False).returncode
+        ended = run_launched(words)
     except OSError as error:
         rule, do = "it is a command that starts python -m", "give one such as torchrun --nproc-per-node 8"
         raise UserError("--launcher", got=f"{words[0]} ({error.strerror})", rule=rule, do=do) from None

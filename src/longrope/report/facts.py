@@ -260,6 +260,7 @@ def stage_rows(run: RunData) -> list[StageRow]:
         asked = ", ".join(key if isinstance(value, Mapping) else f"{key} {value}" for key, value in told.items())
         to = length_of(stage.asked.get("to"))
         time = "not done" if stage.seconds is None else duration_text(stage.seconds)
+        time += " since it was resumed" if stage.resumed else ""
         rows.append(StageRow(stage.name, length_text(to) if to else "", asked, _came_of(stage.run), time))
     return rows
 

@@ -46,12 +46,16 @@ class Document:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of an extension: its folder's name, what was asked, seconds (None while it is not done), and its run."""
+    """A stage of an extension: its folder's name, what was asked, seconds (None while it is not done), and its run.
+
+    resumed: the seconds are those since it last went on.
+    """
 
     name: str
     asked: Mapping[str, Any]
     seconds: float | None
     run: RunData | None
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,9 +180,17 @@ def _stages(run: Path, settings: Mapping[str, Any]) -> tuple[Stage, ...]:
     good = isinstance(asked, Mapping) and all(isinstance(each, Mapping) for each in asked.values())
     check(good, run / CONFIG, rule)
     lines = read_lines(run / STAGES)
-    done = {str(line.get("stage")): number(line.get("seconds"), run / STAGES, "seconds") for line in lines}
+    done = {str(line.get("stage")): line for line in lines}
+    seconds = {name: number(line.get("seconds"), run / STAGES, "seconds") for name, line in done.items()}
+    resumed = {name for name, line in done.items() if line.get("resumed")}
     return tuple(
-        Stage(name, each, done.get(name), read_run(run / name) if (run / name / CONFIG).is_file() else None)
+        Stage(
+            name,
+            each,
+            seconds.get(name),
+            read_run(run / name) if (run / name / CONFIG).is_file() else None,
+            name in resumed,
+        )
         for name, each in asked.items()
         if Path(name).name == name  # a folder inside the run
     )
