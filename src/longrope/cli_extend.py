@@ -41,7 +41,7 @@ def extend(
         str | None,
         typer.Option(metavar="COMMAND", help="Starts the fine-tuning, such as: torchrun --nproc-per-node 8."),
     ] = None,
-    tracker: Annotated[str, typer.Option(help="What Trainer reports to, with commas between; or none.")] = "tensorboard",
+    tracker: Annotated[str, typer.Option(help="What Trainer reports to (with commas), or none.")] = "tensorboard",
     workers: Workers = None,
     out: Out = None,
     *,

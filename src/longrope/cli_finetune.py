@@ -60,7 +60,7 @@ def finetune(
     save_dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="Of the checkpoint: float32, bfloat16 or float16; as trained.")
     ] = None,
-    tracker: Annotated[str, typer.Option(help="What Trainer reports to, with commas between; or none.")] = "tensorboard",
+    tracker: Annotated[str, typer.Option(help="What Trainer reports to (with commas), or none.")] = "tensorboard",
     out: Out = None,
     *,
     shared: Shared,

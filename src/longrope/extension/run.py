@@ -36,7 +36,9 @@ from longrope.model import LoadedModel, load_model
 from longrope.report import write_report
 from longrope.runs import CHECKPOINT, CONFIG, FACTORS, RunFolder, command_line, default_run_path
 from longrope.search.driver import choose_search_windows, search_windows
+from longrope.training.arguments import trackers
 from longrope.training.run import finetune
+from longrope.training.world import check_first_device
 from longrope.workers import options_for
 
 if TYPE_CHECKING:
@@ -85,6 +87,10 @@ def extend(
     loaded = load_model(model, options)
     plan = plan_for(loaded.rope.original_length, target, stages, train=train)
     warn(plan, loaded.rope.original_length)
+    if any(stage.do == "finetune" for stage in plan.stages):  # what it would refuse after the searches
+        trackers(tracker)
+        if launcher is None:
+            check_first_device(options.device)
     texts = texts_of(loaded, documents, unseen, search_documents)
     check_documents(loaded, plan, texts)
     path = Path(out) if out is not None else default_run_path("extend", loaded.name, target)

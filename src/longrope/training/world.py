@@ -99,10 +99,7 @@ class World:
     def placed(self, options: LoadOptions) -> LoadOptions:
         """Options that load the model onto this process's device, and start what the processes talk by."""
         if self.size == 1:
-            if options.device.startswith("cuda:") and options.device != "cuda:0":
-                got, rule = repr(options.device), "Trainer trains on the first device that it sees"
-                do = f"give cuda, and CUDA_VISIBLE_DEVICES={options.device.removeprefix('cuda:')} before the command"
-                raise UserError("--device", got=got, rule=rule, do=do)
+            check_first_device(options.device)
             return options
         device = options.device
         if device in ("auto", "cuda") and torch.cuda.is_available():
@@ -128,6 +125,14 @@ class World:
         """Until all processes are here."""
         if self.size > 1:
             PartialState().wait_for_everyone()
+
+
+def check_first_device(device: str) -> None:
+    """Raise UserError for another device than one process trains on."""
+    if device.startswith("cuda:") and device != "cuda:0":
+        rule = "Trainer trains on the first device that it sees"
+        do = f"give cuda, and CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')} before the command"
+        raise UserError("--device", got=repr(device), rule=rule, do=do)
 
 
 def _is_set(variable: str) -> bool:
