@@ -18,7 +18,7 @@ from longrope.search.driver import SearchWindows, make_budget, make_problem, mak
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.methods import gradient_windows
 from longrope.training.recipes import Recipe, recipe_of
-from longrope.windows import Window, default_window_count
+from longrope.windows import Window
 
 _DECIDED = 5  # candidates at the target, after a search at a shorter length
 
@@ -83,8 +83,9 @@ def costs(loaded: LoadedModel, plan: Plan) -> list[Cost]:
             found.append(Cost(stage.name, stage.to, made_of, trained, batch, stage.settings.get("lora") or 0))
         else:
             work, made_of = _searched(loaded, stage, reached, known)
-            if stage.settings.get("search_length"):
-                work += (Work("forward", stage.to, _DECIDED * stage.settings.get("windows", 1)),)
+            settings = search_settings(stage, 0)
+            if settings.search_length is not None:
+                work += (Work("forward", stage.to, _DECIDED * settings.window_count),)
                 made_of = f"{made_of}, {_DECIDED} at the target"
             begins = reached if stage.do == "second" else loaded.rope.original_length
             begins = 0 if stage.do == "recovery" else begins
@@ -117,8 +118,7 @@ def _searched(loaded: LoadedModel, stage: Stage, reached: int, known: Sequence[i
     settings = search_settings(stage, 0)
     settings = settings.shorter or settings
     as_trained = _by_then(loaded, stage, reached, known)
-    count = settings.window_count or default_window_count(settings.to)
-    count *= settings.together
+    count = settings.window_count * settings.together
     empty = SearchWindows([_window(settings.to)] * count)
     problem = make_problem(as_trained, settings, empty)
     budget = make_budget(settings, empty, len(problem.seeds))
