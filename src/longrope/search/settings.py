@@ -40,7 +40,7 @@ def is_number(value: object) -> bool:
 
 _TYPES: Mapping[type, tuple[Callable[[Any], bool], str]] = {
     int: (lambda value: isinstance(value, Integral) and not isinstance(value, bool), "it is a whole number"),
-    float: (is_number, "it is a finite number"),
+    float: (lambda value: isinstance(value, float) or is_number(value), "it is a finite number"),  # ranges are below
     bool: (lambda value: isinstance(value, bool), "it is true or false"),
     str: (lambda value: isinstance(value, str), "it is a word, or a finite number"),
 }
