@@ -9,7 +9,10 @@ import shutil
 import signal
 import sys
 import time
+import tomllib
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,16 @@ import torch
 
 from commands import SHAPE, TARGET, Ran, contents, longrope, refused, start, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
+from longrope.documents import read_sources
 from longrope.errors import UserError
-from longrope.extension.plan import PLANS, Measures, Plan, Stage, default_plan, make_plan, read_plan
+from longrope.extension.going import Texts, check_documents
+from longrope.extension.plan import PLANS, Measures, Plan, Stage, default_plan, make_plan, read_plan, search_settings
 from longrope.extension.run import extend
 from longrope.factors import FactorTable
 from longrope.files import as_line, read_lines
 from longrope.model import load_model
+from longrope.search.driver import choose_search_windows
+from longrope.windows import windows_of
 from models import ORIGINAL, tokens
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
@@ -543,7 +550,16 @@ TRAIN = {"do": "finetune", "to": "4x", "steps": 2}
         (plan_of(SEARCH, TRAIN | {"on": "base"}), "stage 2: on: got 'base'; it is base or last, and of a search only"),
         (plan_of(SEARCH, TRAIN | {"steps": "many"}), "stage 2: steps: got 'many'; it is a number"),
         (plan_of(SEARCH, {"do": "finetune", "to": "4x"}), "stage 2: --steps: got none; a training has"),
-        (plan_of(SEARCH, TRAIN | {"documents": "x"}), "stage 2: documents: got 'x'; it is a list"),
+        (plan_of(SEARCH, TRAIN | {"documents": 5}), "stage 2: documents: got 5; it is a list"),
+        (plan_of(SEARCH, TRAIN | {"documents": ["x", 5]}), "stage 2: documents: got ['x', 5]; it is a list"),
+        (
+            plan_of(SEARCH, TRAIN | {"mixed": 0.3, "short_documents": [5]}),
+            "stage 2: short_documents: got [5]; it is a list of the short documents of this stage",
+        ),
+        (
+            plan_of(SEARCH, TRAIN | {"short_documents": ["x"]}),
+            "stage 2: short_documents: got no mixed; they are what windows of mixed are packed of",
+        ),
         (plan_of(TRAIN), "stage 1 (finetune): got no search for 192 before it; a fine-tuning uses"),
         (plan_of({"do": "search", "to": "1x"}), "stage 1 (search): got 48; a search goes beyond the original length"),
         (plan_of(SEARCH, {"do": "second", "to": "8x"}), "stage 2 (second): got no fine-tuning before it; "),
@@ -576,12 +592,83 @@ TRAIN = {"do": "finetune", "to": "4x", "steps": 2}
         (plan_of(SEARCH, measure={"lengths": ["8x"]}), "measure: lengths: got 384; there is at least one, and none"),
         (plan_of(SEARCH, measure={"windows": 0}), "measure: windows: got 0; lengths are a list"),
         (plan_of(SEARCH, measure={"seed": 0}), "measure: got seed; its keys are lengths, passkey, windows"),
+        (plan_of(SEARCH, measure={"lengths": [1, "4x"]}), "measure: lengths: got 1; a window is of at least 2 tokens"),
+        (
+            plan_of(SEARCH | {"windows": 2, "token_passes": 2 * TARGET - 1}),
+            "stage 1 (search): --token-passes: got 383; one evaluation of all search windows takes 384; ",
+        ),
+        (
+            plan_of(SEARCH | {"windows": 2, "objective": "both", "token_passes": 2 * TARGET}),
+            "stage 1 (search): --token-passes: got 384; one evaluation of all search windows takes 768; ",
+        ),
+        (
+            plan_of({"do": "search", "to": "8x", "search_length": "4x", "windows": 2, "token_passes": 383}),
+            "stage 1 (search): --token-passes: got 383; one evaluation of all search windows takes 384; ",
+        ),
     ],
 )  # fmt: skip
 def test_a_plan_that_makes_no_sense_is_told(data: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as told:
         make_plan(data, ORIGINAL)
     assert str(told.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("windows = 2.5", "--windows: got 2.5; it is a whole number; give one"),
+        ("windows = true", "--windows: got True; it is a whole number; give one"),
+        ("evaluations = nan", "--evaluations: got nan; it is a whole number; give one"),
+        ("evaluations = '5'", "--evaluations: got '5'; it is a whole number; give one"),
+        ("token_passes = inf", "--token-passes: got inf; it is a whole number; give one"),
+        ("gradient_windows = [1]", "--gradient-windows: got [1]; it is a whole number; give one"),
+        ("needle_digits = 5.0", "--needle-digits: got 5.0; it is a whole number; give one"),
+        ("hours = true", "--hours: got True; it is a finite number; give one"),
+        ("hours = nan", "--hours: got nan; it is a number above 0; give a larger number"),
+        ("hours = inf", "--hours: got inf; it is a number above 0; give a larger number"),
+        ("hours = '3'", "--hours: got '3'; it is a finite number; give one"),
+        (f"hours = 1{'0' * 400}", "--hours: got 1000"),
+        ("race = 'no'", "--race: got 'no'; it is true or false; give one"),
+        ("race = 1", "--race: got 1; it is true or false; give one"),
+        ("method = ['hybrid']", "--method: got ['hybrid']; it is one of"),
+        ("start_tokens = [1]", "--start-tokens: got [1]; it is a word, or a finite number; give one"),
+        ("attention_factor = inf", "--attention-factor: got inf; it is a word, or a finite number; give one"),
+    ],
+)
+def test_a_setting_of_a_search_that_is_of_another_type_is_told(line: str, message: str) -> None:
+    with pytest.raises(UserError) as told:
+        make_plan(tomllib.loads(f'[[stages]]\ndo = "search"\nto = "4x"\n{line}'), ORIGINAL)
+    assert str(told.value).startswith(f"stage 1: {message}")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("recipe = ['longrope2']", "recipe: got ['longrope2']; it is one of longrope-llama2, longrope-mistral, long"),
+        ("recipe = 2", "recipe: got 2; it is one of longrope-llama2"),
+        ("learning_rate = inf", "learning_rate: got inf; it is a finite number"),
+        ("weight_decay = inf", "weight_decay: got inf; it is a finite number"),
+        ("clip = nan", "clip: got nan; it is a finite number"),
+        (f"learning_rate = 1{'0' * 400}", "learning_rate: got 1000"),
+        ("batch = 2.0", "batch: got 2.0; it is a number, of schedule a word"),
+        ("mixed = nan", "mixed: got nan; it is a share between 0 and 1"),
+    ],
+)
+def test_a_setting_of_a_training_that_is_of_another_type_is_told(line: str, message: str) -> None:
+    text = f'[[stages]]\ndo = "search"\nto = "4x"\n[[stages]]\ndo = "finetune"\nto = "4x"\nsteps = 2\n{line}'
+    with pytest.raises(UserError) as told:
+        make_plan(tomllib.loads(text), ORIGINAL)
+    assert str(told.value).startswith(f"stage 2: {message}")
+
+
+def test_numbers_of_a_plan_are_taken_as_they_may_be_written() -> None:
+    line = {"start_tokens": 4, "attention_factor": 1, "hours": 2, "race": True, "method": "evolution", "windows": 2}
+    (stage,) = make_plan(plan_of(SEARCH | line), ORIGINAL).stages
+    settings = search_settings(stage, 0)
+    assert (settings.start_tokens, settings.attention_factor, settings.hours) == ("4", "1", 2)
+    train = TRAIN | {"learning_rate": 1, "mixed": 0.3, "documents": "one", "short_documents": "two"}
+    told = make_plan(plan_of(SEARCH, train), ORIGINAL).stages[1].settings
+    assert (told["learning_rate"], told["documents"], told["short_documents"]) == (1, ["one"], ["two"])
 
 
 @pytest.mark.usefixtures("here")
@@ -596,6 +683,10 @@ def test_a_plan_that_makes_no_sense_is_told(data: dict[str, Any], message: str) 
         (["--unseen", "texts"], "--unseen: got 6 documents, all of them used before"),
         (["--search-documents", "texts/1.txt"], "--unseen: got none, with --search-documents; "),
         (["--tracker", "mirror"], "--tracker: got 'mirror'; it is none, all, or some of azure_ml, "),
+        (
+            ["--launcher", 'torchrun "x'],
+            "--launcher: got 'torchrun \"x'; it is a command as a shell reads it (no closing quotation); correct its",
+        ),
     ],
 )
 def test_bad_input_is_told_in_one_line(words: list[object], message: str) -> None:
@@ -607,7 +698,143 @@ def test_documents_that_are_too_short_to_be_measured_on_are_told_first() -> None
     Path("short").mkdir()
     Path("short/one.txt").write_text("too short")
     told = refused(*command("--stages", "plan.toml", "--unseen", "short"))
-    assert told.startswith(f"--unseen: got held-out documents, the longest of 10 tokens; windows of {FAR} are measured")
+    found = f"--unseen: got held-out documents, the longest of 10 tokens, which hold 0 windows of {FAR}; "
+    assert told == found + (
+        f"2 windows of {FAR} tokens are measured at the end; "
+        "give longer or more of them, or fewer windows or shorter lengths under [measure]"
+    )
+
+
+BOTH = """
+[[stages]]
+do = "search"
+to = "8x"
+search_length = "4x"
+
+[[stages]]
+do = "finetune"
+to = "8x"
+steps = 1
+
+[[stages]]
+do = "recovery"
+to = "4x"
+objective = "both"
+windows = 6
+gradient_windows = 64
+"""
+
+
+def test_documents_are_refused_before_any_stage_exactly_where_a_stage_or_the_end_would_refuse_them(here: Path) -> None:
+    loaded, settled = load_model("model", FLOAT32), []
+    plan = make_plan(tomllib.loads(BOTH), ORIGINAL)
+    lengths = {ORIGINAL, TARGET, FAR}
+    for size in range(300, 3900, 190):
+        texts = read_sources([str(write_documents(here / f"of-{size}", count=1, characters=size))])
+        other = read_sources([str(write_documents(here / "long", count=2, characters=6000))])
+        for search, unseen in ((texts, other), (other, texts)):
+            begun = partial(check_documents, loaded, plan, Texts(("any",), False, other, search, unseen), 0)
+            searches = [search_settings(stage, 0) for stage in plan.stages if stage.do != "finetune"]
+            later: list[Callable[[], object]] = [
+                partial(choose_search_windows, loaded, settings, search) for settings in searches
+            ]
+            later += [partial(windows_of, loaded, unseen, length, None, 0) for length in lengths]
+            settled.append(any(map(is_refused, later)))
+            assert is_refused(begun) == settled[-1], (size, len(search))
+    assert {True, False} == set(settled[::2]) == set(settled[1::2]), "of those to search on, and of those unseen"
+
+
+def is_refused(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except UserError:
+        return True
+    return False
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            BOTH,
+            "--documents: got documents to search on, the longest of 1501 tokens, which hold 7 windows of 192; "
+            "01-search-384 searches on 8 windows of 192 tokens; "
+            "give longer or more of them, --search-documents, or a plan with fewer windows",
+        ),
+        (
+            BOTH.replace('"8x"\nsearch', '"8x"\nwindows = 3\nsearch').replace("windows = 6", "windows = 8"),
+            "--documents: got documents to search on, the longest of 1501 tokens, which hold 7 windows of 192; "
+            "03-recovery-192 searches on 8 windows of 192 tokens; ",
+        ),
+        (
+            BOTH.replace('"8x"\nsearch', '"8x"\nwindows = 3\nsearch'),
+            "--unseen: got held-out documents, the longest of 1300 tokens, which hold 3 windows of 384; "
+            "8 windows of 384 tokens are measured at the end; ",
+        ),
+        (
+            BOTH.replace('"8x"\nsearch', '"8x"\nwindows = 3\nsearch').replace('to = "4x"', 'to = "1x"'),
+            "03-recovery-48: --objective: got a window of 48 tokens; the needle's prompt without a document takes ",
+        ),
+    ],
+)
+def test_too_few_windows_are_told_before_any_stage(stages: str, message: str) -> None:
+    Path("plan.toml").write_text(stages)
+    Path("one.txt").write_text(Path("texts/0.txt").read_text()[:1500])
+    Path("two.txt").write_text(Path("texts/1.txt").read_text()[:1299])
+    words = ["extend", "model", "--to", FAR, "-d", "one.txt", "--unseen", "two.txt", "--stages", "plan.toml"]
+    assert refused(*words, "--out", "run").startswith(message)
+
+
+MIXED = PLAN.partition('[[stages]]\ndo = "second"')[0].replace(
+    "steps = 6", 'steps = 2\nmixed = 0.5\nshort_documents = ["short/0.txt", "short/1.txt"]'
+)
+
+
+def test_short_documents_of_a_stage_are_what_its_windows_are_packed_of(here: Path) -> None:
+    write_documents(here / "short", count=3, characters=90)
+    Path("plan.toml").write_text(MIXED + "[measure]\nwindows = 1\npasskey = 0\n")
+    words = command("--stages", "plan.toml", to=TARGET)
+    told = refused(*words)
+    assert told.startswith(f"--unseen: got documents of its own in 02-finetune-{TARGET}; then what is held out has to")
+    words += ["--unseen", "short/2.txt"]
+    told = refused(*words)
+    assert told.startswith("--unseen: got held-out documents, the longest of 91 tokens, which hold 0 windows of 192; ")
+    words[-1] = "short/1.txt"
+    assert refused(*words).startswith(f"--unseen: got 1 document of 02-finetune-{TARGET}; no stage reads what is ")
+    write_documents(here / "held", count=7)
+    words[-1] = "held/6.txt"
+    Path("launch.py").write_text(
+        "import json, os, sys\n"
+        "open('words.json', 'w').write(json.dumps(sys.argv[1:]))\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+    )
+    for more, run in ((["--launcher", f"{sys.executable} launch.py", "--device", "cpu"], "launched"), ([], "run")):
+        ran = longrope(*[run if word == "run" else word for word in words], *more, "-q")
+        assert ran.code == 0, ran.err
+    launched = json.loads(Path("words.json").read_text())
+    flags = [launched[at + 1] for at, word in enumerate(launched) if word == "--short-documents"]
+    assert flags == ["short/0.txt", "short/1.txt"]
+    stages = [Path(run, f"02-finetune-{TARGET}") for run in ("run", "launched")]
+    for stage in stages:
+        config = json.loads((stage / "config.json").read_text())
+        assert config["settings"]["short_documents"] == flags
+        assert {"0.txt", "1.txt"} <= {each["name"] for each in config["documents"]["train"][-2:]}
+    losses, others = ((stage / "training.jsonl").read_bytes() for stage in stages)
+    assert losses == others
+    whole = json.loads(Path("run/config.json").read_text())["settings"]["stages"][f"02-finetune-{TARGET}"]
+    assert whole["short_documents"] == flags
+
+
+@pytest.mark.usefixtures("here")
+def test_prompts_that_no_packed_window_holds_are_told_before_any_stage() -> None:
+    row = {"prompt": "too long for the original length, " * 2, "completion": "which packed texts lie within"}
+    Path("short.jsonl").write_text(json.dumps(row) + "\n")
+    Path("other.txt").write_text("a text that nothing else reads " * 20)
+    Path("plan.toml").write_text(MIXED.replace('["short/0.txt", "short/1.txt"]', '"short.jsonl"'))
+    told = refused(*command("--stages", "plan.toml", "--unseen", "other.txt", to=TARGET))
+    found = "--documents: got 1 prompt with completions, all of them longer than 46 tokens; "
+    assert told.startswith(f"{found}mixed windows of 02-finetune-{TARGET} are packed of texts within {ORIGINAL} tokens")
 
 
 @pytest.mark.usefixtures("here")

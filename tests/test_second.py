@@ -21,7 +21,9 @@ from longrope.extension.plan import make_plan
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.files import read_lines, read_object
 from longrope.model import LoadedModel, load_model
+from longrope.search.descent import DescentSettings
 from longrope.search.driver import search
+from longrope.search.methods import expected_evaluations
 from longrope.search.objective import Evaluator
 from longrope.search.shorter import carried_over
 from longrope.search.space import LongRope
@@ -210,6 +212,44 @@ def test_a_recovery_costs_no_more_than_a_dry_run_says(here: Path, ratio: int) ->
     found(ratio * ORIGINAL, "recovery", **given, evaluations=None)
     spent = sum(line["tokens"] for line in read_lines(Path("run/evaluations.jsonl")))
     assert 0.4 * told.token_passes < spent <= told.token_passes
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("base", "do", "on"),
+    [
+        ("llama", "search", "base"),
+        ("llama-yarn", "search", "base"),
+        ("llama-llama3", "search", "base"),
+        ("llama-longrope", "search", "base"),
+        ("llama", "search", "last"),
+        ("llama", "second", "last"),
+    ],
+)
+@pytest.mark.parametrize("space", ["longrope", "longrope2"])
+def test_a_search_begins_with_no_more_seeds_than_a_dry_run_says(
+    here: Path, base: str, do: str, on: str, space: str
+) -> None:
+    write_checkpoint(here / "base", base)
+    ratio = FARTHER // ORIGINAL
+    given: dict[str, Any] = {"windows": 1, "gradient_windows": 0, "method": "gradient", "space": space}
+    stages: list[dict[str, Any]] = [{"do": do, "to": FARTHER, **given, **({"on": on} if do == "search" else {})}]
+    model = "base"
+    if on == "last":
+        stages = [{"do": "search", "to": "4x"}, {"do": "finetune", "to": "4x", "steps": 1}, *stages]
+        model = "model"
+    if do == "search":
+        stages.append({"do": "finetune", "to": f"{ratio}x", "steps": 1})
+    plan = make_plan({"stages": stages}, ORIGINAL)
+    (told,) = [each for each in costs(load_model("base", FLOAT32), plan) if f"{do}-{FARTHER}" in each.stage]
+    after = expected_evaluations("gradient", 0, 1, 1, DescentSettings())
+    said = int(told.made_of.split()[2]) - after
+    stage = "second" if do == "second" else None
+    search(model, to=FARTHER, stage=stage, documents=["texts"], evaluations=40, out="run", options=FLOAT32, **given)
+    lines = read_lines(Path("run/evaluations.jsonl"))
+    tried = {line["key"] for line in lines if not line["origin"].startswith("descent")}
+    assert len(lines) > len(tried), "all seeds were tried"
+    assert len(tried) <= said <= len(tried) + 4
 
 
 def test_factors_of_a_shorter_search_are_carried_over_as_the_baselines_are() -> None:

@@ -16,10 +16,12 @@ from byte_tokenizer import BOS, byte_tokenizer
 from longrope.documents import Document, read_sources
 from longrope.errors import UserError
 from longrope.windows import (
+    TokenCounts,
     Window,
     choose_windows,
     default_window_count,
     fingerprint,
+    held_windows,
     summary,
     token_lengths,
 )
@@ -134,6 +136,26 @@ def test_too_few_or_too_short_documents_are_refused_with_what_was_found(tokenize
         choose_windows(documents[1:], tokenizer, length=101, count=1, seed=0)
     found = "documents: got 1 document, the longest of 60 tokens, which hold 0 windows of 101 tokens; wanted: 1 window"
     assert str(short.value).startswith(found)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_windows_are_counted_as_they_are_chosen(bare: bool) -> None:
+    tokenizer = byte_tokenizer(256)
+    if bare:
+        tokenizer.bos_token = None
+    documents = [Document("a", prose(0, 1000)), Document("again", prose(0, 1000)), Document("b", prose(1, 330))]
+    for length in (2, 51, 101, 331, 332, 1000, 1001, 1002):
+        for count in (1, 3, 13, 14, 40):
+            held = held_windows(documents, TokenCounts(tokenizer), length=length, count=count)
+            span = length - (not bare)
+            assert held == min(count, 1000 // span + 330 // span)
+            if held == count:
+                assert len(choose_windows(documents, tokenizer, length=length, count=count, seed=0)) == count
+            else:
+                with pytest.raises(UserError, match=f"which hold {held} window"):
+                    choose_windows(documents, tokenizer, length=length, count=count, seed=0)
+    with pytest.raises(UserError, match=r"^windows: got 1 of 1 tokens; there is at least one, of at least 2 tokens"):
+        held_windows(documents, TokenCounts(tokenizer), length=1, count=1)
 
 
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (0, 1), (100, 0)])

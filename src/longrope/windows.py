@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int64]
 """Token ids."""
 
+LEAST = 2
+"""Tokens of a window: one that is read, and one to be foretold."""
 _TOKENIZED_AT_ONCE = 32  # documents a call, so that the tokens of a large collection are never in memory together
 
 
@@ -60,11 +62,7 @@ def choose_windows(
     documents, which never overlap. Documents are tokenized only until there are enough. Raises UserError, saying what
     was found, when the documents cannot hold that many.
     """
-    bos = bos_of(tokenizer)
-    span = length - len(bos)
-    if length < 2 or count < 1:
-        got = f"{count} of {length} tokens"
-        raise UserError("windows", got=got, rule="there is at least one, of at least 2 tokens", do="ask for more")
+    bos, span = bos_of(tokenizer), _span(tokenizer, length, count)
     rng = np.random.default_rng(seed)
     ordered = sorted(distinct(documents), key=lambda document: document.sha256)
     long: list[tuple[Document, list[int]]] = []
@@ -74,7 +72,7 @@ def choose_windows(
             ids = token_ids(tokenizer, document.text)
             if len(ids) >= span:
                 long.append((document, ids))
-    shares = _deal([len(ids) // span for _, ids in long], count)
+    shares = _deal([_spans_in(len(ids), span) for _, ids in long], count)
     if sum(shares) < count:
         # Where none is long enough, all have to be tokenized to tell how long they are.
         longest = max([len(ids) for _, ids in long] or token_lengths(ordered, tokenizer), default=0)
@@ -87,6 +85,46 @@ def choose_windows(
         for (document, ids), share in zip(long, shares, strict=True)
         for start in span_starts(rng, len(ids), span, share)
     ]
+
+
+def _span(tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> int:
+    """Tokens of a document in a window. Raises UserError for windows of nothing, and for none."""
+    if length < LEAST or count < 1:
+        got, rule = f"{count} of {length} tokens", f"there is at least one, of at least {LEAST} tokens"
+        raise UserError("windows", got=got, rule=rule, do="ask for more")
+    return length - len(bos_of(tokenizer))
+
+
+def _spans_in(tokens: int, span: int) -> int:
+    """How many windows a document of so many tokens gives at most: they never overlap."""
+    return tokens // span
+
+
+class TokenCounts:
+    """Tokens of whole documents, BOS not counted: each is tokenized when it is first asked for, and never again."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[str, int] = {}
+
+    def __call__(self, document: Document) -> int:
+        """Tokens of one document."""
+        if document.sha256 not in self._known:
+            self._known[document.sha256] = len(token_ids(self.tokenizer, document.text))
+        return self._known[document.sha256]
+
+
+def held_windows(documents: Sequence[Document], counts: TokenCounts, *, length: int, count: int) -> int:
+    """How many of `count` windows of `length` tokens documents hold: with fewer of them `choose_windows` raises.
+
+    The documents with most text come first, and no more of them are tokenized than it takes. Raises UserError for
+    windows of nothing.
+    """
+    span, held = _span(counts.tokenizer, length, count), 0
+    for document in sorted(distinct(documents), key=lambda each: len(each.text), reverse=True):
+        if held < count and _most_tokens(document.text) >= span:
+            held += _spans_in(counts(document), span)
+    return min(held, count)
 
 
 def _most_tokens(text: str) -> int:
@@ -239,8 +277,8 @@ def summary(lengths: Sequence[int], wanted: Sequence[int] | None = None, *, bos:
     """
     longest = max(lengths, default=0)
     wanted = wanted or [2**power for power in range(8, max(9, longest.bit_length()))]
-    if min(wanted) < 2:
-        rule = "a window is of at least 2 tokens"
+    if min(wanted) < LEAST:
+        rule = f"a window is of at least {LEAST} tokens"
         raise UserError("--lengths", got=min(wanted), rule=rule, do="ask for longer ones")
     return {
         "documents": len(lengths),

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from longrope.extension.plan import Plan, Stage, measured_lengths, search_settings
-from longrope.factors import RopeFactors, unscaled
+from longrope.factors import RopeFactors
 from longrope.lengths import format_length
 from longrope.model import LoadedModel
 from longrope.search.descent import DescentSettings, batch_size
-from longrope.search.driver import SearchWindows, make_budget, make_problem
+from longrope.search.driver import SearchWindows, make_budget, make_problem, make_space
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.methods import gradient_windows
 from longrope.training.recipes import Recipe, recipe_of
-from longrope.windows import Window, default_window_count
+from longrope.windows import Window
 
 _DECIDED = 5  # candidates at the target, after a search at a shorter length
 
@@ -83,8 +83,9 @@ def costs(loaded: LoadedModel, plan: Plan) -> list[Cost]:
             found.append(Cost(stage.name, stage.to, made_of, trained, batch, stage.settings.get("lora") or 0))
         else:
             work, made_of = _searched(loaded, stage, reached, known)
-            if stage.settings.get("search_length"):
-                work += (Work("forward", stage.to, _DECIDED * stage.settings.get("windows", 1)),)
+            settings = search_settings(stage, 0)
+            if settings.search_length is not None:
+                work += (Work("forward", stage.to, _DECIDED * settings.window_count),)
                 made_of = f"{made_of}, {_DECIDED} at the target"
             begins = reached if stage.do == "second" else loaded.rope.original_length
             begins = 0 if stage.do == "recovery" else begins
@@ -114,22 +115,10 @@ def _searched(loaded: LoadedModel, stage: Stage, reached: int, known: Sequence[i
     known: lengths of the rows that there are by then. What they hold is not: each is another one, so that no two of
     a recovery's seeds are the same.
     """
-    pairs, original = loaded.rope.shape.pairs, loaded.rope.original_length
-    rows = [unscaled(pairs, reached)]
-    if stage.do == "recovery":
-        lengths = sorted(set(known)) if stage.to >= reached else [reached]
-        scales = [max(2.0, each / original) for each in lengths]
-        rows = [
-            RopeFactors(each, (scale,) * pairs, attention_factor=1 + math.log(scale) / 100)
-            for each, scale in zip(lengths, scales, strict=True)
-        ]
-    as_trained = replace(
-        loaded, table=replace(loaded.meaning, rows=tuple(rows)), under=rows[0] if stage.do == "second" else None
-    )
     settings = search_settings(stage, 0)
     settings = settings.shorter or settings
-    count = settings.window_count or default_window_count(settings.to)
-    count *= settings.together
+    as_trained = _by_then(loaded, stage, reached, known)
+    count = settings.window_count * settings.together
     empty = SearchWindows([_window(settings.to)] * count)
     problem = make_problem(as_trained, settings, empty)
     budget = make_budget(settings, empty, len(problem.seeds))
@@ -145,6 +134,24 @@ def _searched(loaded: LoadedModel, stage: Stage, reached: int, known: Sequence[i
         Work("gradient", settings.to, gradients, settings.together * batch_size(count // settings.together)),
     )
     return tuple(each for each in work if each.windows), made_of
+
+
+def _by_then(loaded: LoadedModel, stage: Stage, reached: int, known: Sequence[int]) -> LoadedModel:
+    """The model that a search is of: the base as it is, or with rows as a training up to `reached` leaves it."""
+    if stage.on == "base" or not known:
+        return loaded
+    pairs, original = loaded.rope.shape.pairs, loaded.rope.original_length
+    lengths = sorted(set(known)) if stage.do == "recovery" and stage.to >= reached else [reached]
+    scales = [max(2.0, each / original) for each in lengths]
+    vectors = [np.full(pairs, scale) for scale in scales]
+    if stage.do == "search":  # where only what lies within the bounds is a seed, and no baseline comes twice
+        vectors = [make_space(loaded, search_settings(stage, 0)).repair(np.linspace(1.0, scales[0], pairs))]
+    rows = [
+        RopeFactors(each, tuple(vector.tolist()), attention_factor=1 + math.log(scale) / 100)
+        for each, vector, scale in zip(lengths, vectors, scales, strict=True)
+    ]
+    trained = replace(loaded, table=replace(loaded.meaning, rows=tuple(rows)))
+    return trained.fine_tuned() if stage.do == "second" else trained
 
 
 def _window(length: int) -> Window:

@@ -54,7 +54,7 @@ def measure(going: Extension, run: RunFolder, table: FactorTable) -> dict[str, A
     """Perplexity and passkeys of the checkpoint by length, and the base model's perplexity where it was trained."""
     going.watching.stage("measuring")
     wanted, original = going.plan.measures, going.original_length
-    lengths = measured_lengths(going.plan, table)
+    lengths = measured_lengths(going.plan, [table.original_length, *table.lengths])
     base = going.model(going.base)
     windows = {each: windows_of(base, going.texts.unseen, each, wanted.windows, going.seed) for each in lengths}
     results = []

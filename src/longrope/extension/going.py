@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ import torch
 
 from longrope.checkpoint import LoadOptions
 from longrope.documents import Document, hold_out, read_sources
-from longrope.errors import UserError, plural
+from longrope.errors import UserError, first_line, plural
 from longrope.extension.done import Done, digest
-from longrope.extension.plan import Plan, measured_lengths
+from longrope.extension.plan import Plan, Stage, measured_lengths, search_settings
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel, load_model
-from longrope.windows import token_lengths
+from longrope.search.needle import needle_prompts
+from longrope.windows import TokenCounts, bos_of, default_window_count, held_windows
 
 logger = logging.getLogger(__name__)
 
@@ -131,53 +133,112 @@ def texts_of(
     return Texts(tuple(documents), False, read, searched, left)
 
 
-def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts) -> None:
-    """Raise UserError, before any stage, for documents that are too short for one."""
-    further = next((stage.name for stage in plan.stages if stage.settings.get("documents")), None)
-    if further is not None and texts.hold_out:
-        got, rule = f"documents of its own in {further}", "then what is held out has to be named"
+def check_documents(loaded: LoadedModel, plan: Plan, texts: Texts, seed: int) -> None:
+    """Raise UserError, before any stage, for documents that do not suffice for one, or for the measurements."""
+    if texts.hold_out and (apart := next((stage.name for stage in plan.stages if _own_sources(stage)), None)):
+        got, rule = f"documents of its own in {apart}", "then what is held out has to be named"
         raise UserError("--unseen", got=got, rule=rule, do="give documents that no stage reads")
-    bos = loaded.tokenizer.bos_token_id is not None
-    searched = max((stage.to for stage in plan.stages if stage.do != "finetune"), default=0)
-    longest = _longest(loaded, texts.search, searched - bos) + bos
+    counts = TokenCounts(loaded.tokenizer)
     for stage in plan.stages:
-        if stage.do != "finetune" and stage.to > longest:
-            got = f"documents to search on, the longest of {longest} tokens"
-            rule = f"{stage.name} searches on windows of {stage.to}"
-            raise UserError("--documents", got=got, rule=rule, do="give longer documents, or --search-documents")
+        if stage.do == "finetune":
+            _check_trained(loaded, stage, texts, counts)
+        else:
+            _check_searched(loaded, stage, texts, counts, seed)
+    bos = len(bos_of(loaded.tokenizer))
+    for length in reversed(measured_lengths(plan, [loaded.rope.original_length])):  # the longest is the first to miss
+        count = plan.measures.windows or default_window_count(length)
+        held = held_windows(texts.unseen, counts, length=length, count=count)
+        if held < count:
+            raise UserError(
+                "--unseen",
+                got=f"held-out documents, {_held_of(texts.unseen, counts, bos, held, length)}",
+                rule=f"{plural(count, 'window')} of {length} tokens are measured at the end",
+                do="give longer or more of them, or fewer windows or shorter lengths under [measure]",
+            )
+
+
+def _own_sources(stage: Stage) -> list[str]:
+    """The documents that a stage alone is trained on."""
+    return [source for name in ("documents", "short_documents") for source in stage.settings.get(name, [])]
+
+
+def _check_searched(loaded: LoadedModel, stage: Stage, texts: Texts, counts: TokenCounts, seed: int) -> None:
+    """Raise UserError when the documents do not hold the windows of a search, or one its needle."""
+    settings = search_settings(stage, seed)
+    bos = len(bos_of(loaded.tokenizer))
+    for length, count in settings.whole_windows.items():
+        held = held_windows(texts.search, counts, length=length, count=count)
+        if held < count:
+            raise UserError(
+                "--documents",
+                got=f"documents to search on, {_held_of(texts.search, counts, bos, held, length)}",
+                rule=f"{stage.name} searches on {plural(count, 'window')} of {length} tokens",
+                do="give longer or more of them, --search-documents, or a plan with fewer windows",
+            )
+    if settings.objective != "perplexity":
+        try:
+            needle_prompts(
+                loaded.tokenizer,
+                length=settings.to,
+                count=settings.window_count,
+                seed=seed,
+                digits=settings.needle_digits,
+                template=settings.needle_template,
+            )
+        except UserError as error:
+            raise error.changed(what=f"{stage.name}: {error.what}") from None
+
+
+def _check_trained(loaded: LoadedModel, stage: Stage, texts: Texts, counts: TokenCounts) -> None:
+    """Raise UserError when a fine-tuning has no window, or reads what is measured on."""
+    own, short = (
+        read_sources(sources, share="search", tokenizer=loaded.tokenizer) if sources else []
+        for sources in (stage.settings.get("documents"), stage.settings.get("short_documents"))
+    )
+    if shared := {each.text for each in (*own, *short)} & {each.text for each in texts.unseen}:
+        got, rule = f"{plural(len(shared), 'document')} of {stage.name}", "no stage reads what is measured on"
+        raise UserError("--unseen", got=got, rule=rule, do="give other documents")
     ends = [loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id]
     around = sum(each is not None for each in ends)
-    for stage in (stage for stage in plan.stages if stage.do == "finetune"):
-        sources = stage.settings.get("documents") or []
-        own = read_sources(sources, share="search", tokenizer=loaded.tokenizer) if sources else []
-        if shared := {each.text for each in own} & {each.text for each in texts.unseen}:
-            got, rule = f"{plural(len(shared), 'document')} of {stage.name}", "no stage reads what is measured on"
-            raise UserError("--unseen", got=got, rule=rule, do="give other documents")
-        used = [*texts.trained, *own]
-        longest = _longest(loaded, [each for each in used if not each.prompt], stage.to - around) + around
-        if stage.to > longest and not _a_prompt_fits(loaded, used, stage.to - around):
-            got = f"documents to train on, the longest of {longest} tokens with its ends"
-            raise UserError(
-                "--documents", got=got, rule=f"{stage.name} has windows of {stage.to}", do="give longer ones"
-            )
-    wanted = max(measured_lengths(plan))
-    held = _longest(loaded, texts.unseen, wanted - bos) + bos
-    if wanted > held:
-        got, rule = f"held-out documents, the longest of {held} tokens", f"windows of {wanted} are measured at the end"
-        raise UserError("--unseen", got=got, rule=rule, do="give longer ones, or shorter lengths under [measure]")
+    used = [*texts.trained, *own]
+    longest = _longest(counts, [each for each in used if not each.prompt], stage.to - around) + around
+    if stage.to > longest and not _a_prompt_fits(counts, used, stage.to - around):
+        got = f"documents to train on, the longest of {longest} tokens with its ends"
+        raise UserError("--documents", got=got, rule=f"{stage.name} has windows of {stage.to}", do="give longer ones")
+    packed, original = short or used, loaded.rope.original_length
+    prompts = "mixed" in stage.settings and all(each.prompt for each in packed)
+    if prompts and not _a_prompt_fits(counts, packed, original - around):
+        got = f"{plural(len(packed), 'prompt')} with completions, all of them longer than {original - around} tokens"
+        rule = f"mixed windows of {stage.name} are packed of texts within {original} tokens"
+        raise UserError("--documents", got=got, rule=rule, do="give the stage short_documents")
 
 
-def _a_prompt_fits(loaded: LoadedModel, documents: Sequence[Document], room: int) -> bool:
+def _held_of(documents: Sequence[Document], counts: TokenCounts, bos: int, held: int, length: int) -> str:
+    """What documents hold that are too few, in words."""
+    longest = max(map(counts, documents), default=0) + bos
+    return f"the longest of {longest} tokens, which hold {plural(held, 'window')} of {length}"
+
+
+def _a_prompt_fits(counts: TokenCounts, documents: Sequence[Document], room: int) -> bool:
     """Whether a prompt fits into so many tokens with its completion: such a document fills no window."""
     prompts = sorted((each for each in documents if each.prompt), key=lambda each: len(each.text))
-    return any(token_lengths([document], loaded.tokenizer)[0] <= room for document in prompts)
+    return any(counts(document) <= room for document in prompts)
 
 
-def _longest(loaded: LoadedModel, documents: Sequence[Document], enough: int) -> int:
+def _longest(counts: TokenCounts, documents: Sequence[Document], enough: int) -> int:
     """Tokens of the longest document, or of one that has enough: to tokenize all of them takes a second a megabyte."""
     found = 0
     for document in sorted(documents, key=lambda each: len(each.text), reverse=True):
-        found = max(found, *token_lengths([document], loaded.tokenizer))
+        found = max(found, counts(document))
         if found >= enough:
             break
     return found
+
+
+def launcher_words(launcher: str | None) -> list[str]:
+    """The words of a command that starts the fine-tuning; none without one. Raises UserError for an open quote."""
+    try:
+        return shlex.split(launcher or "")
+    except ValueError as error:
+        rule, do = f"it is a command as a shell reads it ({first_line(error).lower()})", "correct its quotes"
+        raise UserError("--launcher", got=repr(launcher), rule=rule, do=do) from None

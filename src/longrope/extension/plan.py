@@ -13,11 +13,12 @@ from typing import Any
 
 from longrope.errors import UserError, shown
 from longrope.evaluate.templates import needle_template_of
-from longrope.factors import FactorTable
 from longrope.files import LARGEST, check_regular, disk_errors
 from longrope.lengths import LONGEST, format_length, parse_length
-from longrope.search.settings import SearchSettings
-from longrope.training.recipes import SAVED, Recipe, recipe_of
+from longrope.search.loop import Budget
+from longrope.search.settings import SearchSettings, is_number
+from longrope.training.recipes import RECIPES, SAVED, Recipe, recipe_of
+from longrope.windows import LEAST
 
 PLANS = ("longrope", "longrope2")
 """Plans of ours by name: the two papers'."""
@@ -27,8 +28,12 @@ WITHOUT_TRAINING = 8
 _FIRST, _LAST = 32, 64  # ratios of the two fine-tunings
 _OF_SEARCH = {each.name for each in fields(SearchSettings)} - {"to", "stage", "seed"}
 _OF_TRAINING = {each.name for each in fields(Recipe)} | {
-    *("documents", "recipe", "mixed", "lora", "embeddings", "norms", "gradient_checkpointing", "save_every", "keep"),
-    "save_dtype",
+    *("documents", "short_documents", "recipe", "mixed", "lora", "embeddings", "norms", "gradient_checkpointing"),
+    *("save_every", "keep", "save_dtype"),
+}
+_LISTS = {
+    "documents": "it is a list of further documents of this stage",
+    "short_documents": "it is a list of the short documents of this stage",
 }
 _MORE_OF_TRAINING: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("mixed", lambda value: type(value) in (int, float) and 0 < value < 1, "it is a share between 0 and 1"),
@@ -37,6 +42,9 @@ _MORE_OF_TRAINING: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, lambda value: isinstance(value, bool), "it is true or false") for name in
       ("embeddings", "norms", "gradient_checkpointing")),
     ("save_dtype", lambda value: value in SAVED, f"it is one of {', '.join(SAVED)}"),
+    ("recipe", lambda value: isinstance(value, str), f"it is one of {', '.join(RECIPES)}"),
+    *((name, lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value), rule) for
+      name, rule in _LISTS.items()),
 )  # fmt: skip
 _OF_MEASURES = {"lengths": list, "windows": int, "passkey": int}
 
@@ -177,8 +185,11 @@ def _stages(data: Mapping[str, Any], number: int, original_length: int) -> list[
     if len(lengths) != 1 and (do != "recovery" or not lengths):
         raise _wrong(f"{where}: to", f"{len(lengths)} lengths", "it is one length, or several of a recovery")
     for name in ("start_tokens", "attention_factor"):  # numbers too
-        if name in settings:
+        if is_number(settings.get(name)):
             settings[name] = str(settings[name])
+    for name in _LISTS:  # or one alone
+        if isinstance(settings.get(name), str):
+            settings[name] = [settings[name]]
     if "search_length" in settings:
         settings["search_length"] = _length(settings["search_length"], f"{where}: search_length", original_length)
     if do == "finetune":
@@ -198,13 +209,14 @@ def _check_training(settings: Mapping[str, Any], where: str) -> None:
             raise _wrong(f"{where}: {name}", shown(settings[name]), rule)
     if settings.get("lora") is None and (alone := [each for each in ("embeddings", "norms") if settings.get(each)]):
         raise _wrong(f"{where}: {alone[0]}", "no lora", "it is a setting of LoRA")
-    further = settings.get("documents", [])
-    if not isinstance(further, list) or not all(isinstance(each, str) for each in further):
-        raise _wrong(f"{where}: documents", shown(further), "it is a list of further documents of this stage")
+    if "short_documents" in settings and "mixed" not in settings:
+        raise _wrong(f"{where}: short_documents", "no mixed", "they are what windows of mixed are packed of")
     for name, value in numbers.items():
         kind: Any = str if name == "schedule" else int if name in ("steps", "batch", "warmup") else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind):
             raise _wrong(f"{where}: {name}", shown(value), "it is a number, of schedule a word")
+        if not isinstance(value, str) and not is_number(value):
+            raise _wrong(f"{where}: {name}", shown(value), "it is a finite number")
     try:
         recipe_of(settings.get("recipe"), numbers)
     except UserError as error:
@@ -216,8 +228,6 @@ def _check_search(settings: Mapping[str, Any], do: str, where: str) -> None:
         _settings_of(1, do, 0, settings).check_words()
     except UserError as error:
         raise error.changed(what=f"{where}: {error.what}") from None
-    except TypeError:
-        raise _wrong(where, shown(dict(settings)), "its settings are those of longrope search") from None
 
 
 def _check_order(stages: Sequence[Stage], original_length: int) -> None:
@@ -245,7 +255,9 @@ def _check_order(stages: Sequence[Stage], original_length: int) -> None:
         if stage.do != "finetune":
             known = {"search": None, "second": trained, "recovery": reached}[stage.do]
             try:
-                search_settings(stage, 0).check(original_length, known)
+                settings = search_settings(stage, 0)
+                settings.check(original_length, known)
+                Budget(settings.evaluation, expected=1, token_passes=settings.token_passes).check()
             except UserError as error:
                 raise error.changed(what=f"{where}: {error.what}") from None
         reached = max(reached, stage.to) if stage.do == "second" else reached
@@ -272,6 +284,8 @@ def _measures(data: object, original_length: int) -> Measures:
             raise _wrong(f"measure: {name}", shown(value), "lengths are a list, windows and passkey whole numbers")
     lengths = data.get("lengths")
     made = None if lengths is None else sorted({_length(each, "measure", original_length) for each in lengths})
+    if made and made[0] < LEAST:
+        raise _wrong("measure: lengths", made[0], f"a window is of at least {LEAST} tokens")
     return Measures(None if made is None else tuple(made), data.get("windows"), data.get("passkey", 10))
 
 
@@ -309,8 +323,8 @@ def _settings_of(to: int, do: str, seed: int, settings: Mapping[str, Any]) -> Se
     return SearchSettings(to=to, stage=None if do == "search" else do, seed=seed, **given)
 
 
-def measured_lengths(plan: Plan, table: FactorTable | None = None) -> list[int]:
-    """The lengths of a plan's measurements: those it names, or all of the stages and of the table."""
+def measured_lengths(plan: Plan, further: Sequence[int] = ()) -> list[int]:
+    """The lengths of a plan's measurements: those it names, or all of the stages and further ones, of the table."""
     if plan.measures.lengths is not None:
         return list(plan.measures.lengths)
-    return sorted({*(stage.to for stage in plan.stages), *((table.original_length, *table.lengths) if table else ())})
+    return sorted({*(stage.to for stage in plan.stages), *further})

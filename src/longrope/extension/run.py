@@ -19,7 +19,7 @@ from longrope.errors import UserError
 from longrope.extension.costs import Cost, costs
 from longrope.extension.done import DOCUMENTS, Done
 from longrope.extension.finish import measure, write_checkpoint
-from longrope.extension.going import Extension, Texts, Watching, check_documents, texts_of
+from longrope.extension.going import Extension, Texts, Watching, check_documents, launcher_words, texts_of
 from longrope.extension.plan import (
     WITHOUT_TRAINING,
     Plan,
@@ -82,6 +82,7 @@ def extend(
     """
     watching = watching or Watching()
     workers = None if workers is None else str(workers)
+    launched = launcher_words(launcher)
     options = options_for(workers, load_options(options, load))
     target = as_length(to)
     loaded = load_model(model, options)
@@ -92,7 +93,7 @@ def extend(
         if launcher is None:
             check_first_device(options.device)
     texts = texts_of(loaded, documents, unseen, search_documents)
-    check_documents(loaded, plan, texts)
+    check_documents(loaded, plan, texts, seed)
     path = Path(out) if out is not None else default_run_path("extend", loaded.name, target)
     config = _config(loaded, plan, texts, target, seed, documents, unseen, search_documents)
     with RunFolder.open(path, config) as run:
@@ -110,7 +111,7 @@ def extend(
             texts=texts,
             seed=seed,
             workers=workers,
-            launcher=shlex.split(launcher or ""),
+            launcher=launched,
             tracker=tracker,
             watching=watching,
             done=done,
@@ -264,6 +265,9 @@ def _launch(going: Extension, stage: Stage, model: str, factors: Path, folder: P
         if name == "documents":
             continue
         flag = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            words += [word for each in value for word in (flag, each)]
+            continue
         words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
     options = going.options
     words += ["--device", options.device, "--dtype", options.dtype, "--attention", options.attention]

@@ -35,12 +35,11 @@ from longrope.search.objective import Evaluator
 from longrope.search.settings import BUDGET, SearchSettings
 from longrope.search.space import LongRope, Space
 from longrope.search.tasks import Steps
-from longrope.windows import Window, default_window_count, fingerprint, spare_windows, windows_of
+from longrope.windows import Window, fingerprint, spare_windows, windows_of
 from longrope.workers import open_workers, options_for
 
 logger = logging.getLogger(__name__)
 
-_DECIDING = 1  # windows of the target length, where another one is searched
 _METHODS_BESIDE = ("pi", "ntk", "yarn", "yarn+su", "llama3+su")
 
 
@@ -124,7 +123,7 @@ def choose_search_windows(
     """The windows of a search, fixed by its seed. Raises UserError when the documents do not hold them."""
     if (inner := settings.shorter) is not None:
         judged = windows_of(loaded, unseen, settings.to, settings.windows, settings.seed) if unseen else []
-        few = windows_of(loaded, searched, settings.to, settings.windows or _DECIDING, settings.seed)
+        few = windows_of(loaded, searched, settings.to, settings.window_count, settings.seed)
         at_inner = choose_search_windows(loaded, inner, searched)
         return SearchWindows(few, unseen=judged, shorter=at_inner)
     length, count, seed = settings.to, settings.window_count, settings.seed
@@ -148,7 +147,7 @@ def choose_search_windows(
             taken=taken,
         )
 
-    first = needles(count or default_window_count(length), seed)
+    first = needles(count, seed)
     spare: list[Window] = []
     if settings.objective == "both":
         spare = spare_windows(searched, loaded.tokenizer, length=length, count=wanted, seed=seed, taken=plain)

@@ -54,15 +54,7 @@ def needle_windows(
     if depth not in DEPTHS:
         rule = f"it is one of {', '.join(DEPTHS)}"
         raise UserError("--needle-depth", got=repr(depth), rule=rule, do="choose one of them")
-    prompts = _prompts(tokenizer, template, length, count, seed, digits)
-    fixed = max((each.size for each in prompts), default=0)
-    if length < fixed + 2:
-        raise UserError(
-            "--objective",
-            got=f"a window of {length} tokens",
-            rule=f"the needle's prompt without a document takes {fixed}",
-            do=f"search at {fixed + 2} tokens or more, or with the perplexity objective",
-        )
+    prompts = needle_prompts(tokenizer, length=length, count=count, seed=seed, digits=digits, template=template)
     bos = tokenizer.bos_token_id is not None
     # Every span as long as the longest needed: prompts differ by a few tokens.
     longest = length - min((each.size for each in prompts), default=0)
@@ -82,15 +74,16 @@ def needle_windows(
     return windows
 
 
-def _prompts(
+def needle_prompts(
     tokenizer: PreTrainedTokenizerBase,
-    template: NeedleTemplate | None,
+    *,
     length: int,
     count: int,
     seed: int,
-    digits: int,
+    digits: int = DIGITS,
+    template: NeedleTemplate | None = None,
 ) -> list[Prompt]:
-    """Each window's prompt, without its document."""
+    """Each window's prompt, without its document. Raises UserError when one does not fit into a window."""
     rng = np.random.default_rng(seed)
     wording = SHORT_NEEDLE if length < INTRO_FROM else NEEDLE
     prompt = partial(_own_prompt, tokenizer, wording) if template is None else partial(template.prompt, tokenizer)
@@ -101,6 +94,14 @@ def _prompts(
         else:
             key = template.names[int(rng.integers(len(template.names)))]
         prompts.append(prompt(key, str(rng.integers(10 ** (digits - 1), 10**digits))))
+    fixed = max((each.size for each in prompts), default=0)
+    if length < fixed + 2:
+        raise UserError(
+            "--objective",
+            got=f"a window of {length} tokens",
+            rule=f"the needle's prompt without a document takes {fixed}",
+            do=f"search at {fixed + 2} tokens or more, or with the perplexity objective",
+        )
     return prompts
 
 

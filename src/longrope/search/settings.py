@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
 from longrope.baselines import attention_factor
-from longrope.errors import UserError
+from longrope.errors import UserError, shown
 from longrope.evaluate.templates import NeedleTemplate, describe_template
 from longrope.lengths import format_length
 from longrope.search.methods import METHODS
@@ -24,6 +27,24 @@ _SPACES = ("longrope", "longrope2")
 # than others, because an epoch is then no longer than what Adam averages over, and the windows' differences cancel.
 _FEW, _INSTEAD = 3, 64
 _MOST_DIGITS = 18
+_DECIDING = 1  # windows of the target length, where a shorter one is searched
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number; true and false are none."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of so many digits that no float holds it
+        return False
+
+
+_TYPES: Mapping[type, tuple[Callable[[Any], bool], str]] = {
+    int: (lambda value: isinstance(value, Integral) and not isinstance(value, bool), "it is a whole number"),
+    float: (lambda value: isinstance(value, float) or is_number(value), "it is a finite number"),  # ranges are below
+    bool: (lambda value: isinstance(value, bool), "it is true or false"),
+    str: (lambda value: isinstance(value, str), "it is a word, or a finite number"),
+}
+"""What is good for a field of a type, and that in words; other texts than these are words of a list."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +164,7 @@ class SearchSettings:
             if word not in known:
                 rule = f"it is one of {', '.join(known)}"
                 raise UserError(flag, got=repr(word), rule=rule, do="choose one of them")
+        self._check_types()
         numbers = {
             "--windows": self.windows,
             "--evaluations": self.evaluations,
@@ -165,6 +187,15 @@ class SearchSettings:
         if self.race and self.method != "evolution":
             rule = f"it is a choice of evolution; {self.method} always races"
             raise UserError("--race", got=f"--method {self.method}", rule=rule, do="leave it out")
+
+    def _check_types(self) -> None:
+        """Raise UserError for what is of another type than its field: a file and a caller may give any."""
+        for name, kinds in _types().items():
+            value = getattr(self, name)
+            for kind, (good, rule) in _TYPES.items():
+                if kind in kinds and not good(value) and not (value is None and type(None) in kinds):
+                    flag = "--" + name.replace("_", "-")
+                    raise UserError(flag, got=shown(value), rule=rule, do="give one")
 
     def _check_factors(self, original_length: int) -> None:
         start, rule = self.resolved().start_tokens or "", self.resolved().attention_factor or ""
@@ -192,11 +223,29 @@ class SearchSettings:
         return None if self.search_length is None else replace(self, to=self.search_length, search_length=None)
 
     @property
-    def window_count(self) -> int | None:
-        """How many search windows; None is the default of their length."""
-        if self.windows is None and self.stage == "recovery":
-            return max(default_window_count(self.to), -(-_RECOVERY_TOKENS // self.to))
-        return self.windows
+    def window_count(self) -> int:
+        """How many search windows of the target length, of each kind where the objective is both."""
+        if self.windows is not None:
+            return self.windows
+        if self.search_length is not None:
+            return _DECIDING
+        least = -(-_RECOVERY_TOKENS // self.to) if self.stage == "recovery" else 0
+        return max(default_window_count(self.to), least)
+
+    @property
+    def whole_windows(self) -> Mapping[int, int]:
+        """How many windows of which lengths the documents have to hold: a needle's span is shorter than a window.
+
+        Further windows for gradients are as many as there are.
+        """
+        shorter = self.shorter.whole_windows if self.shorter else {}
+        return {self.to: self.window_count, **shorter}
+
+    @property
+    def evaluation(self) -> int:
+        """Tokens of an evaluation as the limits count them: of the shorter search where there is one."""
+        limited = self.shorter or self
+        return limited.to * limited.window_count * limited.together
 
     @property
     def together(self) -> int:
@@ -221,6 +270,12 @@ class SearchSettings:
         told = {name: value for name, value in vars(self.resolved()).items() if name != "windows"}
         wording = told.pop("needle_template")
         return told if wording is None else told | {"needle_template": describe_template(wording)}
+
+
+@cache
+def _types() -> Mapping[str, tuple[Any, ...]]:
+    """The types that each field may have, as it is annotated."""
+    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(SearchSettings).items()}
 
 
 BUDGET = ("evaluations", "token_passes", "hours")
