@@ -189,10 +189,10 @@ def _mixed(setting: Setting, state: State, lengths: list[int]) -> None:
     if plain.is_dir():
         plain_values = _values(setting, state, plain, windows)
         told["without"] = _short_and_long(plain_values, "fine-tuned", {original: plain_row, longest: plain_row})
-    beside = {name: values[str(original)] / base for name, values in told.items() if name == "without"}
+    without = told["without"][str(original)] / base if "without" in told else None
     state.figure(
         f"short window after mixed windows to {longest // original}x / base", "windows of the original length",
-        told["mixed"][str(original)] / base, 1.01, share=MIXED, **beside,
+        told["mixed"][str(original)] / base, 1.01, share=MIXED, without=without,
     )  # fmt: skip
     state.table("with and without mixed windows", told)
 

@@ -93,8 +93,16 @@ class Extension:
             torch.cuda.empty_cache()
 
     def told(self) -> list[dict[str, Any]]:
-        """The stages with the seconds that each took, for metrics.json, the card and the page."""
-        return [stage.to_dict() | {"seconds": self.done.seconds(stage.name)} for stage in self.plan.stages]
+        """The stages with the seconds that each took, for metrics.json, the card and the page.
+
+        resumed: of one that was, they are those since it last went on.
+        """
+        return [
+            stage.to_dict()
+            | {"seconds": self.done.seconds(stage.name)}
+            | ({"resumed": True} if self.done.resumed(stage.name) else {})
+            for stage in self.plan.stages
+        ]
 
     def hash_of(self, name: str) -> str:
         """Hash of a model's files, or the name of one that is no folder."""

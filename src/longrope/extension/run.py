@@ -124,11 +124,11 @@ def extend(
         for stage in plan.stages:
             made += _make(going, stage)
             if at_most is not None and made >= at_most:
-                return {"stages": _told(going)}
+                return {"stages": going.told()}
         assert going.table is not None, "a plan has a search"
         run.save_factors(going.table)
         write_checkpoint(going, going.table)
-        run.save_metrics(measure(going, run, going.table) | {"stages": _told(going)})
+        run.save_metrics(measure(going, run, going.table) | {"stages": going.told()})
         write_report(path)
         run.finish()
         return run.metrics()
@@ -193,12 +193,6 @@ def _own_documents(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> dict[str
             hashes = "".join(f"{document.sha256}\n" for document in documents)
             found[name] = f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"
     return found
-
-
-def _told(going: Extension) -> list[dict[str, Any]]:
-    """The stages with the seconds that each took, and whether these are the last ones of a stage that was resumed."""
-    resumed = {stage.name: {"resumed": True} for stage in going.plan.stages if going.done.resumed(stage.name)}
-    return [told | resumed.get(told["stage"], {}) for told in going.told()]
 
 
 def with_row(table: FactorTable, row: RopeFactors) -> FactorTable:
