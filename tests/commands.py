@@ -24,7 +24,7 @@ from models import ORIGINAL, build, save
 SHAPE = RopeShape(rope_theta=500.0, rotary_dim=16, original_length=ORIGINAL)
 """RoPE of the checkpoint below."""
 TARGET = 4 * ORIGINAL
-COMMAND = [sys.executable, "-c", "from longrope.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from longrope.__main__ import main; main()"]
 
 
 @dataclass(frozen=True)

@@ -682,7 +682,10 @@ def test_numbers_of_a_plan_are_taken_as_they_may_be_written() -> None:
         (["--to", "64k"], "--documents: got documents to search on, the longest of "),
         (["--unseen", "texts"], "--unseen: got 6 documents, all of them used before"),
         (["--search-documents", "texts/1.txt"], "--unseen: got none, with --search-documents; "),
-        (["--tracker", "mirror"], "--tracker: got 'mirror'; it is none, all, or some of azure_ml, "),
+        (
+            ["--stages", "plan.toml", "--tracker", "mirror"],
+            "--tracker: got 'mirror'; it is none, all, or some of",
+        ),
         (
             ["--launcher", 'torchrun "x'],
             "--launcher: got 'torchrun \"x'; it is a command as a shell reads it (no closing quotation); correct its",

@@ -117,6 +117,17 @@ def test_a_signal_ends_a_forward_pass_at_once_and_names_the_command_that_resumes
     assert ran == Ran(130, "", f"longrope: interrupted; this goes on with it: {resumed_by}\n")
 
 
+def test_a_signal_is_not_for_the_threads_that_libraries_start(here: Path) -> None:
+    """numpy starts some when it is imported, as many as there are cores; here `start` would keep it from that."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    words = [sys.executable, "-m", "longrope", *map(str, long_search("run"))]
+    with subprocess.Popen(words, cwd=here, env=environment, text=True, stderr=subprocess.PIPE) as process:
+        wait_for((here / "run" / "config.json").exists, process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.startswith("longrope: interrupted; ")) == (130, True), err
+
+
 def disturb(command: list[object], run: Path, moments: list[int], signals: list[signal.Signals]) -> Ran:
     """Start a command again and again, and end it by a signal when its run has so many lines; the last one's end."""
     rng = np.random.default_rng(20240221)

@@ -37,6 +37,8 @@ from longrope.launched import run_launched
 run_launched([sys.executable, "launcher.py"])
 """
 AS_COMMANDS = """
+from longrope.launched import block_signals
+block_signals()
 from longrope.console import end_at_once_on_signals
 end_at_once_on_signals()
 """

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from commands import TARGET, Ran, table, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
-from longrope.factors import RopeFactors, unscaled
+from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.model import load_model
 from longrope.training.run import finetune, served_table
 from longrope.training.settings import Training
@@ -163,7 +163,7 @@ def test_a_shard_of_a_window_has_the_angles_that_it_has_in_the_whole(here: Path)
     both = replace(table(), rows=(unscaled(len(long.rescale), TARGET // 2), long))
     served = served_table(both, Training(length=TARGET), ORIGINAL)
     assert served.rows == (long,)
-    rows = [
+    rows: list[FactorTable | RopeFactors] = [
         served,
         table().rows[-1],
         RopeFactors(TARGET, tuple(1.0 + 0.5 * pair for pair in range(8)), start_tokens=12, attention_factor=1.2),

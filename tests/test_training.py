@@ -447,6 +447,10 @@ def test_a_window_longer_than_memory_is_told_before_the_first_step_with_what_wou
         (["--schedule", "zigzag"], "--schedule: got zigzag; it is one of linear, cosine, constant"),
         (["--length", 1024], "sequence: got 1024 tokens; the factor table ends at 192"),
         (["--mixed", 2], "--mixed: got 2.0; it is a share between 0 and 1"),
+        (
+            ["--short-documents", "texts"],
+            "--short-documents: got no --mixed; they are what windows of",
+        ),
         (["--lora", 0], "--lora: got 0; a rank is at least 1"),
         (["--save-dtype", "int8"], "--save-dtype: got 'int8'; it is one of float32, bfloat16, float16; choose one"),
         (["--merge"], "--merge: got no --lora; it is a setting of LoRA"),

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from longrope.errors import printable
 from longrope.files import disk_errors, finite
-from longrope.launched import launched_ended
+from longrope.launched import block_signals, launched_ended
 from longrope.lengths import format_length
 from longrope.report.style import stage_of
 from longrope.runs import is_first_process, is_launched
@@ -92,10 +92,11 @@ def end_at_once_on_signals() -> None:
     """SIGINT and SIGTERM end the process with exit code 130 and, where there is one, the command that resumes.
 
     State is always on disk, so nothing is left to do but to end what was launched. A thread waits for the signals,
-    because Python's own handlers would wait for a forward pass to end first, which can be many minutes.
+    because Python's own handlers would wait for a forward pass to end first, which can be many minutes. Where threads
+    are there already, `block_signals` has been called before them.
     """
+    block_signals()
     signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads started later inherit it
 
     def wait() -> None:
         signal.sigwait(signals)

@@ -22,6 +22,15 @@ _lock = threading.Lock()  # held while a command starts, and while it is ended
 _going: list[psutil.Process] = []  # one at most
 
 
+def block_signals() -> None:
+    """Keep SIGINT and SIGTERM for the thread that is going to wait for them.
+
+    Threads that are there already would be ended by one, and the process with them: numpy starts some when it is
+    imported, where there are several cores. So this comes before such imports.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
 def run_launched(words: Sequence[str]) -> int:
     """Run a command to its end, without its stdout; its exit code, or minus the signal that ended it.
 

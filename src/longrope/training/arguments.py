@@ -90,9 +90,9 @@ def trackers(wanted: str) -> list[str]:
     """
     if wanted == "none" or (wanted == DEFAULT_TRACKER and find_spec("tensorboard") is None):
         return []
-    here = get_available_reporting_integrations()
+    here: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     if wanted == "all":
-        return list(here)
+        return here
     for name in (names := wanted.split(",")):
         if name not in INTEGRATION_TO_CALLBACK:
             rule = f"it is none, all, or some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, with commas between"

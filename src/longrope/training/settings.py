@@ -56,6 +56,9 @@ def settings_of(
     given = Training(length=length, lora=adapters, **taken(Training, keywords))
     if not given.documents:
         raise UserError("--documents", got="none", rule="a model is trained on documents", do="give at least one")
+    if given.short_documents and given.mixed is None:
+        rule, do = "they are what windows of --mixed are packed of", "give --mixed, such as 0.3, or leave them out"
+        raise UserError("--short-documents", got="no --mixed", rule=rule, do=do)
     for flag, value in (("--save-every", given.save_every), ("--keep", given.keep)):
         if value is not None and value < 1:
             raise UserError(flag, got=value, rule="it is at least 1", do="give a larger number")

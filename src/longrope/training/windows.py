@@ -228,7 +228,8 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
 
 def collate(windows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     """A batch of windows; all have the same length. One that is rows of short documents is a batch by itself."""
-    return {name: torch.cat([torch.atleast_2d(window[name]) for window in windows]) for name in windows[0]}
+    rows = {name: [window[name] for window in windows] for name in windows[0]}
+    return {name: torch.cat([row if row.ndim == 2 else row[None] for row in each]) for name, each in rows.items()}
 
 
 def collate_to_learned(windows: Sequence[dict[str, Tensor]], at_least: int = 1) -> dict[str, Any]:
