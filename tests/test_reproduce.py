@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from longrope.factors import FactorTable
 from longrope.files import read_lines
 from longrope.model import load_model
 from longrope.windows import Window
-from reproduction import setting
+from reproduction import core, setting
 from reproduction.setting import cut
 
 PLAN = """
@@ -224,6 +225,19 @@ def test_a_committed_final_model_is_measured_where_it_is_of_the_same_stages(
     file.write_text(json.dumps(recorded))
     command(tmp_path, "--parts", "by-length")
     assert json.loads(file.read_text())["parts"]["by-length"]["tables"] == before
+    made_at_8x = recorded["parts"]["nearer"]["tables"]["twice the fine-tuned length"]
+    assert made_at_8x["searched"] == made_at_8x["of the target"], "of this plan the target is twice the trained length"
+    table = FactorTable.load(final / "factors.json")
+    *rows, last = table.rows
+    replace(table, rows=(*rows, last.with_values(up_to=16 * LENGTH))).save(final / "factors.json")
+    command(tmp_path, "--parts", "nearer")
+    told = json.loads(file.read_text())["parts"]["nearer"]["tables"]["twice the fine-tuned length"]
+    own = FactorTable.load(state / "nearer" / "factors.json").row_for(8 * LENGTH)
+    assert own.vector == pytest.approx(np.maximum(own.vector, FactorTable.load(trained).rows[-1].vector))
+    loaded = load_model(str(final), LoadOptions(device="cpu", threads=1))
+    assert told["searched"] == pytest.approx(core.perplexity(loaded, own, [_window(made, loaded)]), rel=1e-6)
+    for name in ("of the target", "pi", "ntk", "yarn"):
+        assert told[name] == pytest.approx(made_at_8x[name], rel=1e-6)
     assert not (state / "extend").exists(), "no stage was made"
 
 

@@ -270,6 +270,8 @@ def test_a_search_at_a_shorter_length_ends_with_the_best_of_a_few_at_the_target(
     made = search(model, to=8 * start, stage=stage, search_length=2 * start, out="run", **given)
     inner = FactorTable.load(f"run/search-{2 * start}/factors.json")
     assert inner.rows[-1].up_to == 2 * start
+    kept = load_model(model, FLOAT32).meaning.rows if stage else inner.rows[:1]
+    assert made.rows == (*kept, inner.rows[-1], made.row_for(8 * start)), "what was found there serves that length"
     lines = read_lines(Path("run/evaluations.jsonl"))
     assert {len(line["windows"]) for line in lines} == {1}
     assert 3 <= len(lines) <= 5

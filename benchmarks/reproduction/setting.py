@@ -202,11 +202,15 @@ class Setting:
         raise UserError("--parts", got=got, rule=rule, do="make the core first: --parts core")
 
     @property
-    def trained_with(self) -> RopeFactors:
-        """The row that the final model's weights were trained with, which a recovery may have replaced in its table."""
+    def trained_table(self) -> FactorTable:
+        """The table that the final model's weights were trained with, before searches changed its rows."""
         own = self.final == self.run / CHECKPOINT
-        path = self.stage("finetune", self.trained[-1]) / FACTORS if own else self.final / TRAINED
-        return FactorTable.load(path).row_for(self.trained[-1])
+        return FactorTable.load(self.stage("finetune", self.trained[-1]) / FACTORS if own else self.final / TRAINED)
+
+    @property
+    def trained_with(self) -> RopeFactors:
+        """The row of it that they were trained with."""
+        return self.trained_table.row_for(self.trained[-1])
 
     def recall(self, length: int) -> Path:
         """Documents of recall tasks, beside the texts that a fine-tuning to a length is on."""

@@ -11,9 +11,11 @@ from typing import Any
 from longrope.evaluate.methods import method_factors
 from longrope.evaluate.nonuniformity import collect, studies
 from longrope.evaluate.nonuniformity import rows as distinct
+from longrope.extension.plan import search_settings
 from longrope.factors import FactorTable, RopeFactors
 from longrope.model import LoadedModel, load_model
 from longrope.runs import DONE
+from longrope.search.driver import choose_search_windows, search_windows
 from longrope.training.run import finetune
 from longrope.windows import Window
 from reproduction.core import passkeys, passkeys_by_row, perplexity, searches, tell_passkeys
@@ -140,6 +142,42 @@ def trained_length(setting: Setting, state: State) -> None:
     state.table("the fine-tuned length by row", told)
 
 
+def nearer(setting: Setting, state: State) -> None:
+    """Table 9 at twice the fine-tuned length, where methods and search are made for it: a row of its own.
+
+    It is the final table's, where that has one; else it is searched here as the plan's second interpolation is.
+    """
+    original, target, length = setting.size.length, setting.plan.target, 2 * setting.trained[-1]
+    final = setting.load(setting.final)
+    table, second = final.meaning, replace(final, under=setting.trained_with)
+    own = table.row_for(length)
+    if own.up_to != length:
+        own = _searched_second(setting, state, length).row_for(length)
+    rows = {"searched": own, "of the target": table.row_for(target)}
+    rows |= {name: second.baseline(name, length) for name in ("pi", "ntk", "yarn")}
+    value = _values(setting, state, setting.final, setting.judged(target))
+    told = {name: value(f"at {length}: {name}", length, row) for name, row in rows.items()}
+    best = min(("pi", "ntk", "yarn"), key=lambda name: told[name])
+    state.figure(
+        f"perplexity at {length // original}x, ours / the best of the others", f"each made for it; the best is {best}",
+        told["searched"] / told[best], 1.0, ours=told["searched"], theirs=told[best],
+    )  # fmt: skip
+    state.table("twice the fine-tuned length", told)
+
+
+def _searched_second(setting: Setting, state: State, length: int) -> FactorTable:
+    """A second interpolation to some length by the settings of the plan's own, a run of the part."""
+    (stage,) = [stage for stage in setting.plan.stages if stage.do == "second"]
+    settings = dict(stage.settings)
+    settings.pop("search_length", None)
+    chosen = search_settings(replace(stage, to=length, settings=settings), setting.seed)
+    loaded, out = replace(setting.load(setting.final), table=setting.trained_table), setting.state / "nearer"
+    if not (out / DONE).exists():
+        state.begin()
+    windows = choose_search_windows(loaded, chosen, setting.texts("validation"))
+    return search_windows(loaded, chosen, windows, out=out)
+
+
 def direct(setting: Setting, state: State) -> None:
     """Table 12: the last fine-tuned length from the base model at once, with as many tokens as step by step."""
     searches(setting, state)
@@ -258,6 +296,7 @@ TABLES = {
     "retrieval": retrieval,
     "retrieval-far": retrieval_far,
     "trained-length": trained_length,
+    "nearer": nearer,
     "direct": direct,
     "mixed": mixed,
     "mixed-longest": mixed_longest,

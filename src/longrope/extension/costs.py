@@ -89,7 +89,7 @@ def costs(loaded: LoadedModel, plan: Plan) -> list[Cost]:
                 made_of = f"{made_of}, {_DECIDED} at the target"
             begins = reached if stage.do == "second" else loaded.rope.original_length
             begins = 0 if stage.do == "recovery" else begins
-            known += [stage.to] if stage.do != "search" else []
+            known += [each for each in (stage.to, settings.search_length) if each and stage.do != "search"]
             found.append(Cost(stage.name, stage.to, made_of, work, begins=begins))
     lengths = measured_lengths(plan)
     for name, count, made_of in (

@@ -324,7 +324,13 @@ def _settings_of(to: int, do: str, seed: int, settings: Mapping[str, Any]) -> Se
 
 
 def measured_lengths(plan: Plan, further: Sequence[int] = ()) -> list[int]:
-    """The lengths of a plan's measurements: those it names, or all of the stages and further ones, of the table."""
+    """The lengths of a plan's measurements: those it names, or all of the stages and further ones, of the table.
+
+    Among the stages' are those that searches for longer ones are made at, whose rows are in the table at the end.
+    """
     if plan.measures.lengths is not None:
         return list(plan.measures.lengths)
-    return sorted({*(stage.to for stage in plan.stages), *further})
+    trains = any(stage.do == "finetune" for stage in plan.stages)
+    served = [stage for stage in plan.stages if stage.do == "second" or (stage.do == "search" and not trains)]
+    searched = [stage.settings["search_length"] for stage in served if "search_length" in stage.settings]
+    return sorted({*(stage.to for stage in plan.stages), *searched, *further})

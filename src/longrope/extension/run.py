@@ -178,9 +178,9 @@ def _make(going: Extension, stage: Stage) -> bool:
         going.tables[stage.to] = found
         if going.current == going.base and (going.table is None or stage.to > going.table.rows[-1].up_to):
             going.table = found
-    else:  # a row more of the same model
+    else:  # rows more of the same model
         assert going.table is not None, "the order of stages is checked"
-        going.table = with_row(going.table, found.row_for(stage.to))
+        going.table = with_found(going.table, found, stage)
     return not before
 
 
@@ -193,6 +193,16 @@ def _own_documents(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> dict[str
             hashes = "".join(f"{document.sha256}\n" for document in documents)
             found[name] = f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"
     return found
+
+
+def with_found(table: FactorTable, found: FactorTable, stage: Stage) -> FactorTable:
+    """A table with what a stage found: the row of its length, and that of the length searched at unless it has one."""
+    shorter = search_settings(stage, 0).search_length
+    known = {row.up_to for row in table.rows}
+    for row in found.rows:
+        if row.up_to == stage.to or (row.up_to == shorter and shorter not in known):
+            table = with_row(table, row)
+    return table
 
 
 def with_row(table: FactorTable, row: RopeFactors) -> FactorTable:

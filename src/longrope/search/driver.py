@@ -215,8 +215,10 @@ def run_search(
     if known := len(run.evaluations()):
         logger.info("resuming %s after %d evaluations", run.path, known)
     problem = make_problem(loaded, settings, windows, init)
+    at_shorter: RopeFactors | None = None
     if windows.shorter is not None:
-        problem = replace(problem, seeds=_from_shorter(run, loaded, settings, windows, init, workers, on_progress))
+        at_shorter = _at_shorter(run, loaded, settings, windows, init, workers, on_progress)
+        problem = replace(problem, seeds=_to_decide(loaded, settings, at_shorter))
     archive = Archive.of(windows.search, settings.together)
     everything = [*windows.search, *windows.gradient]
     budget = make_budget(settings, windows, len(problem.seeds))
@@ -234,12 +236,12 @@ def run_search(
             do="check the checkpoint with --dtype float32, or give other documents",
         )
     value, found = archive.best
-    table = make_table(loaded, settings, windows, found, value)
+    table = make_table(loaded, settings, windows, found, value, at_shorter)
     run.save_factors(table)
     return table
 
 
-def _from_shorter(
+def _at_shorter(
     run: RunFolder,
     loaded: LoadedModel,
     settings: SearchSettings,
@@ -247,22 +249,26 @@ def _from_shorter(
     init: Sequence[FactorTable],
     workers: str | None,
     on_progress: OnProgress | None,
-) -> seeds.Seeds:
-    """What is decided between at the target, after a search at a shorter length, which is a run inside this one."""
-    inner, to = settings.shorter, settings.to
+) -> RopeFactors:
+    """What the search at the shorter length found there, which is a run inside this one."""
+    inner = settings.shorter
     assert inner is not None
     assert windows.shorter is not None
     path = run.path / f"search-{format_length(inner.to)}"
     table = search_windows(
         loaded, inner, windows.shorter, out=path, init=init, workers=workers, on_progress=on_progress
     )
-    found = seeds.relative(table.row_for(inner.to), loaded.trained)
-    length, searched = loaded.trained.up_to, settings.searches_attention
+    return table.row_for(inner.to)
+
+
+def _to_decide(loaded: LoadedModel, settings: SearchSettings, at_shorter: RopeFactors) -> seeds.Seeds:
+    """What is decided between at the target, after the search at the shorter length."""
+    found = seeds.relative(at_shorter, loaded.trained)
+    to, length, searched = settings.to, loaded.trained.up_to, settings.searches_attention
     rule = settings.resolved().attention_factor or "su"
     rules = [attention_factor(name, to / length, length) for name in (("none", "su") if searched else (rule,))]
-    return shorter.candidates(
-        loaded, found, inner.to / length, make_space(loaded, settings), to, rules, searched=searched
-    )
+    ratio = at_shorter.up_to / length
+    return shorter.candidates(loaded, found, ratio, make_space(loaded, settings), to, rules, searched=searched)
 
 
 def make_space(loaded: LoadedModel, settings: SearchSettings) -> Space:
@@ -342,23 +348,31 @@ def make_budget(settings: SearchSettings, windows: SearchWindows, tried: int) ->
 
 
 def make_table(
-    loaded: LoadedModel, settings: SearchSettings, windows: SearchWindows, found: RopeFactors, value: float
+    loaded: LoadedModel,
+    settings: SearchSettings,
+    windows: SearchWindows,
+    found: RopeFactors,
+    value: float,
+    at_shorter: RopeFactors | None = None,
 ) -> FactorTable:
     """The checkpoint's own rows and the found one, where that is longest; of a recovery where it belongs.
 
     Of a first extension two rows: the checkpoint as it is up to its original length (all 1 where it is not scaled).
+    What was found at a shorter search length is the row of that length, unless the checkpoint has one.
     """
     rope, to = loaded.rope, settings.to
     if settings.stage is None:
-        kept = [last_row(loaded.meaning, rope.original_length).with_values(up_to=rope.original_length)]
+        rows = [last_row(loaded.meaning, rope.original_length).with_values(up_to=rope.original_length)]
     else:
-        kept = [row for row in loaded.meaning.rows if row.up_to != to]
-    own = found.over(loaded.trained).with_values(up_to=to)
+        rows = [row for row in loaded.meaning.rows if row.up_to != to]
+    if at_shorter is not None and all(row.up_to != at_shorter.up_to for row in rows):
+        rows.append(at_shorter)
+    rows.append(found.over(loaded.trained).with_values(up_to=to))
     return FactorTable(
         rope_theta=rope.rope_theta,
         rotary_dim=rope.rotary_dim,
         original_length=rope.original_length,
-        rows=tuple(sorted([*kept, own], key=lambda row: row.up_to)),
+        rows=tuple(sorted(rows, key=lambda row: row.up_to)),
         model=loaded.name,
         provenance={
             "method": settings.method,
