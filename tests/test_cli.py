@@ -52,14 +52,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, which has the same."""
-    shutil.copytree(ground, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def search(*more: object, model: str = "model", to: object = TARGET, documents: str = "texts") -> list[object]:
     return ["search", model, "--to", to, "-d", documents, "--dtype", "float32", "--windows", 2, *more]
 

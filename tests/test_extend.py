@@ -87,13 +87,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(ground, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
-
-
 def command(*more: object, out: str = "run", to: int = FAR) -> list[object]:
     given = ["--to", to, "-d", "texts", "--out", out, "--dtype", "float32", "--threads", 1, "--tracker", "none"]
     return ["extend", "model", *given, *more]

@@ -50,14 +50,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, which has the same."""
-    shutil.copytree(ground, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def search(out: str, *more: object) -> list[object]:
     start = ["search", "model", "--to", TARGET, "-d", "texts", "--dtype", "float32", "--windows", 8, "--out", out]
     return [*start, "--evaluations", EVALUATIONS, "-q", *more]

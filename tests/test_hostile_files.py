@@ -54,13 +54,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(ground, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @examples(25)
 @given(case=damaged(table().to_dict(), FACTORS_KEYS))
 def test_a_damaged_factors_file_is_read_or_refused(here: Path, case: Hostile) -> None:

@@ -32,11 +32,9 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(ground, tmp_path / "here")
-    (tmp_path / "secret.txt").write_text("a secret")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
+def here(here: Path) -> Path:
+    (here.parent / "secret.txt").write_text("a secret")
+    return here
 
 
 SEARCH = ("search", "model", "--to", TARGET, "-d", "texts", "--out", "run", "-q")

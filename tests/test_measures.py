@@ -48,13 +48,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(ground, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
-
-
 def command(measure: str, *more: object) -> list[object]:
     given: Mapping[str, list[object]] = {
         "perplexity": ["--lengths", f"96,{TARGET}", "-d", "texts", "--windows", 2, "-f", "good.json"],

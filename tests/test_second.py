@@ -45,13 +45,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(ground, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
-
-
 def found(to: int, stage: str | None, out: str = "run", **more: Any) -> FactorTable:
     given: dict[str, Any] = {"documents": ["texts"], "windows": 2, "evaluations": 9, "options": FLOAT32}
     return search("model", to=to, stage=stage, out=out, **(given | more))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 
-from commands import TARGET, contents, longrope, refused, start, table, write_checkpoint, write_documents
+from commands import TARGET, contents, longrope, refused, start, table, write_checkpoint
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.factors import FactorTable
@@ -32,22 +32,6 @@ from models import ORIGINAL, tokens
 
 STEPS = 12
 FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
-
-
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ground")
-    write_checkpoint(folder / "model")
-    write_documents(folder / "texts")
-    table().save(folder / "good.json")
-    return folder
-
-
-@pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(ground, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 def command(*more: object, out: str = "run") -> list[object]:

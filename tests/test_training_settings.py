@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import (
     integrations,
 )
 
-from commands import SHAPE, TARGET, longrope, refused, table, write_checkpoint, write_documents
+from commands import SHAPE, TARGET, longrope, refused, table, write_checkpoint
 from longrope.checkpoint import LoadOptions
 from longrope.documents import read_sources
 from longrope.errors import UserError
@@ -40,22 +39,6 @@ from longrope.training.world import World
 from models import ARCHITECTURES, ORIGINAL, build, save
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
-
-
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ground")
-    write_checkpoint(folder / "model")
-    write_documents(folder / "texts")
-    table().save(folder / "good.json")
-    return folder
-
-
-@pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(ground, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 def train(model: str = "model", out: str = "run", **more: Any) -> dict[str, Any]:
