@@ -480,11 +480,13 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing() -> None:
     assert contents(Path()) == before
     rows = {each["method"]: each for each in ran.document["results"]}
     assert rows[f"02-finetune-{TARGET}"]["tokens"] == 3 * 6 * 2 * TARGET
-    assert rows[f"01-search-{TARGET}"]["tokens"] == 5 * 2 * TARGET
-    assert rows[f"03-second-{FAR}"]["tokens"] == 5 * 2 * FAR
-    assert rows[f"05-recovery-{2 * ORIGINAL}"]["tokens"] == 5 * 3 * 2 * ORIGINAL
-    assert rows[f"06-recovery-{TARGET}"]["tokens"] == 12 * 4 * TARGET, "two windows of either kind"
-    assert rows["perplexity"]["tokens"] == 2 * (ORIGINAL + 2 * ORIGINAL + TARGET + FAR)
+    measured = 6  # the found factors and five baselines, at the end
+    assert rows[f"01-search-{TARGET}"]["tokens"] == (5 + measured) * 2 * TARGET
+    assert rows[f"03-second-{FAR}"]["tokens"] == (5 + measured) * 2 * FAR
+    measured = 3  # the found factors, the checkpoint's own and none
+    assert rows[f"05-recovery-{2 * ORIGINAL}"]["tokens"] == (5 + measured) * 3 * 2 * ORIGINAL
+    assert rows[f"06-recovery-{TARGET}"]["tokens"] == (12 * 4 + measured * 2) * TARGET, "two windows of either kind"
+    assert rows["perplexity"]["tokens"] == 2 * (ORIGINAL + ORIGINAL + 2 * ORIGINAL + TARGET + FAR), "the base, too"
     told = longrope(*command("--stages", "plan.toml", "--dry-run"))
     assert "token-passes at most" in told.err
 

@@ -204,6 +204,9 @@ def test_a_recovery_costs_no_more_than_a_dry_run_says(here: Path, ratio: int) ->
     (told,) = [each for each in costs(load_model("plain", FLOAT32), plan) if "recovery" in each.stage]
     found(ratio * ORIGINAL, "recovery", **given, evaluations=None)
     spent = sum(line["tokens"] for line in read_lines(Path("run/evaluations.jsonl")))
+    measured = {line["method"] for line in read_lines(Path("run/results.jsonl"))}
+    assert measured == {"longrope", "checkpoint", "none"}
+    spent += len(measured) * 2 * ratio * ORIGINAL
     assert 0.4 * told.token_passes < spent <= told.token_passes
 
 
@@ -273,6 +276,16 @@ def test_a_search_at_a_shorter_length_ends_with_the_best_of_a_few_at_the_target(
     assert values[0] == pytest.approx(min(line["value"] for line in lines), rel=1e-6)
     again = search(model, to=8 * start, stage=stage, search_length=2 * start, out="run", **given)
     assert again == made
+    stages: list[dict[str, Any]] = [{"do": "search", "to": "4x"}, {"do": "finetune", "to": "4x", "steps": 1}]
+    stages = stages if stage else []
+    stages.append({"do": stage or "search", "to": 8 * start, "search_length": 2 * start})
+    stages[-1] |= {"windows": 1, "evaluations": 5}
+    told = costs(load_model("plain", FLOAT32), make_plan({"stages": stages}, ORIGINAL))[len(stages) - 1]
+    spent = 0
+    for run, length in ((Path("run"), 8 * start), (Path(f"run/search-{2 * start}"), 2 * start)):
+        spent += sum(line["tokens"] for line in read_lines(run / "evaluations.jsonl"))
+        spent += length * len(read_lines(run / "results.jsonl"))
+    assert 0.8 * told.token_passes < spent <= told.token_passes
 
 
 @pytest.mark.usefixtures("here")

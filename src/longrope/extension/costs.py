@@ -14,11 +14,11 @@ from longrope.factors import RopeFactors
 from longrope.lengths import format_length
 from longrope.model import LoadedModel
 from longrope.search.descent import DescentSettings, batch_size
-from longrope.search.driver import SearchWindows, make_budget, make_problem, make_space
+from longrope.search.driver import SearchWindows, make_budget, make_problem, make_space, measured_windows
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.methods import gradient_windows
 from longrope.training.recipes import Recipe, recipe_of
-from longrope.windows import Window
+from longrope.windows import Window, default_window_count
 
 _DECIDED = 5  # candidates at the target, after a search at a shorter length
 
@@ -84,20 +84,28 @@ def costs(loaded: LoadedModel, plan: Plan) -> list[Cost]:
         else:
             work, made_of = _searched(loaded, stage, reached, known)
             settings = search_settings(stage, 0)
-            if settings.search_length is not None:
+            if (inner := settings.shorter) is not None:
                 work += (Work("forward", stage.to, _DECIDED * settings.window_count),)
+                work += (Work("forward", inner.to, measured_windows(inner)),)
                 made_of = f"{made_of}, {_DECIDED} at the target"
+            work += (Work("forward", stage.to, measured_windows(settings)),)
+            made_of = f"{made_of}, and what they found measured"
             begins = reached if stage.do == "second" else loaded.rope.original_length
             begins = 0 if stage.do == "recovery" else begins
             known += [each for each in (stage.to, settings.search_length) if each and stage.do != "search"]
             found.append(Cost(stage.name, stage.to, made_of, work, begins=begins))
-    lengths = measured_lengths(plan)
-    for name, count, made_of in (
-        ("perplexity", plan.measures.windows or 8, f"at {', '.join(map(format_length, lengths))}"),
-        ("passkey", plan.measures.passkey, f"{plan.measures.passkey} tries of each length"),
-    ):
-        if count:
-            found.append(Cost(name, max(lengths), made_of, tuple(Work("forward", each, count) for each in lengths)))
+    return found + _measured(plan, loaded.rope.original_length)
+
+
+def _measured(plan: Plan, original_length: int) -> list[Cost]:
+    """What is measured when all stages are done: the base model too, where it was trained."""
+    lengths, tries = measured_lengths(plan, [original_length]), plan.measures.passkey
+    losses = [Work("forward", each, plan.measures.windows or default_window_count(each)) for each in lengths]
+    losses += [each for each in losses if each.length == original_length]
+    found = [Cost("perplexity", max(lengths), f"at {', '.join(map(format_length, lengths))}", tuple(losses))]
+    if tries:
+        prompts = tuple(Work("forward", each, tries) for each in lengths)
+        found.append(Cost("passkey", max(lengths), f"{tries} tries of each length", prompts))
     return found
 
 

@@ -388,20 +388,30 @@ def make_table(
     )
 
 
+def measured_beside(settings: SearchSettings, *, unseen: bool = False) -> tuple[str, ...]:
+    """Methods that the found table is measured beside, on the searched documents or on unseen ones."""
+    if settings.stage == "recovery":  # nothing is extended here
+        return ("none",)
+    if settings.search_length is not None and not unseen:
+        return ()  # a target that is too dear to search at; what it was decided between is known
+    return _METHODS_BESIDE
+
+
+def measured_windows(settings: SearchSettings) -> int:
+    """How many windows' losses are computed at the end, on the searched documents; see `measure_result`."""
+    tables = 2 if settings.stage == "recovery" else 1
+    return (tables + len(measured_beside(settings))) * settings.window_count
+
+
 def measure_result(
     run: RunFolder, loaded: LoadedModel, table: FactorTable, settings: SearchSettings, windows: SearchWindows
 ) -> list[Result]:
     """The table and the baselines at the target length in perplexity, on the searched documents and on unseen ones."""
     results = []
+    tables = {"longrope": table} | ({"checkpoint": loaded.meaning} if settings.stage == "recovery" else {})
     for name, chosen in (("search", windows.measured or windows.search), ("unseen", windows.unseen)):
         if chosen:
-            beside: Sequence[str] = _METHODS_BESIDE
-            tables = {"longrope": table}
-            if windows.shorter is not None and name == "search":
-                beside = ()  # a target that is too dear to search at; what it was decided between is known
-            if settings.stage == "recovery":  # nothing is extended here
-                beside = ("none",)
-                tables["checkpoint"] = loaded.meaning
+            beside = measured_beside(settings, unseen=name == "unseen")
             results += measure_methods(loaded, {settings.to: chosen}, beside, tables, run, windows_name=name)
     return results
 
