@@ -120,6 +120,18 @@ def test_mixed_windows_are_the_same_for_two_processes(here: Path, launcher: list
     assert_same(here / "run", here / "mixed")
 
 
+def test_shards_in_bfloat16_have_the_losses_of_one_process(here: Path) -> None:
+    """Gradients of several passes a step are summed, tokens counted and losses told in float32 there, too."""
+    more = ["--dtype", "autocast", "--mixed", 0.5, "--batch", 8]
+    alone = launch(here, [sys.executable], *more, out="alone")
+    assert alone.code == 0, alone.err
+    ran = launch(here, SHARDED, *more)
+    assert ran.code == 0, ran.err
+    ours, theirs = losses(here / "run"), losses(here / "alone")
+    assert ours == pytest.approx(theirs, rel=1e-3), "gathered weights are bfloat16"
+    assert any(torch.tensor(each).bfloat16().item() != each for each in ours)
+
+
 def test_two_processes_that_are_killed_go_on_from_their_shards(here: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words(SHARDED), cwd=here, env=environment, start_new_session=True)

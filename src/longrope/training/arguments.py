@@ -71,6 +71,8 @@ def arguments_of(
         use_cpu=loaded.device.type == "cpu",
         dataloader_pin_memory=loaded.device.type == "cuda",
         ddp_find_unused_parameters=False if world.size > 1 else None,
+        # Between reductions FSDP would keep the gradient of all weights on every device, in bfloat16.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if world.sharded else None,
     )
     return made if world.size > 1 else on_one_device(made)
 

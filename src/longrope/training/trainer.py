@@ -1,16 +1,22 @@
-"""transformers.Trainer, with FSDP on CPUs as well: accelerate turns it on for accelerators only."""
+"""transformers.Trainer with weights in shards (FSDP), on CPUs as well, in the precision of one process."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate.utils.dataclasses import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer
 
 
 class ShardingTrainer(Trainer):
-    """Trainer that shards weights wherever a launcher asks for it, on two CPU processes too, as in our tests."""
+    """Trainer that shards weights wherever a launcher asks for it, on two CPU processes too, as in our tests.
+
+    Weights are gathered in bfloat16 where accelerate says so. Gradients are summed and losses told in float32, as one
+    process does it, where accelerate has bfloat16 for both.
+    """
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; where it is of CPUs, with the FSDP that its environment describes."""
@@ -22,6 +28,18 @@ class ShardingTrainer(Trainer):
                 plugin.set_mixed_precision(state.mixed_precision)
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
             self.is_fsdp_enabled = True
+        plugin = state.fsdp_plugin
+        if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+            plugin.mixed_precision_policy = policy
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch; FSDP casts tensors that a model is given, and a count of tokens is no bfloat16."""
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.item()
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 def gathered(model: Any) -> dict[str, Any]:
