@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from accelerate.big_modeling import _attach_context_parallel_hooks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForCausalLM,
@@ -27,8 +29,9 @@ from longrope.errors import UserError
 from longrope.factors import FactorTable, unscaled
 from longrope.memory import Kept
 from longrope.model import NO_TARGET, load_model
+from longrope.patch import EXTENDED_LAYERS, has_local_layers
 from longrope.training import arguments
-from longrope.training.apart import documents_are_apart
+from longrope.training.apart import check_shareable, documents_are_apart
 from longrope.training.arguments import on_one_device, windows_at_once
 from longrope.training.lora import LoraSettings, with_lora
 from longrope.training.recipes import RECIPES
@@ -307,3 +310,51 @@ def test_a_model_whose_documents_are_not_apart_trains_on_one_a_row(
             total += float(loaded.model(input_ids=ids[None, :end], labels=labels[None, :end]).loss) * (end - 1)
         count += end - 1
     assert found == pytest.approx(total / count, rel=1e-4)
+
+
+# Processes that share a window
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_shared_window_is_refused_before_it_trains_exactly_where_accelerate_would_or_should(
+    name: str, tmp_path: Path
+) -> None:
+    """accelerate refuses any sliding window, also one that is as wide as the window of tokens, as Mistral's is made."""
+    write_checkpoint(tmp_path / "model", name)
+    loaded = load_model(str(tmp_path / "model"), FLOAT32)
+    config, ids = loaded.model.config.get_text_config(), torch.arange(ORIGINAL)[None]
+    window = getattr(config, "sliding_window", None)
+    if name == "gpt_oss" or (has_local_layers(config) and set(config.layer_types) != {EXTENDED_LAYERS}):
+        rule = "; processes share a window where every layer attends to all of it; use FSDP without"
+        with pytest.raises(UserError, match=rule):
+            check_shareable(loaded)
+        return
+    check_shareable(loaded)
+    with loaded.patch() as patch:
+        patch.widen_window(TARGET)
+        whole = loaded.model(input_ids=ids).logits
+    with loaded.patch() as patch:
+        patch.widen_window(TARGET, shared=True)
+        assert torch.equal(loaded.model(input_ids=ids).logits, whole)
+        _attach_context_parallel_hooks(loaded.model)
+    assert getattr(config, "sliding_window", None) == window
+
+
+@pytest.mark.parametrize(("name", "told"), [("bamba", "with layers of linear_att"), ("lfm2", "with layers of conv")])
+def test_states_and_convolutions_do_not_share_a_window(name: str, told: str, tmp_path: Path) -> None:
+    save(cast(Any, AutoModelForCausalLM).from_config(_MIXED[name]), tmp_path / "carries")
+    with pytest.raises(UserError, match=told):
+        check_shareable(load_model(str(tmp_path / "carries"), FLOAT32))
+
+
+def test_flash_attention_is_looked_at_in_half_precision_and_refused_in_float32(here: Path) -> None:
+    loaded = load_model(str(here / "model"), LoadOptions(device="cpu", dtype="autocast"))
+    with loaded.looking():
+        assert not torch.is_autocast_enabled("cpu")
+    with replace(loaded, options=replace(loaded.options, attention="flash_attention_2")).looking():
+        assert torch.is_autocast_enabled("cpu")
+    words = ["--length", TARGET, "-f", "good.json", "-d", "texts", "--attention", "flash_attention_2"]
+    assert refused("finetune", "model", *words, "--dtype", "float32") == (
+        "--attention: got 'flash_attention_2' in float32; flash attention has kernels for half precision; "
+        "give --dtype autocast or bfloat16"
+    )

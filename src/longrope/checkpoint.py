@@ -73,6 +73,9 @@ class LoadOptions:
         _one_of("--dtype", self.dtype, ("auto", AUTOCAST, *DTYPES))
         _check_device(self.device)
         _one_of("--rope-precision", self.rope_precision, tuple(PRECISIONS))
+        if self.dtype == "float32" and "flash" in self.attention:
+            rule, do = "flash attention has kernels for half precision", "give --dtype autocast or bfloat16"
+            raise UserError("--attention", got=f"{self.attention!r} in float32", rule=rule, do=do)
         if self.quantize is not None:
             _check_quantize(self.quantize, on_cuda=self.placement != "cpu" and torch.cuda.is_available())
         if self.threads is not None and self.threads < 1:

@@ -147,6 +147,13 @@ class LoadedModel:
             return cast(AbstractContextManager[None], torch.autocast(self.device.type, dtype=torch.bfloat16))
         return nullcontext()
 
+    def looking(self) -> AbstractContextManager[None]:
+        """For passes that look at how a class works: in float32 where weights are, unless attention's kernels are not.
+
+        Of flash attention there are kernels for half precision alone.
+        """
+        return self.autocast() if "flash" in self.options.attention else nullcontext()
+
     def widen_window(self, target: int) -> None:
         """Widen a sliding window that every layer has to `target` tokens, and note it; local layers stay."""
         note, _ = widen_window(self.model, target)
@@ -268,7 +275,8 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
     )
     if table:
         loaded.check(table)
-    check_answers(loaded)  # refuses now, not after minutes, a class that cannot be extended
+    with loaded.looking():
+        check_answers(loaded)  # refuses now, not after minutes, a class that cannot be extended
     return loaded
 
 

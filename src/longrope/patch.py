@@ -194,9 +194,9 @@ class Patch:
         for *_, scaled in self._places:
             scaled.set(rope)
 
-    def widen_window(self, target: int) -> str | None:
+    def widen_window(self, target: int, *, shared: bool = False) -> str | None:
         """`widen_window` of the model, until `undo`."""
-        note, restore = widen_window(self.model, target)
+        note, restore = widen_window(self.model, target, shared=shared)
         self._restore.append(restore)
         return note
 
@@ -220,26 +220,29 @@ def has_local_layers(config: Any) -> bool:
     return EXTENDED_LAYERS in (getattr(config, "layer_types", None) or ())
 
 
-def widen_window(model: PreTrainedModel, target: int) -> tuple[str | None, Callable[[], None]]:
+def widen_window(model: PreTrainedModel, target: int, *, shared: bool = False) -> tuple[str | None, Callable[[], None]]:
     """Widen a sliding window that every layer has to `target` tokens; local layers of a model that has both stay.
 
-    Returns what is to be said of it, if anything, and what takes it back.
+    shared: take it away altogether, however wide: processes that share a window of tokens (accelerate's context
+    parallelism) refuse a model that has one. Returns what is to be said of it, if anything, and what takes it back.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    if window is None or window >= target:
+    if window is None or (window >= target and not shared):
         return None, lambda: None
     if has_local_layers(config):
         by_type = isinstance((config.rope_parameters or {}).get(EXTENDED_LAYERS), Mapping)
-        shared = "" if by_type else " and share the rescaled RoPE"
-        return f"local layers keep their sliding window of {window} tokens{shared}", lambda: None
+        rescaled = "" if by_type else " and share the rescaled RoPE"
+        return f"local layers keep their sliding window of {window} tokens{rescaled}", lambda: None
     holders = [each for each in (config, *model.modules()) if getattr(each, "sliding_window", None) == window]
 
-    def give(width: int) -> None:
+    def give(width: int | None) -> None:
         for holder in holders:
             setattr(holder, "sliding_window", width)  # noqa: B010  (an attribute that only some classes declare)
 
-    give(target)
+    give(None if shared else target)
+    if window >= target:
+        return None, lambda: give(window)
     return f"sliding window widened from {window} to {target} tokens", lambda: give(window)
 
 

@@ -1,10 +1,12 @@
-"""Whether documents that are packed into one row are apart in a model."""
+"""Whether documents packed into one row are apart in a model, and whether a window can be shared by processes."""
 
 from __future__ import annotations
 
 import torch
 
+from longrope.errors import UserError
 from longrope.model import LoadedModel
+from longrope.patch import EXTENDED_LAYERS
 
 _LONGEST = 16  # tokens of a document of the check
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -28,4 +30,21 @@ def documents_are_apart(loaded: LoadedModel) -> bool:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         seen.append(logits[:, size:].double())
     difference = float((seen[0] - seen[1]).norm() / seen[0].norm())
-    return difference <= _ROUNDING.get(model.dtype, _HALF_ROUNDING)
+    half = torch.is_autocast_enabled(loaded.device.type)
+    return difference <= (_HALF_ROUNDING if half else _ROUNDING.get(model.dtype, _HALF_ROUNDING))
+
+
+def check_shareable(loaded: LoadedModel) -> None:
+    """Raise UserError for a model that context parallelism would compute wrongly, or refuse: it shares attention alone.
+
+    Local layers lose their masks there, and what else passes something on from token to token (states, convolutions)
+    would pass it on within the pieces that a process has.
+    """
+    kinds = set(getattr(loaded.model.config.get_text_config(), "layer_types", None) or ()) - {EXTENDED_LAYERS}
+    with loaded.looking():
+        whole = not kinds and documents_are_apart(loaded)
+    if not whole:
+        name = type(loaded.model).__name__
+        got = f"{name}, with layers of {', '.join(sorted(kinds))}" if kinds else f"{name}, of more than attention"
+        rule = "processes share a window where every layer attends to all of it"
+        raise UserError("processes", got=got, rule=rule, do="use FSDP without context parallelism")

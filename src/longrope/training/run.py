@@ -28,7 +28,7 @@ from longrope.folders import replaced_folder
 from longrope.lengths import as_length
 from longrope.model import LoadedModel, as_loaded, load_model
 from longrope.runs import ADAPTER, CHECKPOINT, LOSSES, METRICS, RunFolder, command_line, default_run_path, identity
-from longrope.training.apart import documents_are_apart
+from longrope.training.apart import check_shareable, documents_are_apart
 from longrope.training.arguments import arguments_of, trackers
 from longrope.training.callbacks import Progress, Watch
 from longrope.training.lora import merged, with_lora
@@ -83,6 +83,8 @@ def finetune(
         rule = "a model is trained with the factors of the longer window"
         raise UserError("--factors", got=f"none, and no {FACTORS} beside the weights", rule=rule, do="give a run")
     loaded.check(table)
+    if world.window_size > 1:
+        check_shareable(loaded)
     served = served_table(table, given, loaded.rope.original_length)
     windows, documents = _windows(loaded, given, chosen)
     settings = described(given, chosen) | describe_options(loaded) | {"factors": [row.key for row in served.rows]}
@@ -170,7 +172,8 @@ def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[Long
         short = read_sources(given.short_documents, share="search", tokenizer=loaded.tokenizer)
         documents = [*documents, *short]
     original = loaded.rope.original_length
-    apart = documents_are_apart(loaded)
+    with loaded.looking():
+        apart = documents_are_apart(loaded)
     if not apart:
         logger.info("what stands before a document reaches into it in this model: each is a row of its own")
     mixed = MixedWindows(long, short, loaded.tokenizer, short_length=original, share=given.mixed, apart=apart)
@@ -196,15 +199,14 @@ def _train(
     if given.lora is None:
         model.requires_grad_(True)
     with loaded.patch() as patch:
-        note = patch.widen_window(given.length)
+        note = patch.widen_window(given.length, shared=world.window_size > 1)
         patch.install(table if given.mixed is not None else table.rows[-1])
         if note:
             logger.info(note)
-        trained = (
-            model
-            if given.lora is None
-            else with_lora(model, given.lora, given.seed, quantized=loaded.options.quantize is not None)
-        )
+        trained = model
+        if given.lora is not None:
+            with loaded.looking():
+                trained = with_lora(model, given.lora, given.seed, quantized=loaded.options.quantize is not None)
         with chunked_loss(model):
             arguments = arguments_of(loaded, trained, given, recipe, path / STATE, world)
             # Of mixed windows the length decides which factors they have: a cut one stays longer than short documents.
@@ -228,7 +230,8 @@ def _train(
     if given.lora is not None and given.lora.merge and world.main:
         # Into shards and weights of few bits nothing can be merged: a model that is loaded anew takes what was saved.
         anew = world.sharded or loaded.options.quantize is not None
-        whole_options = replace(loaded.options, quantize=None)
+        # A GPU still holds what was trained, and has no room for it beside.
+        whole_options = replace(loaded.options, quantize=None, device="cpu", attention="auto")
         model = merged(load_model(loaded.name, whole_options).model if anew else trained, path / ADAPTER)
         whole = None
     if (given.lora is None or given.lora.merge) and world.main:

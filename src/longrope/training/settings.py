@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from longrope.checkpoint import LoadOptions, load_options, taken
+from longrope.checkpoint import AUTOCAST, LoadOptions, load_options, taken
 from longrope.errors import UserError
 from longrope.training.lora import LoraSettings
 from longrope.training.recipes import SAVED, Recipe, recipe_of
@@ -71,7 +71,7 @@ def settings_of(
         raise UserError("--quantize", got=f"{options.quantize} without --lora", rule=rule, do="give --lora RANK")
     # All weights are trained in float32, under autocast; a frozen base is in half precision where that computes fast.
     if options.dtype == "auto" and options.placement != "cpu" and adapters is None:
-        options = replace(options, dtype="float32")
+        options = replace(options, dtype=AUTOCAST)
     return given, chosen, options
 
 
