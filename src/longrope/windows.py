@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ Ids = NDArray[np.int64]
 
 LEAST = 2
 """Tokens of a window: one that is read, and one to be foretold."""
-_TOKENIZED_AT_ONCE = 32  # documents a call, so that the tokens of a large collection are never in memory together
+# Characters a call: a fast tokenizer spreads the texts of a call over all cores, and what it makes of each character
+# takes some hundred bytes until it has made tokens of all.
+_TOKENIZED_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,21 @@ def _number(count: int, noun: str) -> str:
 
 def token_lengths(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of each whole document, BOS not counted."""
-    batches = range(0, len(documents), _TOKENIZED_AT_ONCE)
-    texts = ([document.text for document in documents[i : i + _TOKENIZED_AT_ONCE]] for i in batches)
-    return [len(ids) for batch in texts for ids in tokenize(tokenizer, batch)]
+    return [len(ids) for ids in token_arrays(tokenizer, (document.text for document in documents))]
+
+
+def token_arrays(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[NDArray[np.int32]]:
+    """Tokens of each of many texts, in order, as `tokenize` gives them: several texts a call."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > _TOKENIZED_AT_ONCE:
+            yield from (np.array(ids, dtype=np.int32) for ids in tokenize(tokenizer, batch))
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield from (np.array(ids, dtype=np.int32) for ids in tokenize(tokenizer, batch))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from longrope.documents import Document, distinct
 from longrope.errors import UserError, plural
 from longrope.model import NO_TARGET
-from longrope.windows import Ids, span_starts, tokenize
+from longrope.windows import Ids, span_starts, token_arrays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,11 +55,17 @@ class _Text:
     prompt: int = 0
 
     @classmethod
-    def of(cls, document: Document, tokenizer: PreTrainedTokenizerBase) -> _Text:
-        """The prompt and what follows are tokenized apart, as when one is given and the other written."""
-        parts = [document.text[: document.prompt], document.text[document.prompt :]] if document.prompt else None
-        tokens = tokenize(tokenizer, parts or [document.text])
-        return cls(np.concatenate(tokens).astype(np.int32), len(tokens[0]) if parts else 0)
+    def all_of(cls, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[_Text]:
+        """Of each document; a prompt and what follows are tokenized apart, as when one is given, the other written."""
+        apart = (
+            [each.text[: each.prompt], each.text[each.prompt :]] if each.prompt else [each.text] for each in documents
+        )
+        tokens = token_arrays(tokenizer, (part for parts in apart for part in parts))
+        made = []
+        for each in documents:
+            prompt = next(tokens) if each.prompt else np.array([], dtype=np.int32)
+            made.append(cls(np.concatenate([prompt, next(tokens)]), len(prompt)))
+        return made
 
     def part(self, start: int, size: int) -> _Text:
         """Tokens from `start` on, at most `size`."""
@@ -93,7 +99,7 @@ class LongWindows(Dataset[dict[str, Tensor]]):
             rule = f"a window holds {self._ends.size} tokens at its ends and text between"
             raise UserError("--length", got=length, rule=rule, do="give a longer one")
         ordered = sorted(distinct(documents), key=lambda document: document.sha256)
-        texts = [_Text.of(document, tokenizer) for document in ordered]
+        texts = _Text.all_of(ordered, tokenizer)
         self._texts = [text for text in texts if self._windows_of(text)]
         self.left_out = sum(bool(text.prompt) and len(text.ids) > self._span for text in texts)
         """Prompts with completions that are longer than a window."""
@@ -185,7 +191,7 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
             rule = f"a short document lies within {short_length} tokens with its ends"
             raise UserError("--mixed", got=f"{piece} tokens for the text", rule=rule, do="leave --mixed out")
         ordered = sorted(distinct(documents), key=lambda document: document.sha256)
-        texts = [_Text.of(document, tokenizer) for document in ordered]
+        texts = _Text.all_of(ordered, tokenizer)
         whole = [text for text in texts if not text.prompt or len(text.ids) <= piece]
         self.left_out = len(texts) - len(whole)
         """Prompts with completions that are longer than a short document."""
