@@ -141,6 +141,46 @@ def test_messages_become_text_through_the_chat_template_without_its_bos(
     assert read(rows, tokenizer=chat_tokenizer) == [("a.jsonl#1", said), ("a.jsonl#2", "plain")]
 
 
+def test_a_conversation_loses_the_ends_that_training_puts_around_it(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As Qwen's template writes them, and Llama 2's; with what comes before BOS and after EOS."""
+    rows = write_rows(tmp_path / "a.jsonl", {"messages": TALK})
+    (plain,) = read_sources([str(rows)], tokenizer=chat_tokenizer)
+    bos, eos = chat_tokenizer.bos_token, chat_tokenizer.eos_token
+    assert bos
+    assert eos
+    own = str(chat_tokenizer.chat_template)
+    chat_tokenizer.chat_template = " " + own + eos + "\n"
+    (read,) = read_sources([str(rows)], tokenizer=chat_tokenizer)
+    assert read.text == plain.text
+    chat_tokenizer.chat_template = own + eos + "and more"
+    (read,) = read_sources([str(rows)], tokenizer=chat_tokenizer)
+    assert read.text == plain.text + eos + "and more"
+
+
+def test_a_template_gets_a_rows_tools_and_parts_without_nulls(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Tables give every part of a content every field; `tools` may be JSON, as data sets have them."""
+    chat_tokenizer.chat_template = (
+        "{% for tool in tools or [] %}<{{ tool.name }}>{% endfor %}"
+        "{% for part in messages[0].content %}{{ '[image]' if 'image' in part else part.text }}{% endfor %}"
+    )
+    said = [{"role": "user", "content": [{"type": "text", "text": "hi", "image": None}]}]
+    tools = [{"name": "clock"}]
+    rows: list[dict[str, Any]] = [
+        {"messages": said},
+        {"messages": said, "tools": tools},
+        {"text": "", "messages": said},
+    ]
+    file = write_rows(tmp_path / "a.jsonl", *rows[:2], {"messages": said, "tools": json.dumps(tools) + " "}, rows[2])
+    found = read_sources([str(file)], tokenizer=chat_tokenizer, share="train")
+    assert [each.text for each in found] == ["hi", "<clock>hi", "<clock>hi", "hi"]
+    wrong = write_rows(tmp_path / "b.jsonl", {"messages": said, "tools": "{"})
+    assert "line 1: got `messages`; the model's chat template refuses it" in refusal(wrong, tokenizer=chat_tokenizer)
+
+
 def test_messages_of_parquet_lose_the_fields_that_only_other_rows_have(
     tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -414,7 +454,7 @@ def test_a_prompt_and_its_completion_are_one_text_that_knows_where_the_completio
     files = [write_rows(tmp_path / "a.jsonl", *rows, {"prompt": "p", "completion": None}, {"text": "What is 1 + 1? 2"})]
     files.append(write_table(tmp_path / "b.parquet", table))
     found = read_sources([str(file) for file in files])
-    told = [("What is 1 + 1? 2", 14), ("plain", 0), ("What is 1 + 1? 2", 0), ("ab", 1), ("whole", 0)]
+    told = [("What is 1 + 1? 2", 14), ("plain", None), ("What is 1 + 1? 2", None), ("ab", 1), ("whole", 0)]
     assert [(each.text, each.prompt) for each in found] == told
 
 
@@ -544,8 +584,10 @@ def test_of_a_single_document_the_last_quarter_is_held_out() -> None:
     assert (search.name, unseen.name) == ("a.txt (first 3/4)", "a.txt (last 1/4)")
 
 
-@pytest.mark.parametrize(("prompt", "first", "last"), [(0, 0, 0), (50, 50, 0), (75, 75, 0), (90, 75, 15)])
-def test_a_single_document_that_is_cut_keeps_its_prompt(prompt: int, first: int, last: int) -> None:
+@pytest.mark.parametrize(("prompt", "first", "last"), [(None, None, None), (50, 50, 0), (75, 75, 0), (90, 75, 15)])
+def test_a_single_document_that_is_cut_keeps_its_prompt(
+    prompt: int | None, first: int | None, last: int | None
+) -> None:
     ((search,), (unseen,)) = hold_out([Document("a.jsonl#1", "x" * 100, prompt)])
     assert (search.prompt, unseen.prompt) == (first, last)
     assert search.text + unseen.text == "x" * 100

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizer import BOS, EOS, byte_tokenizer
 from commands import SHAPE, TARGET, table
@@ -52,6 +55,7 @@ def test_a_window_is_a_span_of_one_document_between_bos_and_eos() -> None:
 def test_an_epoch_reads_as_much_of_every_document_as_fits_and_nothing_twice() -> None:
     made = windows()
     assert made.an_epoch == 1000 // 98 + 450 // 98, "the third is too short"
+    assert made.too_short == 1
     for epoch in (range(14), range(14, 28)):
         found = [text_of(made[index]) for index in epoch]
         places = [(book.name, book.text.index(text)) for text in found for book in BOOKS if text in book.text]
@@ -123,6 +127,44 @@ def test_a_cut_window_among_packed_ones_is_still_longer_than_they_are() -> None:
         found = float(model(**cut).loss)
         patch.install(table().rows[1])
         assert found == pytest.approx(float(model(**collate([asked(ASKED)[0]])).loss), rel=1e-6)
+
+
+def _as_llama2(*texts: str) -> Any:
+    """A tokenizer of pieces and bytes that writes a space before a text, as Llama 2's and Mistral's do."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for each in sorted({*"".join(texts).replace(" ", "▁"), "▁"}):
+        vocabulary.setdefault(each, len(vocabulary))
+    own = Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    own.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    own.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("Q: key?\nA:", " 12345"), ("密码是", "12345。"), ("x\n", "```\ncode```")]
+)
+def test_a_completion_begins_as_it_does_in_the_text(prompt: str, completion: str) -> None:
+    """Tokenized alone it has a space before it that is in no document."""
+    tokenizer = _as_llama2(prompt, completion)
+    [window] = [
+        LongWindows([Document("a", prompt + completion, len(prompt))], tokenizer, length=64, count=1, seed=0)[0]
+    ]
+    learned = window["labels"] != NO_TARGET
+    end = int(learned.nonzero()[-1]) + 1
+    assert window["input_ids"][1 : end - 1].tolist() == tokenizer.encode(prompt + completion, add_special_tokens=False)
+    written = tokenizer.convert_ids_to_tokens(window["input_ids"][learned].tolist())
+    assert "".join(written) == completion.replace(" ", "▁") + "</s>"
+
+
+def test_a_completion_without_a_prompt_is_a_window_of_its_own() -> None:
+    made = asked(Document("alone", "all of it", prompt=0), Document("long", "x" * 1000, prompt=0))
+    assert (made.an_epoch, made.left_out) == (1, 1)
+    window = made[0]
+    assert bytes(window["labels"][1:10].tolist()).decode() == "all of it"
+    assert set(window["labels"][11:].tolist()) == {NO_TARGET}
 
 
 def test_a_prompt_without_a_completion_is_not_trained_on() -> None:

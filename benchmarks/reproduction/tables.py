@@ -23,9 +23,11 @@ from reproduction.setting import Setting, cut, with_recall
 from reproduction.state import State
 
 WITHOUT = ("none", "pi", "ntk", "dynamic-ntk", "yarn")
-MIXED = 0.5
+MIXED = 0.75
 """Windows of short documents, in LongRoPE2's parts. Its own mixture is 3 of 10 billion tokens (section 4.1), with which
 this model stayed above the limit."""
+MIXED_STEPS = 2
+"""Times the steps of the plan, so that half of its long windows are left; short ones cost next to nothing."""
 
 
 def without(setting: Setting, state: State) -> None:
@@ -216,6 +218,7 @@ def _mixed(setting: Setting, state: State, lengths: list[int]) -> None:
         if stage.do == "finetune" and stage.to <= longest:
             # Prose alone is packed: of recall tasks in pieces the key and the question would lie apart.
             given = dict(stage.settings) | {"mixed": MIXED, "short_documents": [str(setting.documents / "train")]}
+            given["steps"] *= MIXED_STEPS
             model = _trained(setting, state, model, found(setting, stage.to), stage.to, given, f"mixed-{stage.to}")
     windows = setting.judged(setting.plan.target)
     base = _values(setting, state, setting.base, windows)("base", original, None)
@@ -230,7 +233,7 @@ def _mixed(setting: Setting, state: State, lengths: list[int]) -> None:
     without = told["without"][str(original)] / base if "without" in told else None
     state.figure(
         f"short window after mixed windows to {longest // original}x / base", "windows of the original length",
-        told["mixed"][str(original)] / base, 1.01, share=MIXED, without=without,
+        told["mixed"][str(original)] / base, 1.01, share=MIXED, steps=MIXED_STEPS, without=without,
     )  # fmt: skip
     state.table("with and without mixed windows", told)
 

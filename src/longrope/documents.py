@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from longrope.errors import UserError, first_line
 from longrope.room import Room
@@ -31,7 +31,7 @@ Share = Literal["all", "search", "unseen", "train"]
 HUB_DOCUMENTS = 1000  # rows read of one hf: source, at most
 _ROWS = 256  # of a table that are unfolded at once
 _ROW_BYTES = 200  # that a row takes, also an empty one
-_FIELDS = ("text", "messages", "prompt", "completion")  # of a row, the first ones before the last two
+_FIELDS = ("text", "messages", "tools", "prompt", "completion")  # of a row, the first ones before the last two
 _KINDS = ".txt, .jsonl, .jsonl.gz or .parquet"
 
 
@@ -39,18 +39,18 @@ _KINDS = ".txt, .jsonl, .jsonl.gz or .parquet"
 class Document:
     """One text. `name` is what reports show: a path inside the folder given, with #row for a row of a file.
 
-    prompt: characters at its beginning that training reads without learning to write them: of a row with `prompt` and
-    `completion`; 0 of all others.
+    prompt: characters at its beginning that training reads without learning to write them, of a row with `prompt` and
+    `completion`; None of all others.
     """
 
     name: str
     text: str
-    prompt: int = 0
+    prompt: int | None = None
 
     @cached_property
     def sha256(self) -> str:
         """Hexadecimal hash of the text in UTF-8, and of where its prompt ends: names and places do not decide."""
-        prompt = f"{self.prompt}:" if self.prompt else ""
+        prompt = "" if self.prompt is None else f"{self.prompt}:"
         return hashlib.sha256((prompt + self.text).encode()).hexdigest()
 
 
@@ -347,8 +347,8 @@ def _row(name: str, row: object, where: str, tokenizer: PreTrainedTokenizerBase 
     if not isinstance(row, dict) or not ({"text", "messages"} & row.keys() or {"prompt", "completion"} <= row.keys()):
         raise _no_field(where, list(row) if isinstance(row, dict) else [])
     text = row.get("text")
-    if text is None and row.get("messages") is not None:
-        text = _conversation(row["messages"], where, tokenizer)
+    if text in (None, "") and row.get("messages") is not None:
+        text = _conversation(row["messages"], row.get("tools"), where, tokenizer)
     if text is None and row.get("completion") is not None:
         prompt = _string(row.get("prompt"), "prompt", where)
         return Document(name, prompt + _string(row["completion"], "completion", where), len(prompt))
@@ -369,8 +369,11 @@ def _no_field(where: str, fields: Sequence[object]) -> UserError:
     return UserError(where, got=got, rule=rule, do="rename the field that holds it")
 
 
-def _conversation(messages: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """`messages`, a list of {role, content, ..}, as the tokenizer's chat template writes them, without its BOS."""
+def _conversation(messages: object, tools: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """`messages`, a list of {role, content, ..}, as the tokenizer's chat template writes them with the row's `tools`.
+
+    Without its BOS, and without an EOS at its end: both are around whatever is trained on.
+    """
     if tokenizer is None or tokenizer.chat_template is None:
         got, rule = "`messages`, and no chat template", "`messages` become text through the model's chat template"
         do = "give documents with `text`, or a model whose tokenizer has a chat template"
@@ -379,14 +382,35 @@ def _conversation(messages: object, where: str, tokenizer: PreTrainedTokenizerBa
         got, rule = "`messages` of another shape", "`messages` are a list of objects with role and content"
         raise UserError(where, got=got, rule=rule, do="convert the field")
     try:
-        # Tables give every message every field, null where it has none; templates test for presence.
-        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        text = tokenizer.apply_chat_template(present, tokenize=False)
+        declared: Any = json.loads(tools) if isinstance(tools, str) and tools else tools
+        text = tokenizer.apply_chat_template(
+            [_present(each) for each in messages], tools=declared or None, tokenize=False
+        )
     except Exception as error:  # a template is a program, and it comes with the model
         do = "correct the row, or take it out"
         rule = f"the model's chat template refuses it ({first_line(error)})"
         raise UserError(where, got="`messages`", rule=rule, do=do) from error
-    return str(text).removeprefix(tokenizer.bos_token or "")
+    return _without_ends(str(text), tokenizer.bos_token, tokenizer.eos_token)
+
+
+def _present(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without what is null: tables give every one every field, and its parts, too; templates look for it."""
+    present = {key: value for key, value in message.items() if value is not None}
+    if isinstance(parts := present.get("content"), list):
+        present["content"] = [
+            {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else part
+            for part in parts
+        ]
+    return present
+
+
+def _without_ends(text: str, bos: str | None, eos: str | None) -> str:
+    """A conversation without the BOS and the EOS that a template writes, and the space outside of them."""
+    if bos and text.lstrip().startswith(bos):
+        text = text.lstrip().removeprefix(bos)
+    if eos and text.rstrip().endswith(eos):
+        text = text.rstrip().removesuffix(eos)
+    return text
 
 
 def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
@@ -399,8 +423,10 @@ def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Docume
     if len(kept) == 1:
         name, text, prompt = kept[0].name, kept[0].text, kept[0].prompt
         cut = len(text) * 3 // 4
-        first = Document(f"{name} (first 3/4)", text[:cut], min(prompt, cut))
-        return [first], [Document(f"{name} (last 1/4)", text[cut:], max(0, prompt - cut))]
+        before, after = (None, None) if prompt is None else (min(prompt, cut), max(0, prompt - cut))
+        return [Document(f"{name} (first 3/4)", text[:cut], before)], [
+            Document(f"{name} (last 1/4)", text[cut:], after)
+        ]
     hashes = sorted(document.sha256 for document in kept)
     unseen = {sha256 for sha256 in hashes if int(sha256, 16) % 4 == 0} or {hashes[0]}
     if len(unseen) == len(hashes):

@@ -132,11 +132,11 @@ def held_windows(documents: Sequence[Document], counts: TokenCounts, *, length: 
 def _most_tokens(text: str) -> int:
     """A bound on the tokens of a text: a token is a byte at least.
 
-    One more for the space that some tokenizers put in front, and 11 times as many where they may normalise: the worst
-    that NFKC does to a character's UTF-8.
+    Twice as many for the space that some tokenizers put in front of each piece of it, and 11 times as many bytes where
+    they may normalise: the worst that NFKC does to a character's UTF-8.
     """
     size = len(text.encode())
-    return 1 + (size if text.isascii() else 11 * size)
+    return 1 + 2 * (size if text.isascii() else 11 * size)
 
 
 def _deal(capacities: Sequence[int], count: int) -> list[int]:
@@ -188,6 +188,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
         texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
     return ids
+
+
+def shared_start(first: Sequence[int] | NDArray[np.int32], second: Sequence[int] | NDArray[np.int32]) -> int:
+    """How many tokens two texts have in common at their start."""
+    size = min(len(first), len(second))
+    other = np.flatnonzero(np.asarray(first[:size]) != np.asarray(second[:size]))
+    return int(other[0]) if other.size else size
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longrope.errors import UserError, first_line
-from longrope.windows import bos_of, token_ids
+from longrope.windows import bos_of, shared_start, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,11 +98,6 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         got, rule = f"a chat template that cannot be used ({reason})", "it writes a user's turn once, as it is"
         raise UserError("--chat", got=got, rule=rule, do="leave --chat out")
     return before, after
-
-
-def shared_start(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, asked: str, answer: str, *, told: str) -> tuple[list[int], list[int]]:

@@ -209,12 +209,12 @@ def _check_trained(loaded: LoadedModel, stage: Stage, texts: Texts, counts: Toke
     ends = [loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id]
     around = sum(each is not None for each in ends)
     used = [*texts.trained, *own]
-    longest = _longest(counts, [each for each in used if not each.prompt], stage.to - around) + around
+    longest = _longest(counts, [each for each in used if each.prompt is None], stage.to - around) + around
     if stage.to > longest and not _a_prompt_fits(counts, used, stage.to - around):
         got = f"documents to train on, the longest of {longest} tokens with its ends"
         raise UserError("--documents", got=got, rule=f"{stage.name} has windows of {stage.to}", do="give longer ones")
     packed, original = short or used, loaded.rope.original_length
-    prompts = "mixed" in stage.settings and all(each.prompt for each in packed)
+    prompts = "mixed" in stage.settings and all(each.prompt is not None for each in packed)
     if prompts and not _a_prompt_fits(counts, packed, original - around):
         got = f"{plural(len(packed), 'prompt')} with completions, all of them longer than {original - around} tokens"
         rule = f"mixed windows of {stage.name} are packed of texts within {original} tokens"
@@ -229,7 +229,8 @@ def _held_of(documents: Sequence[Document], counts: TokenCounts, bos: int, held:
 
 def _a_prompt_fits(counts: TokenCounts, documents: Sequence[Document], room: int) -> bool:
     """Whether a prompt fits into so many tokens with its completion: such a document fills no window."""
-    prompts = sorted((each for each in documents if each.prompt), key=lambda each: len(each.text))
+    completed = [each for each in documents if each.prompt is not None and each.prompt < len(each.text)]
+    prompts = sorted(completed, key=lambda each: len(each.text))
     return any(counts(document) <= room for document in prompts)
 
 

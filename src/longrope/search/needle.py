@@ -14,9 +14,9 @@ import numpy as np
 
 from longrope.documents import Document
 from longrope.errors import UserError
-from longrope.evaluate.prompts import Prompt, shared_start
+from longrope.evaluate.prompts import Prompt
 from longrope.evaluate.templates import FIRST, INTRO_FROM, NEEDLE, SECOND, SHORT_NEEDLE, NeedleTemplate
-from longrope.windows import Window, bos_of, choose_windows, spare_windows, token_ids
+from longrope.windows import Window, bos_of, choose_windows, shared_start, spare_windows, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

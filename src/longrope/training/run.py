@@ -162,6 +162,8 @@ def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[Long
     )
     if long.left_out:
         logger.info("%s with completions left out: longer than a window", plural(long.left_out, "prompt"))
+    if long.too_short:
+        logger.info("%s shorter than a window: no long one is of them", plural(long.too_short, "document"))
     if recipe.steps * recipe.batch > long.an_epoch:
         rounds = recipe.steps * recipe.batch / long.an_epoch
         logger.info("the documents hold %d windows: each is read %.1f times", long.an_epoch, rounds)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from longrope.documents import Document, distinct
 from longrope.errors import UserError, plural
 from longrope.model import NO_TARGET
-from longrope.windows import Ids, span_starts, token_arrays
+from longrope.windows import Ids, shared_start, span_starts, token_arrays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,27 +49,37 @@ class Ends:
 
 @dataclass(frozen=True)
 class _Text:
-    """Tokens of a document, and how many at its beginning are a prompt, which is read and not learned."""
+    """Tokens of a document, and how many at its beginning are a prompt, which is read and not learned.
+
+    prompt: None of a document without one.
+    """
 
     ids: NDArray[np.int32]
-    prompt: int = 0
+    prompt: int | None = None
 
     @classmethod
     def all_of(cls, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[_Text]:
-        """Of each document; a prompt and what follows are tokenized apart, as when one is given, the other written."""
-        apart = (
-            [each.text[: each.prompt], each.text[each.prompt :]] if each.prompt else [each.text] for each in documents
+        """Of each document its tokens as one text; a completion begins with the first token that its prompt lacks.
+
+        Tokenized alone, it would begin with a space that many tokenizers put before a text.
+        """
+        texts = (
+            text
+            for each in documents
+            for text in ([each.text[: each.prompt], each.text] if each.prompt else [each.text])
         )
-        tokens = token_arrays(tokenizer, (part for parts in apart for part in parts))
+        tokens = token_arrays(tokenizer, texts)
         made = []
         for each in documents:
-            prompt = next(tokens) if each.prompt else np.array([], dtype=np.int32)
-            made.append(cls(np.concatenate([prompt, next(tokens)]), len(prompt)))
+            prompt = next(tokens) if each.prompt else None
+            ids = next(tokens)
+            known = each.prompt if prompt is None else shared_start(prompt, ids)
+            made.append(cls(ids, known))
         return made
 
     def part(self, start: int, size: int) -> _Text:
         """Tokens from `start` on, at most `size`."""
-        return _Text(self.ids[start : start + size], max(0, self.prompt - start))
+        return _Text(self.ids[start : start + size], self.prompt)
 
     def between(self, ends: Ends) -> tuple[Ids, Ids]:
         """Its tokens between BOS and EOS, and their labels."""
@@ -101,28 +111,30 @@ class LongWindows(Dataset[dict[str, Tensor]]):
         ordered = sorted(distinct(documents), key=lambda document: document.sha256)
         texts = _Text.all_of(ordered, tokenizer)
         self._texts = [text for text in texts if self._windows_of(text)]
-        self.left_out = sum(bool(text.prompt) and len(text.ids) > self._span for text in texts)
+        self.left_out = sum(text.prompt is not None and len(text.ids) > self._span for text in texts)
         """Prompts with completions that are longer than a window."""
+        self.too_short = sum(text.prompt is None and not self._windows_of(text) for text in texts)
+        """Documents that fill no window."""
         if not self._texts:
             raise self._unusable(texts)
         self._epoch: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     def _windows_of(self, text: _Text) -> int:
         """How many windows of an epoch a document gives; a prompt without a completion has nothing to learn."""
-        if text.prompt:
+        if text.prompt is not None:
             return int(text.prompt < len(text.ids) <= self._span)
         return len(text.ids) // self._span
 
     def _unusable(self, texts: Sequence[_Text]) -> UserError:
         got, do = plural(len(texts), "document"), "give longer documents, or a shorter --length"
         rule = f"a window of {self.length} tokens holds {self._span} of one document"
-        longest = max((len(text.ids) for text in texts if not text.prompt), default=0)
+        longest = max((len(text.ids) for text in texts if text.prompt is None), default=0)
         got = f"{got}, the longest of {longest} tokens"
         if self.left_out:
-            shortest = min(len(text.ids) for text in texts if text.prompt)
+            shortest = min(len(text.ids) for text in texts if text.prompt is not None)
             got = f"{plural(self.left_out, 'prompt')} with completions, the shortest of {shortest} tokens"
             do = "give shorter ones, or a longer --length"
-        elif all(text.prompt for text in texts):
+        elif all(text.prompt is not None for text in texts):
             got, rule = f"{plural(len(texts), 'prompt')} with nothing after it", "what follows a prompt is learned"
             do = "give completions"
         return UserError("--documents", got=got, rule=rule, do=do)
@@ -153,7 +165,7 @@ class LongWindows(Dataset[dict[str, Tensor]]):
         spans = [
             (document, start)
             for document, text in enumerate(self._texts)
-            for start in ([0] if text.prompt else self._starts(rng, len(text.ids)))
+            for start in (self._starts(rng, len(text.ids)) if text.prompt is None else [0])
         ]
         return [spans[index] for index in rng.permutation(len(spans))]
 
@@ -192,11 +204,11 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
             raise UserError("--mixed", got=f"{piece} tokens for the text", rule=rule, do="leave --mixed out")
         ordered = sorted(distinct(documents), key=lambda document: document.sha256)
         texts = _Text.all_of(ordered, tokenizer)
-        whole = [text for text in texts if not text.prompt or len(text.ids) <= piece]
+        whole = [text for text in texts if text.prompt is None or len(text.ids) <= piece]
         self.left_out = len(texts) - len(whole)
         """Prompts with completions that are longer than a short document."""
         parts = (text.part(at, piece) for text in whole for at in range(0, len(text.ids), piece))
-        self._pieces = [part for part in parts if len(part.ids) > max(1, part.prompt)]
+        self._pieces = [part for part in parts if len(part.ids) > max(1, part.prompt or 0)]
         if not self._pieces:
             rule, got = "mixed windows hold short documents, too", "no text to pack"
             if self.left_out:
