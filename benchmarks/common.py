@@ -25,6 +25,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from longrope import __version__
 from longrope.checkpoint import TINY, LoadOptions, load_tokenizer
 from longrope.configs import rope_config, table_from_config
 from longrope.files import write_atomically
@@ -194,7 +195,8 @@ def versions() -> dict[str, str]:
     """Versions of what is measured and of what it runs on."""
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in ("longrope", "torch", "transformers")},
+        "longrope": __version__,  # also of a checkout that is not installed
+        **{name: version(name) for name in ("torch", "transformers")},
     }
 
 

@@ -155,6 +155,16 @@ def test_a_prompt_beyond_memory_is_refused_before_it_is_run(monkeypatch: pytest.
         generate(model, text(40), 20)
 
 
+def test_what_a_token_takes_is_counted_on_the_device_of_each_layer() -> None:
+    """As a model over several devices has them; a device without memory stands for the second."""
+    model: Any = build("llama")
+    cache = DynamicCache(config=model.config)
+    run(model, cache, tokens(20))
+    layer: Any = cache.layers[1]
+    layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+    assert room.bytes_a_token(cache) == {torch.device("cpu"): 128, torch.device("meta"): 128}
+
+
 def test_a_window_that_does_not_fit_whole_is_measured_by_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ from byte_tokenizer import BOS, EOS, PAD, VOCABULARY, byte_tokenizer
 from longrope.checkpoint import model_source
 from longrope.documents import read_sources
 from longrope.hardware import half_is_fast_on_cpu
+from longrope.training.arguments import on_one_device
 from recall import recall_text
 
 logger = logging.getLogger("pretrain")
@@ -180,7 +181,7 @@ def train(settings: Settings, out: Path, save_every: int, compile_model: bool) -
     )
     trainer = Trainer(
         model=model,
-        args=arguments,
+        args=on_one_device(arguments),
         train_dataset=Windows(text, ends, settings),
         callbacks=[SayLoss(out / "training.jsonl", settings.batch * settings.length)],
     )

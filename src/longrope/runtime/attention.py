@@ -22,6 +22,7 @@ from longrope.model import decoder_of
 _NAME = "longrope_chunks"
 # Tokens of the past that are attended to at once: kernels for CPUs make a copy of their keys and values.
 _BLOCK = 16384
+_FLASH_WIDTH = 256  # of a head, at most; Gemma 4's global layers have 512
 
 
 def _parts(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -30,13 +31,20 @@ def _parts(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scale
         )
-    elif query.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(query.device)[0] >= 8:
+    elif _has_flash(query):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, None, True, 0.0, causal, scale=scale
         )
     return out, lse[..., : query.shape[2]]  # kernels may pad it
+
+
+def _has_flash(query: Tensor) -> bool:
+    """Whether torch's flash attention for CUDA takes these states."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    narrow = query.shape[-1] <= _FLASH_WIDTH
+    return half and narrow and torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:

@@ -21,11 +21,16 @@ _PROBE = 8
 _SHARE = 0.9
 
 
-def bytes_a_token(cache: Any, reach: int = 0) -> float:
-    """Bytes of keys and values that each further token adds, in layers that keep a text of `reach` tokens whole."""
+def bytes_a_token(cache: Any, reach: int = 0) -> dict[torch.device, float]:
+    """Bytes of keys and values that each further token adds, in layers that keep a text of `reach` tokens whole.
+
+    By device: the layers of a model may lie on several.
+    """
     full = [layer for layer in layers_with_keys(cache) if getattr(layer, "sliding_window", reach) >= reach]
-    tokens = cache.get_seq_length()
-    return float(sum(part.nbytes for layer in full for part in (layer.keys, layer.values)) / max(1, tokens))
+    tokens, found = max(1, cache.get_seq_length()), dict[torch.device, float]()
+    for part in (part for layer in full for part in (layer.keys, layer.values)):
+        found[part.device] = found.get(part.device, 0.0) + part.nbytes / tokens
+    return found
 
 
 def layers_with_keys(cache: Any) -> list[Any]:
@@ -51,23 +56,29 @@ def check_room(switch: Switch, cache: Cache, tokens: int) -> None:
     and one that is offloaded lies in host memory, but for two layers.
     """
     model = switch.model
-    device, config = model.get_input_embeddings().weight.device, model.config.get_text_config()
+    first, config = model.get_input_embeddings().weight.device, model.config.get_text_config()
     probe = DynamicCache(config=config)
-    for _ in switch.fill(probe, torch.zeros(1, min(_PROBE, tokens), dtype=torch.long, device=device), 1):
+    for _ in switch.fill(probe, torch.zeros(1, min(_PROBE, tokens), dtype=torch.long, device=first), 1):
         pass
-    each, chunk = bytes_a_token(probe, tokens), chunk_bytes(config, min(switch.chunk, tokens))
-    room = _SHARE * free_memory(device) - chunk
-    if isinstance(cache, QuantizedCache):
-        each /= layers_with_keys(probe)[0].keys.element_size()
+    wanted, chunk = bytes_a_token(probe, tokens), chunk_bytes(config, min(switch.chunk, tokens))
+    size = layers_with_keys(probe)[0].keys.element_size() if isinstance(cache, QuantizedCache) else 1
+    wanted = {device: each / size for device, each in wanted.items()}
+    room = {device: _SHARE * free_memory(device) - chunk for device in wanted}
     if getattr(cache, "offloading", False):
-        room = min(room * len(probe.layers) / 2, _SHARE * free_memory(torch.device("cpu")))
-    if each * tokens <= room:
+        host = _SHARE * free_memory(torch.device("cpu"))
+        wanted = {first: sum(wanted.values())}
+        room = {first: min(room.get(first, host) * len(probe.layers) / 2, host)}
+    if not wanted:
         return
-    fits = int(max(0, room) / max(each, 1e-9))
+    device = min(wanted, key=lambda each: room[each] / max(wanted[each], 1e-9))  # the first to be full
+    each, left = wanted[device], max(0, room[device])
+    if each * tokens <= room[device]:
+        return
+    fits = int(left / max(each, 1e-9))
     kept = "keep the cache in host memory, or quantise it" if device.type != "cpu" else "quantise the cache"
     raise UserError(
         "memory",
         got=f"a cache of {format_length(tokens)} tokens, {each * tokens / 2**30:.1f} GiB",
-        rule=f"{max(0, room) / 2**30:.1f} GiB are free for it",
+        rule=f"{left / 2**30:.1f} GiB are free for it",
         do=f"use at most {format_length(fits)} tokens here, or {kept}" if fits else "use a machine with more memory",
     )

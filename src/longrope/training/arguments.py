@@ -36,7 +36,8 @@ def arguments_of(
     # Short documents among mixed windows are rows of another length, a batch by themselves.
     most = 1 if given.mixed is not None else max(1, loaded.batch_tokens // given.length)
     sizes = [size for size in range(min(share, most), 0, -1) if share % size == 0]
-    half = loaded.options.dtype in (AUTOCAST, "bfloat16") or loaded.device.type == "cuda"
+    on_cuda = loaded.device.type == "cuda"
+    half = torch.cuda.is_bf16_supported() if on_cuda else loaded.options.dtype in (AUTOCAST, "bfloat16")
     # Of shards nothing is estimated: what does not fit into one process is what they are for.
     together, again = sizes[0], given.gradient_checkpointing is not False
     if world.window_size == 1 and not world.sharded:
@@ -56,7 +57,8 @@ def arguments_of(
         adam_beta2=recipe.beta2,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
-        optim="adamw_torch",
+        # Where weights are updated in one kernel: torch's other way on CUDA takes a copy of all of them for a step.
+        optim="adamw_torch_fused" if on_cuda else "adamw_torch",
         bf16=half,
         **{f"{twice}_checkpointing": bool(again), f"{twice}_checkpointing_kwargs": {"use_reentrant": False}},  # type: ignore[arg-type]
         logging_steps=1,
@@ -69,7 +71,7 @@ def arguments_of(
         report_to=trackers(given.tracker),
         disable_tqdm=True,
         use_cpu=loaded.device.type == "cpu",
-        dataloader_pin_memory=loaded.device.type == "cuda",
+        dataloader_pin_memory=on_cuda,
         ddp_find_unused_parameters=False if world.size > 1 else None,
         # Between reductions FSDP would keep the gradient of all weights on every device, in bfloat16.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if world.sharded else None,

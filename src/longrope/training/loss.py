@@ -197,8 +197,9 @@ class _ChunkedLoss(torch.autograd.Function):
                     continue
                 piece = own_rows(hidden.detach(), start, start + rows).requires_grad_(wanted)
                 logits = logits_of(piece, start)
-                loss = _summed(logits.flatten(0, 1), chosen.flatten())
-                total += loss.detach()
+                # Of a model over several devices the logits may be on the first, and the hidden states on the last.
+                loss = _summed(logits.flatten(0, 1), chosen.flatten().to(logits.device))
+                total += loss.detach().to(total.device)
                 if by_hidden is not None:
                     by_piece, *by_each = torch.autograd.grad(loss, (piece, *used), allow_unused=True)
                     by_hidden[:, start : start + rows] = by_piece
