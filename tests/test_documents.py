@@ -209,6 +209,17 @@ def test_links_are_followed_and_a_cycle_of_links_ends(tmp_path: Path) -> None:
     assert read(tmp_path / "here") == [("away/far.txt", "far"), ("near.txt", "near")]
 
 
+def test_what_is_hidden_in_a_folder_is_no_document(tmp_path: Path) -> None:
+    """Such as what macOS puts beside a file of another system, and what version control keeps."""
+    folder = tmp_path / ".own"
+    for name, content in (("a.txt", b"text"), ("._a.txt", b"\0\0"), (".git/b.txt", b"kept")):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert [each.name for each in read_sources([str(folder)])] == ["a.txt"]
+    assert [each.text for each in read_sources([str(folder / ".git" / "b.txt")])] == ["kept"], "by its name"
+
+
 def test_a_folder_named_like_a_document_is_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "x.txt" / "y.txt", "inside")
     assert read(tmp_path / "x.txt") == [("y.txt", "inside")]
@@ -485,7 +496,7 @@ def test_messages_that_the_template_refuses_or_of_another_shape_are_refused(
     refused = write_rows(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "x", "tools": []}]})
     message = refusal(refused, tokenizer=chat_tokenizer)
     assert "line 1: got `messages`; the model's chat template refuses it (no tools here)" in message
-    for shape in ("hello", ["hello"], {"role": "user"}):
+    for shape in ("hello", ["hello"], {"role": "user"}, [{"content": "hi"}], [{"from": "human", "value": "hi"}]):
         path = write_rows(tmp_path / "b.jsonl", {"messages": shape})
         assert "line 1: got `messages` of another shape" in refusal(path, tokenizer=chat_tokenizer)
 

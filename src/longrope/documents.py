@@ -149,7 +149,7 @@ def _exists(source: str) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder; links are followed, but no folder is entered twice."""
+    """Every file below a folder that is not hidden; links are followed, but no folder is entered twice."""
 
     def give_up(error: OSError) -> None:
         raise error
@@ -161,8 +161,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
-        yield from (Path(place, file) for file in files)
+        folders[:] = sorted(each for each in folders if not each.startswith("."))
+        yield from (Path(place, file) for file in files if not file.startswith("."))
 
 
 def _expand(pattern: str) -> tuple[Path, Iterator[Path]]:
@@ -378,7 +378,7 @@ def _conversation(messages: object, tools: object, where: str, tokenizer: PreTra
         got, rule = "`messages`, and no chat template", "`messages` become text through the model's chat template"
         do = "give documents with `text`, or a model whose tokenizer has a chat template"
         raise UserError(where, got=got, rule=rule, do=do)
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
         got, rule = "`messages` of another shape", "`messages` are a list of objects with role and content"
         raise UserError(where, got=got, rule=rule, do="convert the field")
     try:
@@ -391,6 +391,10 @@ def _conversation(messages: object, tools: object, where: str, tokenizer: PreTra
         rule = f"the model's chat template refuses it ({first_line(error)})"
         raise UserError(where, got="`messages`", rule=rule, do=do) from error
     return _without_ends(str(text), tokenizer.bos_token, tokenizer.eos_token)
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 def _present(message: dict[str, Any]) -> dict[str, Any]:
