@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,6 +105,13 @@ def evaluation_lines(run: Path) -> list[dict[str, Any]]:
     """The lines of evaluations.jsonl without what differs from run to run."""
     found = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ("seconds", "elapsed", "crc")} for line in found]
+
+
+def unfinish_training(run: Path) -> None:
+    """Make of a finished training one that was killed before its end."""
+    for name in ("DONE", "metrics.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoint")
 
 
 def write_checkpoint(folder: Path, name: str = "llama", **changes: Any) -> Path:

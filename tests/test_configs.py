@@ -209,6 +209,16 @@ def test_a_config_file_is_read_under_old_and_new_names(keys: dict[str, Any], exp
     assert rope_config({"text_config": BASE | keys, "max_position_embeddings": 7, "hidden_size": 9}) == expected
 
 
+def test_the_original_length_of_a_class_that_scales_queries_by_it_stays() -> None:
+    """Ministral 3's: with another one in config.json it would be another model."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48, "llama_4_scaling_beta": 0.1}
+    config = {"head_dim": 16, "max_position_embeddings": 192, "rope_parameters": scaling | {"rope_theta": 500.0}}
+    assert rope_config(config, original_length=48) == rope_config(config)
+    told = r"^--original-length: got 192; its class scales queries by the original length .* says, 48; leave it out$"
+    with pytest.raises(UserError, match=told):
+        rope_config(config, original_length=192)
+
+
 def test_the_argument_wins_as_original_length() -> None:
     assert rope_config(BASE | {"original_max_position_embeddings": 256}, original_length=1024).original_length == 1024
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longrope as package
@@ -179,6 +180,21 @@ def test_a_gguf_has_factors_lengths_and_weights(dtype: str, window: str, model: 
     scaling = {said.name: said.what for said in told}["scaling"]
     assert scaling == ("longrope" if window == "dynamic" else "none is written")
     _same_weights(path, model, 4e-2 if dtype == "q8_0" else 1e-2 if dtype == "bf16" else 1e-3)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_head_that_is_not_the_embedding_is_written_though_the_configuration_ties_them(
+    alike: bool, tmp_path: Path
+) -> None:
+    """As transformers reads such a checkpoint."""
+    model = write_checkpoint(tmp_path / "model", num_hidden_layers=2, tie_word_embeddings=True)
+    weights = load_file(model / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone() if alike else embedding + 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    folder, _ = export(model, tmp_path / "out", "gguf", "long")
+    (path,) = folder.glob("*.gguf")
+    assert ("output.weight" in {tensor.name for tensor in gguf.GGUFReader(str(path)).tensors}) is not alike
 
 
 def _same_weights(path: Path, model: Path, tolerance: float) -> None:

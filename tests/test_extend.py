@@ -19,6 +19,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from commands import SHAPE, TARGET, Ran, contents, longrope, refused, start, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
@@ -126,6 +127,29 @@ def test_an_extension_ends_with_the_table_the_checkpoint_the_measurements_and_th
     assert "<h2>Stages</h2>" in page
     assert all(name in page for name in names)
     assert "in 6 steps" in page
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
+def test_embeddings_that_are_tied_stay_so_where_they_are_trained_beside_adapters(here: Path) -> None:
+    """PEFT trains a copy; untied, the base's configuration would say something else of the extension's weights."""
+    write_checkpoint(here / "tied", tie_word_embeddings=True)
+    words = [each if each != "model" else "tied" for each in command("--stages", "tied.toml", to=TARGET)]
+    stages = f"{PLAN.partition('[[stages]]')[0]}[[stages]]{PLAN.split('[[stages]]')[1]}"
+    stages += '[[stages]]\ndo = "finetune"\nto = "4x"\nsteps = 2\nlearning_rate = 0.1\nlora = 2\nembeddings = true\n'
+    Path("tied.toml").write_text(stages + "[measure]\nwindows = 1\npasskey = 0\n")
+    ran = longrope(*words)
+    assert ran.code == 0, ran.err
+    final, trained = (Path("run") / path / "checkpoint" for path in ("", f"02-finetune-{TARGET}"))
+    before = load_file(here / "tied" / "model.safetensors")["model.embed_tokens.weight"]
+    for folder in (final, trained):
+        weights = load_file(folder / "model.safetensors")
+        assert "lm_head.weight" not in weights
+        assert not torch.equal(weights["model.embed_tokens.weight"], before)
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+    ids = tokens(TARGET)
+    with torch.no_grad():
+        ours, theirs = (load_model(str(each), FLOAT32).model(input_ids=ids).logits for each in (final, trained))
+    assert torch.equal(ours, theirs)
 
 
 def test_the_checkpoint_is_the_fine_tuned_weights_with_the_whole_table(made: Path) -> None:

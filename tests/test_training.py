@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 
-from commands import TARGET, contents, longrope, refused, start, table, write_checkpoint
+from commands import TARGET, contents, longrope, refused, start, table, unfinish_training, write_checkpoint
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.factors import FactorTable
@@ -244,17 +244,11 @@ def test_a_training_killed_at_any_moment_ends_in_the_same_weights_and_losses(her
     assert not (here / "run" / ".checkpoint.unfinished").exists()
 
 
-def unfinish(run: Path) -> None:
-    for name in ("DONE", "metrics.json"):
-        (run / name).unlink()
-    shutil.rmtree(run / "checkpoint")
-
-
 @pytest.mark.usefixtures("here")
 def test_a_damaged_checkpoint_is_told_and_without_it_the_one_before_is_gone_on_with() -> None:
     assert longrope(*command()).code == 0
     losses = Path("run/training.jsonl").read_bytes()
-    unfinish(Path("run"))
+    unfinish_training(Path("run"))
     optimizer = Path("run/checkpoints/checkpoint-12/optimizer.pt")
     whole = optimizer.read_bytes()
     optimizer.write_bytes(whole[:-100])
@@ -273,12 +267,12 @@ def test_losses_that_the_file_has_lost_are_those_of_the_checkpoint() -> None:
     assert longrope(*command("-q")).code == 0
     losses, metrics = Path("run/training.jsonl").read_bytes(), Path("run/metrics.json").read_bytes()
     for left in (b"", losses[:300], losses[:-30], b"".join(losses.splitlines(keepends=True)[1:])):
-        unfinish(Path("run"))
+        unfinish_training(Path("run"))
         Path("run/training.jsonl").write_bytes(left)
         assert longrope(*command("-q")).code == 0
         assert Path("run/training.jsonl").read_bytes() == losses
         assert Path("run/metrics.json").read_bytes() == metrics
-    unfinish(Path("run"))
+    unfinish_training(Path("run"))
     shutil.rmtree("run/checkpoints/checkpoint-12")
     Path("run/training.jsonl").write_bytes(b"")
     assert longrope(*command("-q")).code == 0
@@ -291,7 +285,7 @@ def test_whichever_checkpoint_is_the_last_that_is_gone_on_with() -> None:
     losses = Path("run/training.jsonl").read_bytes()
     whole = _weights(Path("run/checkpoint/model.safetensors"))
     for lost in ([12], [9, 12], [6, 9, 12], [3, 6, 9, 12]):
-        unfinish(Path("run"))
+        unfinish_training(Path("run"))
         for step in lost:
             shutil.rmtree(f"run/checkpoints/checkpoint-{step}")
         assert longrope(*command("--keep", 9, "-q")).code == 0
@@ -307,7 +301,7 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_with() -> None:
     assert longrope(*command("--learning-rate", 2e-3, out="other")).code == 0
     assert longrope(*command("-q")).code == 0
     losses = Path("run/training.jsonl").read_bytes()
-    unfinish(Path("run"))
+    unfinish_training(Path("run"))
     shutil.rmtree("run/checkpoints/checkpoint-12")
     shutil.copytree("other/checkpoints/checkpoint-12", "run/checkpoints/checkpoint-12")
     told = "checkpoint: got run/checkpoints/checkpoint-12, of another training; a training goes on from its own"
@@ -321,7 +315,7 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_with() -> None:
 def test_a_checkpoint_of_an_earlier_version_does_not_say_whose_it_is_and_is_gone_on_with() -> None:
     assert longrope(*command("-q")).code == 0
     losses = Path("run/training.jsonl").read_bytes()
-    unfinish(Path("run"))
+    unfinish_training(Path("run"))
     file = Path("run/checkpoints/checkpoint-12/longrope.json")
     listed = json.loads(file.read_text())
     del listed["of"]
@@ -349,7 +343,7 @@ def test_where_one_checkpoint_stays_the_older_one_goes_when_it_is_whole(
 @pytest.mark.usefixtures("here")
 def test_a_bit_that_is_turned_in_a_checkpoint_is_told_with_its_file() -> None:
     assert longrope(*command("-q")).code == 0
-    unfinish(Path("run"))
+    unfinish_training(Path("run"))
     checkpoint = Path("run/checkpoints/checkpoint-12")
     for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
         whole = (checkpoint / name).read_bytes()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 from accelerate.big_modeling import _attach_context_parallel_hooks
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +25,7 @@ from transformers import (
     integrations,
 )
 
-from commands import SHAPE, TARGET, longrope, refused, table, write_checkpoint
+from commands import SHAPE, TARGET, longrope, refused, table, unfinish_training, write_checkpoint
 from longrope.checkpoint import LoadOptions
 from longrope.documents import read_sources
 from longrope.errors import UserError
@@ -34,9 +37,11 @@ from longrope.training import arguments
 from longrope.training.apart import check_shareable, documents_are_apart
 from longrope.training.arguments import on_one_device, windows_at_once
 from longrope.training.lora import LoraSettings, with_lora
+from longrope.training.loss import chunked_loss
 from longrope.training.recipes import RECIPES
 from longrope.training.run import finetune
 from longrope.training.settings import Training
+from longrope.training.state import mark_whole
 from longrope.training.windows import LongWindows, MixedWindows
 from longrope.training.world import World
 from models import ARCHITECTURES, ORIGINAL, build, save
@@ -310,6 +315,55 @@ def test_a_model_whose_documents_are_not_apart_trains_on_one_a_row(
             total += float(loaded.model(input_ids=ids[None, :end], labels=labels[None, :end]).loss) * (end - 1)
         count += end - 1
     assert found == pytest.approx(total / count, rel=1e-4)
+
+
+# What a checkpoint has
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma3", "phimoe"])
+def test_a_model_that_is_published_under_other_names_goes_on_with_all_of_its_weights(name: str, here: Path) -> None:
+    """Experts lie together in the class and apart in the files that transformers writes; a base's would be read."""
+    write_checkpoint(here / "other", name)
+    shape = load_model("other", FLOAT32).rope.shape
+    rows = (unscaled(shape.pairs, ORIGINAL), unscaled(shape.pairs, TARGET))
+    FactorTable(shape.rope_theta, shape.rotary_dim, ORIGINAL, rows).save("other.json")
+    given: dict[str, Any] = {"model": "other", "factors": "other.json", "steps": 4, "save_every": 1, "keep": 9}
+    whole = train(**given)["losses"]
+    weights = load_file("run/checkpoint/model.safetensors")
+    unfinish_training(Path("run"))
+    for step in (3, 4):
+        shutil.rmtree(f"run/checkpoints/checkpoint-{step}")
+    assert train(**given)["losses"] == whole
+    again = load_file("run/checkpoint/model.safetensors")
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_checkpoint_with_weights_under_other_names_is_not_gone_on_with() -> None:
+    given: dict[str, Any] = {"steps": 2, "save_every": 1}
+    train(**given)
+    unfinish_training(Path("run"))
+    shutil.rmtree("run/checkpoints/checkpoint-2")
+    path = Path("run/checkpoints/checkpoint-1")
+    weights = load_file(path / "model.safetensors")
+    weights["model.other.weight"] = weights.pop("model.norm.weight")
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    mark_whole(path, json.loads((path / "longrope.json").read_text())["of"])
+    with pytest.raises(
+        UserError, match=r"^checkpoint: got run/checkpoints/checkpoint-1: weights under other names than"
+    ):
+        train(**given)
+
+
+def test_a_loss_that_a_class_adds_is_refused() -> None:
+    model: Any = cast(Any, AutoModelForCausalLM).from_config(_MIXED["bamba"])
+    model.config.z_loss_coefficient = 0.01
+    with (
+        pytest.raises(UserError, match=r"^model: got z_loss_coefficient in its config; .* set it to 0$"),
+        chunked_loss(model),
+    ):
+        pass
 
 
 # Processes that share a window

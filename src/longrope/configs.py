@@ -99,6 +99,9 @@ def _parse(config: Mapping[str, Any], original_length: int | None) -> _Source:
     if max_length > LONGEST:
         _bad("max_position_embeddings", f"{max_length:.15g}", f"it is at most {LONGEST}")
     trained = _whole(parameters, "original_max_position_embeddings", default=max_length)
+    if parameters.get("llama_4_scaling_beta") and original_length not in (None, trained):
+        rule = f"its class scales queries by the original length that its configuration says, {trained}"
+        raise UserError("--original-length", got=original_length, rule=rule, do="leave it out")
     rope = RopeConfig(
         rope_theta=_number(parameters, "rope_theta", _DEFAULT_THETA),
         rotary_dim=_rotary_dim(text, parameters),

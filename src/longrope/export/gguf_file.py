@@ -191,7 +191,7 @@ def _weights(gguf: Any, source: Path, config: Mapping[str, Any], architecture: s
                 if found is None:
                     rule = f"llama.cpp's {architecture} has no weight of that name"
                     raise UserError("--engine gguf", got=f"weight {key}", rule=rule, do="use another engine")
-                if found == "output.weight" and tied:
+                if found == "output.weight" and tied and _is_embedding(source, opened.get_tensor(key)):
                     continue
                 shape = tuple(opened.get_slice(key).get_shape())
                 turned = {"attn_q": heads, "attn_k": shared}.get(found.split(".")[-2]) if names is _LLAMA else None
@@ -202,6 +202,15 @@ def _weights(gguf: Any, source: Path, config: Mapping[str, Any], architecture: s
                     return values if turned is None else interleaved(values, turned)
 
                 yield _Weight(found, shape, _kind(gguf, shape, dtype), read)
+
+
+def _is_embedding(source: Path, head: Any) -> bool:
+    """Whether an output projection is the input embedding: a configuration may say so of weights that differ."""
+    for file in source.glob("*.safetensors"):
+        with safe_open(str(file), framework="pt") as opened:
+            if "model.embed_tokens.weight" in opened.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+                return torch.equal(opened.get_tensor("model.embed_tokens.weight"), head)
+    return True
 
 
 def _name(key: str, names: Mapping[str, str]) -> str | None:

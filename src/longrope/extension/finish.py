@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from longrope.windows import windows_of
 
 logger = logging.getLogger(__name__)
 
+_OF_TRAINING = ("dtype", "torch_dtype", "tie_word_embeddings")
+
 
 def write_checkpoint(going: Extension, table: FactorTable) -> None:
     """checkpoint/: the weights of the last stage with the whole table."""
@@ -32,12 +35,23 @@ def write_checkpoint(going: Extension, table: FactorTable) -> None:
     loaded = going.model(going.base)
     config = config_of(checkpoint_folder(loaded))  # no row of an earlier stage is in it
     source = checkpoint_folder(loaded) if going.current == going.base else Path(going.current)
-    dtype = {key: value for key, value in config_of(source).items() if key in ("dtype", "torch_dtype")}
     with replaced_folder(going.run / CHECKPOINT) as folder:
         copy_checkpoint(source, folder)
-        write_atomically(folder / "config.json", json.dumps(config | dtype, indent=2) + "\n")
+        write_atomically(folder / "config.json", json.dumps(as_trained(config, config_of(source)), indent=2) + "\n")
         write_factors(folder, loaded, table)
         write_atomically(folder / "README.md", extension_card(going.base, table, going.told()))
+
+
+def as_trained(config: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The base's config.json with what a training changes in it beside the factors, in that of its text as well.
+
+    That is the dtype of the weights, and whether embeddings are tied: adapters on one of two tied ones untie them.
+    """
+    made = dict(config) | {key: value for key, value in trained.items() if key in _OF_TRAINING}
+    inner, other = config.get("text_config"), trained.get("text_config")
+    if isinstance(inner, Mapping) and isinstance(other, Mapping):
+        made["text_config"] = as_trained(inner, other)
+    return made
 
 
 def _holds(passkey: PasskeyMeasure, loaded: LoadedModel, length: int) -> bool:

@@ -53,6 +53,8 @@ def with_lora(model: Any, settings: LoraSettings, seed: int, *, quantized: bool 
         exclude_modules=[*_read_by_kernels(model), *_routers(model)] or None,
         modules_to_save=whole or None,
         task_type="CAUSAL_LM",
+        # Else the copy that is trained would no longer be the output projection.
+        ensure_weight_tying=settings.embeddings and model.config.get_text_config().tie_word_embeddings is True,
     )
     if quantized:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

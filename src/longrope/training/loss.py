@@ -37,9 +37,10 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
     UserError for a model that adds other losses to it.
     """
     config: Any = cast(Any, model).config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        rule = "the loss is that of the next token alone"
-        raise UserError("model", got="output_router_logits in its config", rule=rule, do="set it to false")
+    for name, off in (("output_router_logits", "false"), ("z_loss_coefficient", "0")):
+        if getattr(config, name, False):
+            rule = "the loss is that of the next token alone"
+            raise UserError("model", got=f"{name} in its config", rule=rule, do=f"set it to {off}")
     own = model.forward
     vocabulary = int(config.vocab_size)
 

@@ -13,7 +13,7 @@ from pickle import UnpicklingError
 from typing import Any, cast
 
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback
 
 from longrope import __version__
 from longrope.checkpoint import LoadOptions
@@ -37,7 +37,7 @@ from longrope.training.recipes import Recipe
 from longrope.training.settings import DEFAULT_TRACKER, Training, described, settings_of
 from longrope.training.sharded import check_shards
 from longrope.training.state import damaged, keep_losses, last_whole
-from longrope.training.trainer import ShardingTrainer, gathered
+from longrope.training.trainer import ResumingTrainer, ShardingTrainer, gathered
 from longrope.training.windows import LongWindows, MixedWindows, collate, collate_to_learned
 from longrope.training.world import World
 from longrope.training.written import write_checkpoint
@@ -216,7 +216,7 @@ def _train(
             # Shared windows are cut into equal parts.
             collator = collate if world.window_size > 1 else partial(collate_to_learned, at_least=least)
             with disk_errors(path):  # it makes the folder of its checkpoints
-                trainer = (ShardingTrainer if world.sharded else Trainer)(
+                trainer = (ShardingTrainer if world.sharded else ResumingTrainer)(
                     model=trained, args=arguments, train_dataset=windows, data_collator=collator, callbacks=[watch]
                 )
             for callback in (PrinterCallback, ProgressCallback):  # stdout is for our JSON

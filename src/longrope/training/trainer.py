@@ -1,17 +1,47 @@
-"""transformers.Trainer with weights in shards (FSDP), on CPUs as well, in the precision of one process."""
+"""transformers.Trainer that resumes whole models, and with weights in shards (FSDP) in the precision of one process."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils.dataclasses import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 
-class ShardingTrainer(Trainer):
+class ResumingTrainer(Trainer):
+    """Trainer whose checkpoints have the weights of all parts of a model under their own names, and are read whole.
+
+    transformers writes a checkpoint under the names of the files that a class was published in: of most mixtures of
+    experts, and of many others, these are not those of its modules. Trainer would go on without what it does not find,
+    with the weights of the base.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):  # adapters have names of their own
+            super()._save(output_dir, state_dict)
+            return
+        vars(model)["save_pretrained"] = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del vars(model)["save_pretrained"]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise ValueError for weights that a checkpoint lacks, and for others than the model's."""
+        model = self.accelerator.unwrap_model(self.model)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        if other := [*({*load_result.missing_keys} - tied - ignored), *load_result.unexpected_keys]:
+            raise ValueError(f"weights under other names than the model's: {sorted(other)[0]}")
+        super()._issue_warnings_after_load(load_result)
+
+
+class ShardingTrainer(ResumingTrainer):
     """Trainer that shards weights wherever a launcher asks for it, on two CPU processes too, as in our tests.
 
     Weights are gathered in bfloat16 where accelerate says so. Gradients are summed and losses told in float32, as one
