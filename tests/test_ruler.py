@@ -6,6 +6,8 @@ import json
 import logging
 import pickle
 import re
+import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,15 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from commands import longrope
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.evaluate.generation import greedy
 from longrope.evaluate.intervals import share_interval
 from longrope.evaluate.measures import Item
-from longrope.evaluate.ruler import Ruler, clean, score
+from longrope.evaluate.ruler import Ruler
+from longrope.evaluate.ruler_answers import clean, score
 from longrope.evaluate.ruler_fit import encoder, longest, room
 from longrope.evaluate.ruler_questions import Question
 from longrope.evaluate.ruler_samples import Sample, Text
@@ -379,6 +383,161 @@ def test_tiny_answers_two_tasks(tiny: LoadedModel) -> None:
     assert summary.value == np.mean([record["score"] for record in found])
 
 
+ANSWERS = (
+    unicodedata.normalize("NFD", "Café Noël"),
+    unicodedata.normalize("NFD", "한국어"),
+    "\u0958लम",  # NFC writes its first letter as two
+    "ＡＢＣ－１２３",
+    "two  spaces",
+    "x\ty",
+    "İSTANBUL",
+    "Jon's U.S.A.",
+)
+PRINTABLE = [chr(n) for n in range(32, 127)]
+
+
+def fast(tokenizer: Tokenizer, **named: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)  # type: ignore[no-untyped-call]
+
+
+def bytes_of(normalizer: normalizers.Normalizer | None = None) -> PreTrainedTokenizerFast:
+    """As GPT-NeoX's and, with NFC, Qwen's, without merges."""
+    tokenizer = Tokenizer(
+        models.BPE({each: n for n, each in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return fast(tokenizer)
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """As T5's and XGLM's: NFKC, one space for many, and a token for whatever is unknown."""
+    known = {*PRINTABLE, "▁", "\t", *unicodedata.normalize("NFKC", "".join(ANSWERS))}
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *((each, -1.0) for each in sorted(known))], unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return fast(tokenizer, unk_token="<unk>")
+
+
+def bert() -> PreTrainedTokenizerFast:
+    """As BERT's: lower case without accents, and spaces around each mark."""
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    known = sorted({*PRINTABLE, *normalizer.normalize_str("".join(ANSWERS))})
+    pieces = ["[UNK]", *known, *(f"##{each}" for each in known)]
+    tokenizer = Tokenizer(models.WordPiece({each: n for n, each in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return fast(tokenizer, unk_token="[UNK]")
+
+
+def lacking(characters: str, unknown: str | None = "<unk>", *, named: bool = True) -> PreTrainedTokenizerFast:
+    """A token a character, but none for some: an unknown one, or nothing at all."""
+    known = {each: n for n, each in enumerate(["<unk>", "▁", *(c for c in PRINTABLE if c not in characters)])}
+    if unknown is None:
+        tokenizer = Tokenizer(models.BPE(known, []))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        tokenizer = Tokenizer(models.WordLevel(known, unk_token=unknown))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return fast(tokenizer, unk_token="<unk>") if named and unknown else fast(tokenizer)
+
+
+def asking(answers: Sequence[str | tuple[str, ...]]) -> tuple[Question, ...]:
+    """Questions with these answers."""
+    each_of = [(each,) if isinstance(each, str) else each for each in answers]
+    return tuple(Question(f"Who is {n}?", each, (f"Number {n} is {each[0]}.",)) for n, each in enumerate(each_of))
+
+
+def answer_with(monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, text: str) -> None:
+    """Have the model itself write the tokens of a text, whatever it is asked."""
+    ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(loaded.model, "generate", lambda batch, **_: torch.cat([batch, torch.tensor([ids])], dim=1))
+
+
+@pytest.mark.parametrize("name", ["bytes", "nfc", "nfkc", "bert"])
+def test_the_tokens_of_the_references_score_one(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tokenizer = {"bytes": bytes_of, "nfc": lambda: bytes_of(normalizers.NFC()), "nfkc": unigram, "bert": bert}[name]()
+    loaded = replace(tiny, tokenizer=tokenizer)
+    rulers = [
+        Ruler(("niah_single_3", "niah_multikey_3", "niah_multiquery", "vt", "cwe", "fwe"), samples=2),
+        Ruler(("qa_1",), questions=asking(ANSWERS)),
+    ]
+    for ruler in rulers:
+        for item in ruler.items(loaded, 1400):
+            references = item.data["references"]
+            answer_with(monkeypatch, loaded, f" They are {', '.join(references)}; I think")
+            (record,) = ruler.run(loaded, [item])
+            assert record["score"] == 1, record
+            assert record["references"] == references
+            if name == "bytes":  # a tab is a line's end in every output
+                assert record.get("written", references) == [each.replace("\t", "\n") for each in references]
+            if name in ("bytes", "nfc") and record["task"] != "qa_1":
+                assert set(record) <= {"task", "score", "output", "references", "reduced"}, "as ever"
+            for wrong in ("", " nothing 000", f" They are {references[0][:2]}"):
+                answer_with(monkeypatch, loaded, wrong or " ")
+                assert ruler.run(loaded, [item])[0]["score"] == 0
+
+
+def test_a_reference_as_it_stands_counts_as_ever(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = replace(tiny, tokenizer=bytes_of(normalizers.NFC()))
+    (item, *_) = Ruler(("qa_1",), questions=asking([ANSWERS[0], ANSWERS[0]])).items(loaded, 600)
+    ids = bytes_of()(ANSWERS[0])["input_ids"]  # bytes that the model's own tokenizer would not choose
+    monkeypatch.setattr(loaded.model, "generate", lambda batch, **_: torch.cat([batch, torch.tensor([ids])], dim=1))
+    (record,) = Ruler(("vt",)).run(loaded, [item])
+    assert record["output"] == ANSWERS[0] != record["written"][0]
+    assert record["score"] == 1
+
+
+@pytest.mark.parametrize("unknown", ["token", "text", "nothing"])
+def test_a_tokenizer_that_cannot_write_the_answers_is_refused(tiny: LoadedModel, unknown: str) -> None:
+    def told(characters: str, tasks: Sequence[str] = WITHOUT_QUESTIONS, **options: Any) -> str:
+        kind = {"token": "<unk>", "text": "<unk>", "nothing": None}[unknown]
+        loaded = replace(tiny, tokenizer=lacking(characters, kind, named=unknown == "token"))
+        with pytest.raises(UserError) as caught:
+            Ruler(tuple(tasks), samples=2, **options).items(loaded, 2048)
+        return str(caught.value)
+
+    assert re.fullmatch(
+        r"tokenizer: got one that cannot write answers of niah_single_1, .*, niah_multiquery, such as '\d{7}'; "
+        r"what cannot be written is never found; measure only vt,cwe,fwe",
+        told(string.digits),
+    )
+    assert "answers of vt, such as" in told(string.ascii_uppercase)
+    assert told(string.ascii_lowercase, ("cwe", "fwe")).endswith("; measure a model whose tokenizer can")
+    assert "answers of niah_single_3, niah_multikey_3, such as '" in told("-")
+    questions = asking([("Ida 7", "Ida"), ("7", "77")])
+    refused = told(string.digits, ("qa_1", "vt"), questions=questions)
+    assert "of qa_1, such as '7'; " in refused
+    assert refused.endswith("; measure only vt, or take such questions out")
+
+
+def test_one_answer_of_a_question_is_enough(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = replace(tiny, tokenizer=lacking(string.digits))
+    ruler = Ruler(("qa_1",), questions=asking([("Ida 7", "Brandt"), ("Brandt 7", "Ida")]))
+    for item in ruler.items(loaded, 600):
+        can, lost = item.data["references"][1], item.data["references"][0].removesuffix(" 7")
+        for text, value in ((can, 1), (lost, 0)):  # what is left of an answer that cannot be written is not that answer
+            answer_with(monkeypatch, loaded, f" {text}.")
+            (record,) = ruler.run(loaded, [item])
+            assert record["score"] == value
+            assert record["written"] == [None, can]
+
+
+def test_the_command_refuses_such_a_tokenizer_before_it_writes_anything(tmp_path: Path) -> None:
+    folder = save(build("llama"), tmp_path / "model")
+    lacking(string.digits).save_pretrained(folder)
+    command = ("evaluate", "ruler", folder, "--lengths", "1k", "--samples", 1, "--out", tmp_path / "run")
+    done = longrope(*command, "--tasks", "niah_single_1,fwe")
+    assert done.code == 2
+    line = r"longrope: tokenizer: got one that cannot write answers of niah_single_1, such as .*; measure only fwe\n"
+    assert re.fullmatch(line, done.err)
+    assert not (tmp_path / "run").exists()
+
+
 def test_chat_prompts_are_a_turn(tiny: LoadedModel, merging: LoadedModel) -> None:
     ruler = Ruler(("vt", "niah_single_2"), samples=2, chat=True)
     for item in ruler.items(merging, 1024):
@@ -439,6 +598,16 @@ def test_questions_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         "haystack": None,
         "templates": None,
     }
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_questions_end_where_json_lines_do(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    answer = "a\u2028b\u2029c\x85d"
+    lines = [{"question": f"What is {n}?", "answers": answer, "context": f"{n}: {answer}"} for n in range(2)]
+    path.write_bytes("".join(json.dumps(line, ensure_ascii=False) + end for line in lines).encode("utf-8-sig"))
+    made = Ruler.of(["qa_1"], questions=path)
+    assert made.questions == tuple(Question(f"What is {n}?", (answer,), (f"{n}: {answer}",)) for n in range(2))
 
 
 @pytest.mark.parametrize(

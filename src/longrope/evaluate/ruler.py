@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from longrope.errors import UserError
 from longrope.evaluate.generation import greedy
 from longrope.evaluate.intervals import effective_tries, share_interval
 from longrope.evaluate.measures import Item, Record, Summary
+from longrope.evaluate.ruler_answers import check_written, decoded, score, written
 from longrope.evaluate.ruler_fit import Encode, encoder, item, needs
 from longrope.evaluate.ruler_questions import Question, passages, read_questions
 from longrope.evaluate.ruler_samples import Sample
@@ -127,11 +127,13 @@ class Ruler:
     def items(self, loaded: LoadedModel, length: int) -> Sequence[Item]:
         """Prompts that leave room for their answers, as long as fit into `length` tokens together.
 
-        Raises UserError for tasks that do not fit, with the shortest length that does, and without a chat template.
+        Raises UserError for answers that the tokenizer cannot write, for tasks that do not fit, with the shortest
+        length that does, and without a chat template.
         """
         encode = encoder(loaded.tokenizer, chat=self.chat)
         hay = units(self.haystack, _CHARACTERS * length)
         samples = self._samples(length, hay)
+        check_written(samples, loaded.tokenizer)
         self._check_fit(samples, encode, hay)
         return [item(sample, encode) for sample in samples]
 
@@ -200,27 +202,17 @@ class Ruler:
 
 
 def _record(loaded: LoadedModel, item: Item) -> Record:
-    made = greedy(loaded, item.ids, item.data["tokens"])
-    output = clean(str(loaded.tokenizer.decode(made, skip_special_tokens=True)))
+    output = decoded(loaded.tokenizer, greedy(loaded, item.ids, item.data["tokens"]))
     task, references = item.data["task"], item.data["references"]
+    made = [written(loaded.tokenizer, each) for each in references]
     record = {
         "task": task,
-        "score": score(task, output, references),
+        "score": score(task, output, references, made),
         "output": output[:_SHOWN],
         "references": references,
     }
+    record |= {"written": made} if made != references else {}  # what else was found, to read
     return record | ({"reduced": True} if item.data.get("reduced") else {})
-
-
-def clean(output: str) -> str:
-    """An output with its control characters as line ends and without space around it, as published."""
-    return re.sub(r"[\x00-\x1f]", "\n", output).strip()
-
-
-def score(task: str, output: str, references: Sequence[str]) -> float:
-    """Share of the references found in an output, whatever their case; for questions 1 when any of them is."""
-    found = [reference.lower() in output.lower() for reference in references]
-    return float(any(found)) if task in QUESTIONS else sum(found) / len(found)
 
 
 def _hash(content: object) -> str:

@@ -39,7 +39,8 @@ def read_questions(path: str | Path) -> tuple[Question, ...]:
     """The questions of a JSONL file. Raises UserError, naming the line, for one that is not as described above."""
     check_regular(Path(path), "questions", LARGEST)
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        # Not splitlines: U+2028, U+2029 and U+0085 may stand inside a JSON string.
+        lines = Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         got = f"{str(path)!r}, which cannot be read"
         rule = (error.strerror if isinstance(error, OSError) else None) or "it is text in UTF-8"
