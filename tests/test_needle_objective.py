@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import string
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram, WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizer import byte_tokenizer
-from commands import refused
+from commands import refused, write_checkpoint, write_documents
 from longrope.checkpoint import LoadOptions
 from longrope.documents import Document
 from longrope.errors import UserError
@@ -235,6 +237,57 @@ def test_a_template_words_the_needle_the_question_and_the_answer(name: str) -> N
         assert text.count(f"\nDie Zahl von {key} lautet {number}, {key}!\n") == 1
         assert told.endswith(f"{number}.")
         assert len(window.ids) == 500
+
+
+def without_numbers(kind: str) -> PreTrainedTokenizerFast:
+    """One that knows letters and words but no number: what becomes of a number depends on the kind."""
+    letters = sorted(set(string.printable) - set(string.digits) - set(string.whitespace))
+    if kind == "unigram":
+        tokenizer = Tokenizer(Unigram([("<unk>", 0.0), *((each, -3.0) for each in ["▁", *letters])], unk_id=0))
+    elif kind == "words":
+        words = ["<unk>", *letters, *WORDS, *re.findall(r"\w+", INTRO + NEEDLE + QUESTION)]
+        tokenizer = Tokenizer(WordLevel({word: at for at, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    else:
+        tokenizer = Tokenizer(BPE(vocab={each: at for at, each in enumerate(["▁", *letters])}, merges=[]))
+    words_alone = kind == "words"
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace() if words_alone else pre_tokenizers.Metaspace()
+    if not words_alone:
+        tokenizer.decoder = decoders.Metaspace()
+    unknown = None if kind == "drops" else "<unk>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (
+            "words",
+            r"got one that writes '\d{7}' as no tokens of its own after '.* the magic number is'; the answer's tok",
+        ),
+        (
+            "unigram",
+            r"got one that writes '\d{7}' as no tokens of its own after '.* the magic number is'; the answer's",
+        ),
+        (
+            "drops",
+            r"got one that loses (\d{7}): it writes '\1' as ''; each digit is in the prompt, where it is told and",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_write_the_number_is_refused_in_the_line_of_evaluate_needle(
+    kind: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("model"))
+    without_numbers(kind).save_pretrained("model")
+    write_documents(Path("texts"), characters=6000)
+    shared: list[object] = ["model", "-d", "texts", "--out", "run"]
+    assert re.match(f"tokenizer: {line}", refused("evaluate", "needle", *shared, "--lengths", 384))
+    for objective in ("needle", "both"):
+        assert re.match(f"tokenizer: {line}", refused("search", *shared, "--to", 384, "--objective", objective))
+    Path("plan.toml").write_text('[[stages]]\ndo = "search"\nto = "8x"\nobjective = "needle"\n[measure]\npasskey = 0\n')
+    told = refused("extend", *shared, "--to", 384, "--stages", "plan.toml")
+    assert re.match(f"01-search-384: tokenizer: {line}", told)
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE, WordLevel
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizer import byte_tokenizer
@@ -168,6 +171,79 @@ def test_a_tokenizer_that_cannot_write_the_key_is_refused(small: LoadedModel) ->
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")  # type: ignore[no-untyped-call]
     with pytest.raises(UserError, match=r"^tokenizer: got one that writes '\d{5}' as no tokens of its own after 'What"):
         PasskeyMeasure().items(replace(small, tokenizer=tokenizer), 300)
+
+
+LETTERS = [chr(code) for code in range(33, 127) if not chr(code).isdecimal()]
+
+
+def dropping(digits: str) -> PreTrainedTokenizerFast:
+    """A BPE of single letters that drops what it does not know: all digits but these."""
+    vocabulary = {letter: index for index, letter in enumerate(["▁", *LETTERS, *digits])}
+    model = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=model)  # type: ignore[no-untyped-call]
+
+
+def wordpiece(decoder: Any = None) -> PreTrainedTokenizerFast:
+    """A WordPiece of single letters: a word of over 100 of them, or with one that it lacks, is the unknown token."""
+    letters = [*LETTERS, *"0123456789"]
+    vocabulary = {piece: index for index, piece in enumerate(["<unk>", *letters, *(f"##{each}" for each in letters)])}
+    model = Tokenizer(WordPiece(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if decoder is not None:
+        model.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(("digits", "left"), [("", ""), ("13579", "[13579]*"), ("123456", "[1-6]*")])
+def test_a_tokenizer_that_drops_digits_is_refused(small: LoadedModel, digits: str, left: str) -> None:
+    loaded = replace(small, tokenizer=dropping(digits))
+    line = r"^tokenizer: got one that loses (\d{%d}): it writes '\1' as '%s'; each digit is in the prompt, where it is "
+    with pytest.raises(UserError, match=line % (5, left)):
+        PasskeyMeasure(tries=20).items(loaded, 300)
+    documents = [Document("0", "abc " * 200)]
+    with pytest.raises(UserError, match=line % (7, left)):
+        NeedleMeasure(documents, depths=4, tries=1).items(loaded, 300)
+    known = replace(small, tokenizer=dropping("0123456789"))
+    assert len(PasskeyMeasure(tries=20).items(known, 300)) == 20
+
+
+@pytest.mark.parametrize("before", ["x" * 100, "ż"])
+def test_a_tokenizer_that_makes_one_unknown_token_of_the_statement_is_refused(small: LoadedModel, before: str) -> None:
+    loaded = replace(small, tokenizer=wordpiece(decoders.WordPiece()))
+    template = PasskeyTemplate(filler="a b ", statement=before + "{key} ", question="key? ", answer="{key}")
+    line = (
+        rf"^tokenizer: got one that loses (\d{{5}}): it writes '{before[:50]}.* as '<unk>'; each digit is in the prompt"
+    )
+    with pytest.raises(UserError, match=line):
+        PasskeyMeasure(template=template).items(loaded, 100)
+    needle = NeedleTemplate(needle=before + "{number} {key} ", question="{key}? ", answer="{number}")
+    with pytest.raises(UserError, match=line.replace("5", "7", 1)):
+        NeedleMeasure([Document("0", "abc " * 200)], depths=1, template=needle).items(loaded, 200)
+    apart = replace(template, statement=before + " {key} ")
+    assert len(PasskeyMeasure(template=apart).items(loaded, 100)) == 10
+
+
+def full_width() -> PreTrainedTokenizerFast:
+    """One that writes every digit in its full-width form, and every letter small."""
+    digits = "０１２３４５６７８９"
+    vocabulary = {letter: index for index, letter in enumerate(["▁", *LETTERS, *digits])}
+    model = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    wide = [normalizers.Replace(str(index), digit) for index, digit in enumerate(digits)]
+    model.normalizer = normalizers.Sequence([normalizers.Lowercase(), *wide])
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=model)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("made", [wordpiece, partial(wordpiece, decoders.WordPiece(cleanup=True)), full_width])
+def test_a_number_that_is_only_written_otherwise_is_none_that_is_lost(
+    small: LoadedModel, made: Callable[[], PreTrainedTokenizerFast]
+) -> None:
+    tokenizer = made()
+    for item in PasskeyMeasure(tries=5).items(replace(small, tokenizer=tokenizer), 300):
+        tokens = tokenizer.convert_ids_to_tokens(item.ids[-item.data["answer"] :].tolist())
+        answer = unicodedata.normalize("NFKC", "".join(tokens)).replace("#", "").removeprefix("▁")
+        assert (len(answer), answer.isdecimal()) == (5, True)
 
 
 # Chat

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
-from longrope.errors import UserError, first_line
+from longrope.errors import UserError, first_line, shown
 from longrope.windows import bos_of, shared_start, token_ids
 
 if TYPE_CHECKING:
@@ -22,13 +23,17 @@ _CONTENT = "longrope0content"  # stands for the user's turn while the chat templ
 
 @dataclass(frozen=True)
 class Wording:
-    """The texts of one prompt. lead: what the answer follows directly; in a chat it begins the assistant's turn."""
+    """The texts of one prompt. lead: what the answer follows directly; in a chat it begins the assistant's turn.
+
+    number: the digits that are told and asked for.
+    """
 
     intro: str
     told: str
     question: str
     lead: str
     answer: str
+    number: str
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, wording: Wording, *, cha
     """The token ids of a prompt; its answer's are those that end the tokens of the whole text.
 
     chat: all but the lead and the answer is the user's turn of the tokenizer's chat template, and these begin the
-    assistant's. Raises UserError for a tokenizer that cannot write the answer, or has no chat template to use.
+    assistant's. Raises UserError for a tokenizer that cannot write the number, or has no chat template to use.
     """
     if chat:
         before, after = chat_frame(tokenizer)
@@ -68,7 +73,26 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, wording: Wording, *, cha
         head = bos_of(tokenizer) + _ids(tokenizer, wording.intro)
         asked, answer = wording.question + wording.lead, wording.answer
     question, answered = _ending(tokenizer, asked, answer, told=wording.told)
-    return Prompt(head, inner_ids(tokenizer, wording.told), question, answered)
+    prompt = Prompt(head, inner_ids(tokenizer, wording.told), question, answered)
+    check_prompt(tokenizer, prompt, wording)
+    return prompt
+
+
+def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, wording: Wording) -> None:
+    """Raise UserError for a tokenizer that cannot write the number, where it is told or in the answer.
+
+    What it does not know is dropped without a sign, or becomes its unknown token: in some, one for a whole word.
+    """
+    unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt.answer
+    if not prompt.question or unknown:
+        raise _not_apart(wording.question + wording.lead, wording.answer)
+    for text, ids in ((wording.answer, prompt.answer), (wording.told, prompt.told)):
+        written = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        if _digits(wording.number) not in _digits(written):
+            got = f"one that loses {wording.number}: it writes {shown(text.strip())} as {shown(written.strip())}"
+            rule = "each digit is in the prompt, where it is told and in the answer"
+            do = "give a template with the number apart from other words, or a model whose tokenizer has all digits"
+            raise UserError("tokenizer", got=got, rule=rule, do=do)
 
 
 def inner_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -109,13 +133,24 @@ def _ending(tokenizer: PreTrainedTokenizerBase, asked: str, answer: str, *, told
     whole = _following(tokenizer, anchor, asked + answer)
     known = shared_start(_following(tokenizer, anchor, asked), whole)
     question, answered = whole[:known], whole[known:]
-    same_in_the_text = _ids(tokenizer, told + asked + answer)[-len(answered) :] == answered
-    unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in answered
-    if not question or not answered or unknown or not same_in_the_text:
-        got = f"one that writes {answer.strip()!r} as no tokens of its own after {asked.strip()[-40:]!r}"
-        rule = "the answer's tokens are the same wherever the question stands"
-        raise UserError("tokenizer", got=got, rule=rule, do="give a template with another question or answer")
+    # One without tokens is for `check_prompt` to tell.
+    if answered and _ids(tokenizer, told + asked + answer)[-len(answered) :] != answered:
+        raise _not_apart(asked, answer)
     return question, answered
+
+
+def _not_apart(asked: str, answer: str) -> UserError:
+    got = f"one that writes {answer.strip()!r} as no tokens of its own after {asked.strip()[-40:]!r}"
+    rule = "the answer's tokens are the same wherever the question stands"
+    return UserError("tokenizer", got=got, rule=rule, do="give a template with another question or answer")
+
+
+def _digits(text: str) -> str:
+    """The digits of a text, in order.
+
+    All else may be written otherwise: spaces and marks between pieces, case, full-width forms, half a character.
+    """
+    return "".join(letter for letter in normalize("NFKC", text) if letter.isdecimal())
 
 
 def _anchor(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

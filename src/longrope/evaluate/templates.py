@@ -88,7 +88,7 @@ class PasskeyTemplate:
         """The prompt of a key, without filler."""
         told, answer = self.statement.format(key=key), self.answer.format(key=key)
         intro, question, lead = (text.format() for text in (self.intro, self.question, self.lead))
-        return tokenize_prompt(tokenizer, Wording(intro, told, question, lead, answer), chat=chat)
+        return tokenize_prompt(tokenizer, Wording(intro, told, question, lead, answer, key), chat=chat)
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,15 @@ class NeedleTemplate:
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, key: str, number: str, *, chat: bool = False) -> Prompt:
         """The prompt of a name and its number, without its document."""
+        return tokenize_prompt(tokenizer, self.wording(key, number), chat=chat)
+
+    def wording(self, key: str, number: str) -> Wording:
+        """The texts of that prompt."""
         filled = (
             text.format(key=key, number=number)
             for text in (self.intro, self.needle, self.question, self.lead, self.answer)
         )
-        return tokenize_prompt(tokenizer, Wording(*filled), chat=chat)
+        return Wording(*filled, number)
 
 
 PAPER = PasskeyTemplate(

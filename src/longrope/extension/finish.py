@@ -55,7 +55,10 @@ def as_trained(config: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[st
 
 
 def _holds(passkey: PasskeyMeasure, loaded: LoadedModel, length: int) -> bool:
-    """Whether a window holds a passkey's prompt at all, which one of a few dozen tokens does not."""
+    """Whether a window holds a passkey's prompt at all, which one of a few dozen tokens does not.
+
+    Nor does any where the tokenizer cannot write the key.
+    """
     try:
         passkey.items(loaded, length)
     except UserError as error:

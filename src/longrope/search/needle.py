@@ -14,7 +14,7 @@ import numpy as np
 
 from longrope.documents import Document
 from longrope.errors import UserError
-from longrope.evaluate.prompts import Prompt
+from longrope.evaluate.prompts import Prompt, check_prompt
 from longrope.evaluate.templates import FIRST, INTRO_FROM, NEEDLE, SECOND, SHORT_NEEDLE, NeedleTemplate
 from longrope.windows import Window, bos_of, choose_windows, shared_start, spare_windows, token_ids
 
@@ -49,7 +49,8 @@ def needle_windows(
     needle before the document, as LongRoPE2 does; "spread" puts that of window k at (k + 1/2) / count of the document.
     `Window.start` is where the span of the document begins. template: the prompts' wording; by default ours, without
     its introduction below 1024 tokens. With `taken`, the spans are none of those of these windows, and as many of
-    `count` as the documents have. Raises UserError when the prompt does not fit, or the documents do not suffice.
+    `count` as the documents have. Raises UserError when the prompt does not fit, the documents do not suffice, or the
+    tokenizer cannot write the number.
     """
     if depth not in DEPTHS:
         rule = f"it is one of {', '.join(DEPTHS)}"
@@ -83,7 +84,10 @@ def needle_prompts(
     digits: int = DIGITS,
     template: NeedleTemplate | None = None,
 ) -> list[Prompt]:
-    """Each window's prompt, without its document. Raises UserError when one does not fit into a window."""
+    """Each window's prompt, without its document.
+
+    Raises UserError when one does not fit into a window, or the tokenizer cannot write its number.
+    """
     rng = np.random.default_rng(seed)
     wording = SHORT_NEEDLE if length < INTRO_FROM else NEEDLE
     prompt = partial(_own_prompt, tokenizer, wording) if template is None else partial(template.prompt, tokenizer)
@@ -105,13 +109,15 @@ def needle_prompts(
     return prompts
 
 
-def _own_prompt(tokenizer: PreTrainedTokenizerBase, wording: NeedleTemplate, key: str, number: str) -> Prompt:
+def _own_prompt(tokenizer: PreTrainedTokenizerBase, template: NeedleTemplate, key: str, number: str) -> Prompt:
     """A prompt of our own wording, of which the answer is the number alone."""
     ids = partial(token_ids, tokenizer)
+    wording = template.wording(key, number)
     head = bos_of(tokenizer) + (ids(wording.intro) if wording.intro else [])
-    asked = (wording.question + wording.lead).format(key=key)
-    whole = ids(f"{asked} {number}")
+    asked = wording.question + wording.lead
+    whole = ids(asked + wording.answer)
     # The space is scored only where it is one token with the number, or the tokenizer joins even more than that.
     known = max(shared_start(ids(text), whole) for text in (asked, f"{asked} "))
-    assert whole[known:], "a text with a number has more tokens than without it"
-    return Prompt(head, ids(wording.needle.format(key=key, number=number)), whole[:known], whole[known:])
+    prompt = Prompt(head, ids(wording.told), whole[:known], whole[known:])
+    check_prompt(tokenizer, prompt, wording)
+    return prompt
