@@ -120,11 +120,11 @@ class NeedleTemplate:
 
     def wording(self, key: str, number: str) -> Wording:
         """The texts of that prompt."""
-        filled = (
+        intro, told, question, lead, answer = (
             text.format(key=key, number=number)
             for text in (self.intro, self.needle, self.question, self.lead, self.answer)
         )
-        return Wording(*filled, number)
+        return Wording(intro, told, question, lead, answer, number)
 
 
 PAPER = PasskeyTemplate(
