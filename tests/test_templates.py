@@ -221,7 +221,7 @@ def test_a_tokenizer_that_makes_one_unknown_token_of_the_statement_is_refused(sm
     with pytest.raises(UserError, match=line.replace("5", "7", 1)):
         NeedleMeasure([Document("0", "abc " * 200)], depths=1, template=needle).items(loaded, 200)
     apart = replace(template, statement=before + " {key} ")
-    assert len(PasskeyMeasure(template=apart).items(loaded, 100)) == 10
+    assert len(PasskeyMeasure(template=apart).items(loaded, 200)) == 10
 
 
 def full_width() -> PreTrainedTokenizerFast:
