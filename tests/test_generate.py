@@ -83,6 +83,18 @@ def test_a_prompt_comes_from_a_file_or_standard_input_and_quiet_is_quiet(
     assert expected.err == ""
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT, "utf-8-sig")
+    options = ("--dtype", "float32", "--threads", 1, "-n", 3, "--json")
+    expected = longrope("generate", folder, "-p", PROMPT, *options).document["results"][0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeff" + PROMPT))
+    for file in (tmp_path / "prompt.txt", "-"):
+        found = longrope("generate", folder, "--prompt-file", file, *options).document["results"][0]
+        assert (found["prompt"], found["tokens"]) == (expected["prompt"], expected["tokens"])
+
+
 @pytest.mark.parametrize("more", [("--chunk", 7), ("--cache", "quantized", "--chunk", 7), ("--policy", "ahead"),
                                   ("--policy", "fixed"), ("--temperature", 0.7, "--top-k", 5, "--top-p", 0.9),
                                   ("--beams", 2), ("--factors", "none"), ("--chat",)], ids=str)  # fmt: skip

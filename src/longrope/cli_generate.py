@@ -44,6 +44,9 @@ CacheKind = Annotated[
 ]
 Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a pass over a long prompt; by default 2048.")]
 
+_MARK = "\ufeff"
+"""The byte order mark, which some programs begin a text with."""
+
 
 @runs_a_model()
 def generate(
@@ -161,13 +164,13 @@ def _prompt(text: str | None, file: str | None) -> str:
         raise UserError("prompt", got=got, rule=rule, do="give one of them")
     if text is not None:
         return text
-    return sys.stdin.read() if file == "-" else _read(str(file))
+    return sys.stdin.read().removeprefix(_MARK) if file == "-" else _read(str(file))
 
 
 def _read(name: str) -> str:
     check_regular(Path(name), "prompt", LARGEST)
     try:
-        return Path(name).read_text("utf-8")
+        return Path(name).read_text("utf-8-sig")
     except UnicodeDecodeError:
         rule, do = "a prompt is UTF-8 text", "convert the file"
     except (OSError, ValueError) as error:
