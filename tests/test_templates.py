@@ -212,9 +212,7 @@ def test_a_tokenizer_that_drops_digits_is_refused(small: LoadedModel, digits: st
 def test_a_tokenizer_that_makes_one_unknown_token_of_the_statement_is_refused(small: LoadedModel, before: str) -> None:
     loaded = replace(small, tokenizer=wordpiece(decoders.WordPiece()))
     template = PasskeyTemplate(filler="a b ", statement=before + "{key} ", question="key? ", answer="{key}")
-    line = (
-        rf"^tokenizer: got one that loses (\d{{5}}): it writes '{before[:50]}.* as '<unk>.*; each digit is in the prompt"
-    )
+    line = rf"^tokenizer: got one that loses (\d{{5}}): it writes '{before[:50]}.* as '<unk>.*; each digit is in the p"
     with pytest.raises(UserError, match=line):
         PasskeyMeasure(template=template).items(loaded, 100)
     needle = NeedleTemplate(needle=before + "{number} {key} ", question="{key}? ", answer="{number}")

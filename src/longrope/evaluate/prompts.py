@@ -83,7 +83,8 @@ def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, wording: Wo
 
     What it does not know is dropped without a sign, or becomes its unknown token: in some, one for a whole word.
     """
-    unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt.answer
+    # The question's may stand for its last word and the answer together.
+    unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in (prompt.answer or prompt.question)
     if not prompt.question or unknown:
         raise _not_apart(wording.question + wording.lead, wording.answer)
     for text, ids in ((wording.answer, prompt.answer), (wording.told, prompt.told)):
