@@ -30,7 +30,7 @@ from longrope.evaluate.ruler import Ruler
 from longrope.evaluate.ruler_answers import clean, score
 from longrope.evaluate.ruler_fit import encoder, longest, room
 from longrope.evaluate.ruler_questions import Question
-from longrope.evaluate.ruler_samples import Sample, Text
+from longrope.evaluate.ruler_samples import Builder, Sample, Text
 from longrope.evaluate.ruler_tasks import TASKS, builders, units
 from longrope.evaluate.ruler_texts import ENGLISH, read_templates
 from longrope.factors import RopeFactors
@@ -235,6 +235,17 @@ def test_the_search_for_the_longest_builds_few(merging: LoadedModel) -> None:
     assert found
     assert 19_990 < len(found[1]) <= 20_000
     assert len(built) < 14
+
+
+def test_a_haystack_that_a_tokenizer_makes_no_tokens_of_is_refused() -> None:
+    """It drops what it does not know: no number of units would fill the window."""
+    model = Tokenizer(models.BPE(vocab={each: index for index, each in enumerate("0123456789")}, merges=[]))
+    fast: Any = PreTrainedTokenizerFast
+    builder = Builder(lambda units: Text("5 " + "word " * units, "", (), ""), 1)
+    with pytest.raises(
+        UserError, match=r"^tokenizer: got one that makes 1 tokens of a prompt of \d+ char"
+    ):
+        longest(builder, encoder(fast(tokenizer_object=model), chat=False), 100)
 
 
 def test_room_for_the_answer(merging: LoadedModel) -> None:

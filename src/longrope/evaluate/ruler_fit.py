@@ -8,12 +8,14 @@ from collections.abc import Callable
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from longrope.errors import UserError
 from longrope.evaluate.measures import Item
 from longrope.evaluate.prompts import chat_frame
 from longrope.evaluate.ruler_samples import Builder, Sample, Text
 from longrope.evaluate.ruler_tasks import TOKENS, builders
 from longrope.windows import bos_of, token_ids
 
+_MANY = 16  # units a token of the window, a unit being a word or more
 Encode = Callable[[Text], list[int]]
 """Token ids of a prompt with the beginning of its answer."""
 
@@ -68,7 +70,8 @@ def item(sample: Sample, encode: Encode) -> Item:
 def longest(builder: Builder, encode: Encode, budget: int) -> tuple[Text, list[int]] | None:
     """The prompt of most units that has `budget` tokens or fewer, and its ids; None when even the smallest has more.
 
-    Tokens grow almost evenly with units, so that few prompts are tokenized on the way.
+    Tokens grow almost evenly with units, so that few prompts are tokenized on the way. Raises UserError for a tokenizer
+    that makes next to no tokens of them, which would fill no window.
     """
     text = builder.build(builder.least)
     ids = encode(text)
@@ -89,6 +92,10 @@ def longest(builder: Builder, encode: Encode, budget: int) -> tuple[Text, list[i
         ids = encode(text)
         if len(ids) <= budget:
             low, best = (guess, len(ids)), (text, ids)
+            if guess - builder.least > _MANY * budget:
+                got = f"one that makes {len(ids)} tokens of a prompt of {len(text.prompt)} characters"
+                rule = "a window is filled up with text that the tokenizer writes"
+                raise UserError("tokenizer", got=got, rule=rule, do="give documents and templates in a language of the model")
         else:
             high = (guess, len(ids))
     return best
