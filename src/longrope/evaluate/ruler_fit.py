@@ -95,7 +95,8 @@ def longest(builder: Builder, encode: Encode, budget: int) -> tuple[Text, list[i
             if guess - builder.least > _MANY * budget:
                 got = f"one that makes {len(ids)} tokens of a prompt of {len(text.prompt)} characters"
                 rule = "a window is filled up with text that the tokenizer writes"
-                raise UserError("tokenizer", got=got, rule=rule, do="give documents and templates in a language of the model")
+                do = "give documents and templates in a language of the model"
+                raise UserError("tokenizer", got=got, rule=rule, do=do)
         else:
             high = (guess, len(ids))
     return best
