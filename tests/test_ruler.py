@@ -242,9 +242,7 @@ def test_a_haystack_that_a_tokenizer_makes_no_tokens_of_is_refused() -> None:
     model = Tokenizer(models.BPE(vocab={each: index for index, each in enumerate("0123456789")}, merges=[]))
     fast: Any = PreTrainedTokenizerFast
     builder = Builder(lambda units: Text("5 " + "word " * units, "", (), ""), 1)
-    with pytest.raises(
-        UserError, match=r"^tokenizer: got one that makes 1 tokens of a prompt of \d+ char"
-    ):
+    with pytest.raises(UserError, match=r"^tokenizer: got one that makes 1 tokens of a prompt of \d+ char"):
         longest(builder, encoder(fast(tokenizer_object=model), chat=False), 100)
 
 
