@@ -108,9 +108,17 @@ def retrieval(setting: Setting, state: State) -> None:
 
 
 def retrieval_far(setting: Setting, state: State) -> None:
-    """The same beyond that, up to the target, where a prompt takes minutes: as many tries as the paper's ten."""
-    tries = max(1, setting.size.tries // 2)
-    measured = _retrieved(setting, state, 4 * setting.trained[-1], setting.plan.target, tries)
+    """The same beyond that, below the target, where a prompt takes a minute: as many tries as the paper's ten."""
+    _far(setting, state, 4 * setting.trained[-1], setting.plan.target // 2)
+
+
+def retrieval_target(setting: Setting, state: State) -> None:
+    """The same at the target, where a prompt takes minutes."""
+    _far(setting, state, max(4 * setting.trained[-1], setting.plan.target), setting.plan.target)
+
+
+def _far(setting: Setting, state: State, first: int, last: int) -> None:
+    measured = _retrieved(setting, state, first, last, max(1, setting.size.tries // 2))
     state.table("passkeys of other prompts found", [[length, share, ci] for length, share, ci in measured])
 
 
@@ -298,6 +306,7 @@ TABLES = {
     "angles": angles,
     "retrieval": retrieval,
     "retrieval-far": retrieval_far,
+    "retrieval-target": retrieval_target,
     "trained-length": trained_length,
     "nearer": nearer,
     "direct": direct,
