@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from commands import TARGET, contents, longrope, refused, start, table, write_checkpoint, write_documents
+from commands import TARGET, contents, longrope, refused, start, table
 from longrope.checkpoint import LoadOptions
 from longrope.compare import compare
 from longrope.evaluate.execute import Step
@@ -37,15 +37,11 @@ ROWS = [{"country": "Norway", "choices": [" Oslo", " Bergen"], "answer": 0}] * 3
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ground")
-    write_checkpoint(folder / "model")
-    write_documents(folder / "texts")
-    table().save(folder / "good.json")
-    (folder / "tasks").mkdir()
-    (folder / "tasks" / "capitals.yaml").write_text(TASK)
-    (folder / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return folder
+def ground(ground: Path) -> Path:
+    (ground / "tasks").mkdir()
+    (ground / "tasks" / "capitals.yaml").write_text(TASK)
+    (ground / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return ground
 
 
 def command(measure: str, *more: object) -> list[object]:

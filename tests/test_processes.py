@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from commands import TARGET, Ran, table, write_checkpoint, write_documents
+from commands import TARGET, Ran, table
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
@@ -50,11 +50,8 @@ GIVEN: dict[str, Any] = {"length": TARGET, "steps": STEPS, "batch": 4, "learning
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ground")
-    write_checkpoint(folder / "model")
-    write_documents(folder / "texts")
-    table().save(folder / "good.json")
+def ground(ground: Path) -> Path:
+    folder = ground
     (folder / "fsdp.yaml").write_text(FSDP)
     options = LoadOptions(device="cpu", dtype="float32", threads=1)
     where: dict[str, Any] = {
