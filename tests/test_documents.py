@@ -477,6 +477,36 @@ def test_a_prompt_that_is_no_string_and_one_without_a_completion_are_refused(tmp
     assert f"row 1: got the fields prompt; {rule}" in refusal(table)
 
 
+ASKING = "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+
+
+def test_a_prompt_and_a_completion_of_messages_are_parted_where_the_template_asks_for_an_answer(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The shape that TRL calls conversational. What only a prompt ends with, here <think>, is no part of an answer."""
+    chat_tokenizer.chat_template = TEMPLATE + ASKING
+    cut = {"prompt": [{"role": "user", "content": "\ud800?"}], "completion": TALK[1:]}
+    table = {"prompt": [TALK[:1]], "completion": [[TALK[1] | {"tools": None}]]}
+    files = [write_rows(tmp_path / "a.jsonl", cut), write_table(tmp_path / "b.parquet", table)]
+    found = read_sources([str(file) for file in files], tokenizer=chat_tokenizer)
+    parts = [(each.text[: each.prompt], each.text[each.prompt :]) for each in found]
+    answer = "Behind the door.\n"
+    assert parts == [("user: \ufffd\ufffd\ufffd?\nassistant: ", answer), ("user: Where is it?\nassistant: ", answer)]
+
+
+def test_a_prompt_of_messages_that_an_answer_changes_is_refused(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chat_tokenizer.chat_template = "{{ messages | length }} " + TEMPLATE + ASKING
+    rows = write_rows(tmp_path / "a.jsonl", {"prompt": TALK[:1], "completion": TALK[1:]})
+    rule = "line 1: got `prompt`; the chat template writes it the same before an answer as alone; give the whole"
+    assert rule in refusal(rows, tokenizer=chat_tokenizer)
+    for field in ("prompt", "completion"):
+        wrong = write_rows(tmp_path / "b.jsonl", {"prompt": TALK[:1], "completion": TALK[1:], field: ["x"]})
+        assert f"line 1: got `{field}` of another shape" in refusal(wrong, tokenizer=chat_tokenizer)
+    assert "line 1: got `prompt`, and no chat template" in refusal(rows)
+
+
 def test_a_text_that_is_no_string_is_refused(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "a.jsonl", {"text": ["x"]})
     assert "line 1: got a field `text` of type list; `text` is a string" in refusal(rows)

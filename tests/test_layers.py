@@ -27,6 +27,7 @@ LAYERS = [
     ["checkpoint"],
     ["vocabulary"],
     ["model", "doctor.loaded", "doctor.run"],
+    ["conversations"],
     ["documents"],
     ["windows"],
     ["describe"],

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from longrope.conversations import conversation, exchange
 from longrope.errors import UserError, first_line
 from longrope.room import Room
 
@@ -343,15 +344,18 @@ def _quiet(*names: str) -> Iterator[None]:
 
 def _row(name: str, row: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Document:
     """The document of a row: its field `text`, else its `messages` through the chat template, else its `prompt` and
-    `completion`; "" when those are null."""
+    `completion`, which are strings or, through the template, messages; "" when those are null."""
     if not isinstance(row, dict) or not ({"text", "messages"} & row.keys() or {"prompt", "completion"} <= row.keys()):
         raise _no_field(where, list(row) if isinstance(row, dict) else [])
     text = row.get("text")
     if text in (None, "") and row.get("messages") is not None:
-        text = _conversation(row["messages"], row.get("tools"), where, tokenizer)
+        text = conversation(row["messages"], row.get("tools"), where, tokenizer)
     if text is None and row.get("completion") is not None:
-        prompt = _string(row.get("prompt"), "prompt", where)
-        return Document(name, prompt + _string(row["completion"], "completion", where), len(prompt))
+        prompt, completion = row.get("prompt"), row["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            prompt, completion = exchange(prompt, completion, row.get("tools"), where, tokenizer)
+        prompt = _string(prompt, "prompt", where)
+        return Document(name, prompt + _string(completion, "completion", where), len(prompt))
     return Document(name, _string(text, "text", where))
 
 
@@ -367,54 +371,6 @@ def _no_field(where: str, fields: Sequence[object]) -> UserError:
     got = f"the fields {', '.join(map(str, fields))}" if fields else "no fields"
     rule = "a row has a field `text` or `messages`, or `prompt` and `completion`"
     return UserError(where, got=got, rule=rule, do="rename the field that holds it")
-
-
-def _conversation(messages: object, tools: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """`messages`, a list of {role, content, ..}, as the tokenizer's chat template writes them with the row's `tools`.
-
-    Without its BOS, and without an EOS at its end: both are around whatever is trained on.
-    """
-    if tokenizer is None or tokenizer.chat_template is None:
-        got, rule = "`messages`, and no chat template", "`messages` become text through the model's chat template"
-        do = "give documents with `text`, or a model whose tokenizer has a chat template"
-        raise UserError(where, got=got, rule=rule, do=do)
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        got, rule = "`messages` of another shape", "`messages` are a list of objects with role and content"
-        raise UserError(where, got=got, rule=rule, do="convert the field")
-    try:
-        declared: Any = json.loads(tools) if isinstance(tools, str) and tools else tools
-        text = tokenizer.apply_chat_template(
-            [_present(each) for each in messages], tools=declared or None, tokenize=False
-        )
-    except Exception as error:  # a template is a program, and it comes with the model
-        do = "correct the row, or take it out"
-        rule = f"the model's chat template refuses it ({first_line(error)})"
-        raise UserError(where, got="`messages`", rule=rule, do=do) from error
-    return _without_ends(str(text), tokenizer.bos_token, tokenizer.eos_token)
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str)
-
-
-def _present(message: dict[str, Any]) -> dict[str, Any]:
-    """A message without what is null: tables give every one every field, and its parts, too; templates look for it."""
-    present = {key: value for key, value in message.items() if value is not None}
-    if isinstance(parts := present.get("content"), list):
-        present["content"] = [
-            {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else part
-            for part in parts
-        ]
-    return present
-
-
-def _without_ends(text: str, bos: str | None, eos: str | None) -> str:
-    """A conversation without the BOS and the EOS that a template writes, and the space outside of them."""
-    if bos and text.lstrip().startswith(bos):
-        text = text.lstrip().removeprefix(bos)
-    if eos and text.rstrip().endswith(eos):
-        text = text.rstrip().removesuffix(eos)
-    return text
 
 
 def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
