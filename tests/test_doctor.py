@@ -293,6 +293,13 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert refused("doctor", "missing").startswith("model: got missing, which cannot be read; ")
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused("doctor", "empty")
+    for name, inside in (("searched", ""), ("trained", "checkpoint"), ("adapted", "adapter")):
+        (Path(name) / inside).mkdir(parents=True)
+        (Path(name) / "config.json").write_text(json.dumps({"command": "finetune", "settings": {}}))
+        do = {"": f"give the model, with --factors {name}", "checkpoint": f"give {name}/checkpoint"}
+        told = f"model: got {name}, a run; a model is a folder of weights; {do.get(inside, 'train with --merge')}"
+        for command in (["doctor", name], ["generate", name, "-p", "x"]):
+            assert refused(*command).startswith(told)
     Path("list.json").write_text("[]")
     assert refused("doctor", "list.json").startswith("config: got list.json, a list; it is an object; ")
     Path("broken.json").write_text("{")

@@ -155,6 +155,29 @@ def test_adapters_of_shards_are_merged(here: Path) -> None:
     assert_same(here / "run", here / "alone")
 
 
+ROOM = """
+import os, sys
+from longrope.training import arguments
+own = arguments.free_memory
+arguments.free_memory = lambda device: own(device) if os.environ["RANK"] == "0" else 2 * 18 * 10**5
+from longrope.__main__ import main
+main()
+"""
+
+
+def test_processes_with_unequal_memory_have_the_windows_of_one(here: Path) -> None:
+    """Each alone would have chosen how many run together, and others than those of the step would have been read."""
+    (here / "unequal.py").write_text(ROOM)
+    command = words(TORCHRUN, "--batch", 8)
+    command[command.index("longrope") - 1 : command.index("longrope") + 1] = ["unequal.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    alone = launch(here, [sys.executable], "--batch", 8, out="alone")
+    assert alone.code == 0, alone.err
+    assert_same(here / "run", here / "alone")
+
+
 def test_bad_input_of_several_processes_is_told_once(here: Path) -> None:
     ran = launch(here, TORCHRUN, "--batch", 3)
     told = [line for line in ran.err.splitlines() if line.startswith("longrope: ")]
@@ -253,6 +276,17 @@ def test_the_configurations_are_what_they_say(
         assert environment["FSDP_VERSION"] == "2"
 
 
+_FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def test_one_process_has_nothing_to_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in _FSDP2.items():
+        monkeypatch.setenv(name, value)
+    assert World.told() == World()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert World.told() == World(sharded=True), "accelerate has launched it, and shards"
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -263,6 +297,14 @@ def test_the_configurations_are_what_they_say(
         (
             {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "4"},
             "processes: got sequence parallelism over 4 processes; it is DeepSpeed's, which is not used; share",
+        ),
+        (
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+            "processes: got fsdp_version 1; weights are sharded by version 2; set it so in the configuration",
+        ),
+        (
+            {"WORLD_SIZE": "2", **_FSDP2, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+            "processes: got fsdp_state_dict_type FULL_STATE_DICT; a training goes on from shards: SHARDED_STATE_DICT;",
         ),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true"},

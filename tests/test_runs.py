@@ -292,8 +292,8 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         RunFolder.open(tmp_path, other)
     assert str(caught.value) == (
         f"--out: got {tmp_path}, a run where settings.seed was 0, now 7; "
-        'documents.search.0.sha256 was "00", now "ff"; documents.unseen was [], now not set; '
         'settings.method was not set, now "hybrid"; '
+        'documents.search.0.sha256 was "00", now "ff"; documents.unseen was [], now not set; '
         "a run is continued with its own settings; choose another --out"
     )
     assert read_object(tmp_path / "config.json", "config") == CONFIG

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
+from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM, Gemma4UnifiedConfig
 
 from commands import TARGET, contents, longrope, refused, start, table, unfinish_training, write_checkpoint
 from longrope.checkpoint import LoadOptions
@@ -28,7 +28,7 @@ from longrope.training.lora import LoraSettings, with_lora
 from longrope.training.run import finetune
 from longrope.training.state import mark_whole
 from longrope.training.windows import LongWindows
-from models import ORIGINAL, tokens
+from models import ORIGINAL, save, tokens
 
 STEPS = 12
 FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
@@ -91,6 +91,32 @@ def test_of_prompts_the_completions_alone_are_trained_on_and_each_of_their_token
             learned = len(completion) + 1
             total, count = total + float(model(input_ids=ids, labels=labels).loss) * learned, count + learned
     assert found == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_class_that_would_not_be_told_of_the_step_counts_tokens_the_same(here: Path) -> None:
+    """Gemma 4's says that its loss takes no count, and Trainer would mean the means of passes."""
+    text = {
+        "vocab_size": 259, "vocab_size_per_layer_input": 259, "hidden_size": 32, "hidden_size_per_layer_input": 8,
+        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "global_head_dim": 16, "max_position_embeddings": ORIGINAL,
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    own: Any = AutoModelForCausalLM
+    made = own.from_config(Gemma4UnifiedConfig(text_config=text))
+    assert not made.accepts_loss_kwargs
+    save(made, here / "told")
+    rows = [{"prompt": "key?", "completion": " 12345."}, {"prompt": "What is there?", "completion": " Nothing at all."}]
+    (here / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = []
+    for together in (1, 2):
+        loaded = load_model(str(here / "told"), FLOAT32)
+        loaded.batch_tokens = together * TARGET
+        given: dict[str, Any] = {"steps": 2, "batch": 2, "learning_rate": 1e-3, "tracker": "none"}
+        given |= {"documents": [str(here / "asked.jsonl")], "length": TARGET, "factors": here / "good.json"}
+        found.append(finetune(loaded, out=here / f"together-{together}", **given)["losses"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def _documents(here: Path) -> Any:

@@ -29,6 +29,7 @@ from longrope.files import read_json
 from longrope.guard import check_attention, check_files, check_sizes
 from longrope.hardware import half_is_fast_on_cpu
 from longrope.patch import CHOOSE_ROPE
+from longrope.runs import check_no_run
 
 TINY = "tiny"
 """The MODEL that is embedded."""
@@ -171,6 +172,7 @@ def _quantization(options: LoadOptions, dtype: torch.dtype) -> Any:
 def load_config(name: str, source: str, options: LoadOptions) -> Any:
     """The configuration of a causal language model. Raises UserError when it is missing, broken or of another kind."""
     folder = Path(source)
+    check_no_run(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         rule = "a model folder has one"
         raise UserError("model", got=f"folder {name} without config.json", rule=rule, do="give a checkpoint's folder")

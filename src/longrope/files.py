@@ -42,7 +42,7 @@ _DISK_RULES = {
     errno.EPERM: _NOT_ALLOWED,
     errno.ENOENT: _PARENT,
     errno.ENOTDIR: _PARENT,
-    errno.EEXIST: _PARENT,
+    errno.EEXIST: ("a folder is made there, and something else is in its place", "choose another path"),
     errno.EISDIR: ("a file is written there, and a folder is in its place", "choose another path"),
     errno.ENAMETOOLONG: ("the file system must take the name", "choose a shorter path"),
     errno.ENOLCK: _NO_LOCKS,
@@ -87,7 +87,7 @@ def _replace(path: Path, content: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _begun(temporary: Path) -> BinaryIO:
@@ -109,9 +109,17 @@ def remove_leftovers(folder: Path) -> None:
             leftover.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; file systems that cannot sync a folder say EINVAL."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_all(folder: Path) -> None:
+    """Make a folder and all in it durable, before something else says that it is whole."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(place, name))
+        sync(Path(place))
+
+
+def sync(path: Path) -> None:
+    """Make what a file holds, or renames in a folder, durable; file systems that cannot sync a folder say EINVAL."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from longrope.errors import UserError
-from longrope.files import disk_errors, write_atomically
+from longrope.files import disk_errors, sync, sync_all, write_atomically
 
 _NAMES = ".names.json"
 _LAST = "config.json"
@@ -47,7 +47,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
             unfinished.mkdir(parents=True)
             lock = _locked(unfinished, out)
             yield unfinished
+            sync_all(unfinished)
             _put_in_place(unfinished, out)
+            sync(out)
+            sync(out.parent)
     finally:
         if lock is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -66,8 +69,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         yield unfinished
         _open_to_others(unfinished)
+        sync_all(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
+        sync(folder.parent)
 
 
 def _open_to_others(folder: Path) -> None:

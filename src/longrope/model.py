@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -269,7 +270,7 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
         rope=rope,
         own=own,
         table=table,
-        fingerprint=_fingerprint(model, options, table),
+        fingerprint=_fingerprint(model, options, table, Path(source)),
         options=options,
         notes=notes,
     )
@@ -285,13 +286,18 @@ def as_loaded(model: str | LoadedModel, options: LoadOptions | None = None) -> L
     return model if isinstance(model, LoadedModel) else load_model(model, options)
 
 
-def _fingerprint(model: PreTrainedModel, options: LoadOptions, table: FactorTable | None) -> str:
-    """Hash of the configuration, the table beside it, a sample of every weight, and of what else changes results."""
+def _fingerprint(model: PreTrainedModel, options: LoadOptions, table: FactorTable | None, folder: Path) -> str:
+    """Hash of the configuration, the table beside it, a sample of every weight, and of what else changes results.
+
+    Of a folder that brings its own code, which was let run, its files of code are among that.
+    """
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(f"{options.dtype} {options.rope_precision} {transformers.__version__.split('.')[0]}".encode())
     digest.update((options.quantize or "").encode())
     digest.update("".join(row.key for row in table.rows).encode() if table else b"")
+    for path in sorted(folder.glob("*.py")) if options.trust_remote_code else ():
+        digest.update(path.name.encode() + path.read_bytes())
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()

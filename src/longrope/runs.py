@@ -32,6 +32,7 @@ from longrope.files import (
     read_lines,
     read_object,
     remove_leftovers,
+    sync,
     write_atomically,
 )
 from longrope.lengths import format_length
@@ -151,7 +152,11 @@ class RunFolder:
         return read_lines(self.path / RESULTS, required=_RESULT_KEYS)
 
     def finish(self) -> None:
-        """Write DONE, with hashes of everything else, which is there."""
+        """Write DONE, with hashes of everything else, which is there, also after a power cut."""
+        with disk_errors(self.path):
+            for name in _SEALED:
+                if (self.path / name).is_file():
+                    sync(self.path / name)
         write_atomically(self.path / DONE, seals.seal(self.path, _SEALED, (CHECKPOINT, ADAPTER)))
         self.finished = True
 
@@ -188,6 +193,22 @@ def is_run(folder: Path) -> bool:
     return isinstance(data, dict) and "command" in data and isinstance(data.get("settings"), dict)
 
 
+def check_no_run(folder: Path) -> None:
+    """Raise UserError for the folder of a run where a model is wanted, with what to give in its place."""
+    try:
+        if not (folder.is_dir() and is_run(folder)):
+            return
+    except UserError:  # a broken config.json is told by whoever reads it as a model's
+        return
+    if (folder / CHECKPOINT).is_dir():
+        do = f"give {folder / CHECKPOINT}"
+    elif (folder / ADAPTER).is_dir():
+        do = "train with --merge, and give its checkpoint"
+    else:
+        do = f"give the model, with --factors {folder} where it has factors"
+    raise UserError("model", got=f"{folder}, a run", rule="a model is a folder of weights", do=do)
+
+
 def _take_lock(path: Path) -> int:
     """A descriptor that holds the lock of a run until it is closed or the process ends."""
     file = path / LOCK
@@ -215,7 +236,8 @@ def _check_same(path: Path, wanted: Mapping[str, Any], budget_keys: Sequence[str
     if _FINGERPRINT in new and _FINGERPRINT not in changed and _NAME in changed:
         changed.remove(_NAME)  # the same model by another path: it was moved, or is the last stage of a run that was
     grown = [key for key in changed if _is_budget(key, budget_keys) and _grows(old.get(key), new.get(key))]
-    if differing := [key for key in changed if key not in grown]:
+    # What was said comes before what follows of it: one more window changes the place of many.
+    if differing := sorted((key for key in changed if key not in grown), key=lambda key: key.startswith("documents.")):
         shown = "; ".join(f"{key} was {_show(old.get(key))}, now {_show(new.get(key))}" for key in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         rule = "a run is continued with its own settings" + (", only a budget may grow" if budget_keys else "")

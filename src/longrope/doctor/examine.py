@@ -19,6 +19,7 @@ from longrope.factors import FACTORS, FactorTable
 from longrope.files import read_json, write_atomically
 from longrope.folders import is_free, whole_folder
 from longrope.guard import files_to_copy
+from longrope.runs import check_no_run
 
 SEVERITIES = ("error", "warning", "note")
 """error: does not load, or rotates wrongly. warning: an engine does something else. note: good to know."""
@@ -69,6 +70,7 @@ def files_of(model: str) -> Path:
     Raises UserError for a model that is not there.
     """
     if Path(model).exists():
+        check_no_run(Path(model))
         return Path(model)
     if model == "tiny":
         return Path(str(files("longrope") / "assets" / "tiny"))

@@ -40,11 +40,16 @@ def check_shareable(loaded: LoadedModel) -> None:
     Local layers lose their masks there, and what else passes something on from token to token (states, convolutions)
     would pass it on within the pieces that a process has.
     """
-    kinds = set(getattr(loaded.model.config.get_text_config(), "layer_types", None) or ()) - {EXTENDED_LAYERS}
+    config, name = loaded.model.config.get_text_config(), type(loaded.model).__name__
+    kinds = set(getattr(config, "layer_types", None) or ()) - {EXTENDED_LAYERS}
     with loaded.looking():
         whole = not kinds and documents_are_apart(loaded)
     if not whole:
-        name = type(loaded.model).__name__
         got = f"{name}, with layers of {', '.join(sorted(kinds))}" if kinds else f"{name}, of more than attention"
         rule = "processes share a window where every layer attends to all of it"
+        raise UserError("processes", got=got, rule=rule, do="use FSDP without context parallelism")
+    # Where accelerate looks for attention; anywhere else it is given a mask, which torch's does not take.
+    attending = sum(each.endswith("self_attn") for each, _ in loaded.model.named_modules())
+    if attending < config.num_hidden_layers:
+        got, rule = f"{name}, whose attention has another name", "accelerate shares layers named self_attn"
         raise UserError("processes", got=got, rule=rule, do="use FSDP without context parallelism")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -19,16 +20,21 @@ from longrope.memory import Kept, free_memory
 from longrope.model import LoadedModel
 from longrope.training.recipes import Recipe
 from longrope.training.settings import DEFAULT_TRACKER, Training
+from longrope.training.state import windows_of_a_pass
 from longrope.training.world import World
 
+logger = logging.getLogger(__name__)
+
 _PROBE = 32  # tokens; what a training keeps is measured at one, two and four times as many
-_OPTIMIZER_BYTES = 12  # a gradient and two moments in float32
+_OPTIMIZER_BYTES = 12  # of a weight: its gradient and two moments in float32
+_REDUCTION_BYTES = 4  # of a weight, where processes sum gradients: in buffers beside them
 
 
 def arguments_of(
-    loaded: LoadedModel, trained: Any, given: Training, recipe: Recipe, state: Path, world: World
+    loaded: LoadedModel, trained: Any, given: Training, recipe: Recipe, state: Path, world: World, last: Path | None
 ) -> TrainingArguments:
-    """What Trainer is told. trained: the model, with its adapters where it has any. state: the folder of checkpoints.
+    """What Trainer is told. trained: the model, with its adapters where it has any. state: the folder of checkpoints,
+    last: the one to go on from, whose windows run together as they did before, while these fit.
 
     Raises UserError when a window does not fit into memory, with what would.
     """
@@ -37,11 +43,21 @@ def arguments_of(
     most = 1 if given.mixed is not None else max(1, loaded.batch_tokens // given.length)
     sizes = [size for size in range(min(share, most), 0, -1) if share % size == 0]
     on_cuda = loaded.device.type == "cuda"
-    half = torch.cuda.is_bf16_supported() if on_cuda else loaded.options.dtype in (AUTOCAST, "bfloat16")
+    if on_cuda:
+        half = loaded.options.dtype != "float32" and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        half = loaded.options.dtype in (AUTOCAST, "bfloat16")
+    # Windows that are grouped otherwise are summed otherwise, and differ in rounding.
+    before = None if last is None else windows_of_a_pass(last)
+    if before in sizes:
+        sizes = sizes[sizes.index(before) :]
     # Of shards nothing is estimated: what does not fit into one process is what they are for.
     together, again = sizes[0], given.gradient_checkpointing is not False
     if world.window_size == 1 and not world.sharded:
-        together, again = windows_at_once(loaded, trained, given, sizes, half=half)
+        room = room_for_windows(loaded, trained, world)
+        together, again = windows_at_once(loaded, trained, given, sizes, room, half=half)
+        if before is not None and together != before:
+            logger.info("%d windows run together, where %d did before: losses may differ in rounding", together, before)
     # Its name from transformers 5.23 on, which warns of the older one.
     twice = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
     made = TrainingArguments(
@@ -76,6 +92,8 @@ def arguments_of(
         # Between reductions FSDP would keep the gradient of all weights on every device, in bfloat16.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if world.sharded else None,
     )
+    # A launcher's configuration has one, too, which Trainer takes where bf16 is off.
+    made.mixed_precision = "bf16" if half else "no"
     return made if world.size > 1 else on_one_device(made)
 
 
@@ -107,17 +125,23 @@ def trackers(wanted: str) -> list[str]:
     return names
 
 
+def room_for_windows(loaded: LoadedModel, trained: Any, world: World) -> float:
+    """Bytes for windows beside gradients and optimizer: the least of all processes, which have to share alike."""
+    weights = sum(each.numel() for each in trained.parameters() if each.requires_grad)
+    beside = (_OPTIMIZER_BYTES + (_REDUCTION_BYTES if world.size > 1 else 0)) * weights
+    processes = world.local_size if loaded.device.type == "cpu" else 1
+    return world.least(free_memory(loaded.device) / processes - beside)
+
+
 def windows_at_once(
-    loaded: LoadedModel, trained: Any, given: Training, sizes: Sequence[int], *, half: bool
+    loaded: LoadedModel, trained: Any, given: Training, sizes: Sequence[int], room: float, *, half: bool
 ) -> tuple[int, bool]:
     """Windows of a pass, the first of `sizes` that fits, and whether layers are computed twice.
 
-    half: whether products are computed in bfloat16. Raises UserError when one window does not fit even so, with what
-    would.
+    room: bytes for them. half: whether products are computed in bfloat16. Raises UserError when one window does not fit
+    even so, with what would.
     """
     config = loaded.model.config.get_text_config()
-    weights = sum(each.numel() for each in trained.parameters() if each.requires_grad)
-    room = free_memory(loaded.device) - _OPTIMIZER_BYTES * weights
     kept = [_kept(loaded, trained, given.length, half=half)]
     if given.mixed is not None:
         kept.append(_of_rows(_kept(loaded, trained, given.length, half=half, packed=True), loaded.rope.original_length))

@@ -76,8 +76,23 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
         count = (targets != NO_TARGET).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 
-    with _prepared_anew(model), with_forward(model, forward):
+    with _prepared_anew(model), _told_of_the_step(model), with_forward(model, forward):
         yield
+
+
+@contextmanager
+def _told_of_the_step(model: nn.Module) -> Iterator[None]:
+    """Let Trainer tell the forward pass how many tokens a step learns, where a class says that its own knows no such
+    thing (Gemma 3n and 4): the loss of a step would depend on how its windows are shared out over passes."""
+    name = "accepts_loss_kwargs"
+    if not hasattr(type(model), name):
+        yield
+        return
+    vars(model)[name] = True
+    try:
+        yield
+    finally:
+        del vars(model)[name]
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from longrope.training.callbacks import Progress, Watch
 from longrope.training.lora import merged, with_lora
 from longrope.training.loss import chunked_loss
 from longrope.training.recipes import Recipe
-from longrope.training.settings import DEFAULT_TRACKER, Training, described, settings_of
+from longrope.training.settings import DEFAULT_TRACKER, Training, check_trainable, described, settings_of
 from longrope.training.sharded import check_shards
 from longrope.training.state import damaged, keep_losses, last_whole
 from longrope.training.trainer import ResumingTrainer, ShardingTrainer, gathered
@@ -78,6 +78,7 @@ def finetune(
     if not trackers(given.tracker) and given.tracker == DEFAULT_TRACKER:
         logger.info("no TensorBoard here: the losses are in %s alone (install longrope[tensorboard])", LOSSES)
     loaded = as_loaded(model, options)
+    check_trainable(loaded, given)
     table = loaded.table if factors is None else as_table(factors)
     if table is None:
         rule = "a model is trained with the factors of the longer window"
@@ -210,7 +211,9 @@ def _train(
             with loaded.looking():
                 trained = with_lora(model, given.lora, given.seed, quantized=loaded.options.quantize is not None)
         with chunked_loss(model):
-            arguments = arguments_of(loaded, trained, given, recipe, path / STATE, world)
+            arguments = arguments_of(
+                loaded, trained, given, recipe, path / STATE, world, None if last is None else Path(last)
+            )
             # Of mixed windows the length decides which factors they have: a cut one stays longer than short documents.
             least = 1 if given.mixed is None else loaded.rope.original_length + 1
             # Shared windows are cut into equal parts.

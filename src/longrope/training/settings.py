@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from longrope.checkpoint import AUTOCAST, LoadOptions, load_options, taken
+from longrope.documents import as_sources
 from longrope.errors import UserError
+from longrope.model import LoadedModel
 from longrope.training.lora import LoraSettings
 from longrope.training.recipes import SAVED, Recipe, recipe_of
 
+logger = logging.getLogger(__name__)
+
+_HALF = ("bfloat16", "float16")
 DEFAULT_TRACKER = "tensorboard"
 """What Trainer reports to where nothing is asked for."""
 
@@ -27,8 +33,8 @@ class Training:
     """
 
     length: int
-    documents: Sequence[str] = ()
-    short_documents: Sequence[str] = ()
+    documents: str | Sequence[str] = ()
+    short_documents: str | Sequence[str] = ()
     hold_out: bool = False
     mixed: float | None = None
     lora: LoraSettings | None = None
@@ -38,6 +44,10 @@ class Training:
     save_dtype: str | None = None
     tracker: str = DEFAULT_TRACKER
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "short_documents"):
+            object.__setattr__(self, name, as_sources(getattr(self, name)))
 
 
 def settings_of(
@@ -69,10 +79,27 @@ def settings_of(
     if options.quantize is not None and adapters is None:
         rule = "weights of so few bits are not trained"
         raise UserError("--quantize", got=f"{options.quantize} without --lora", rule=rule, do="give --lora RANK")
-    # All weights are trained in float32, under autocast; a frozen base is in half precision where that computes fast.
-    if options.dtype == "auto" and options.placement != "cpu" and adapters is None:
-        options = replace(options, dtype=AUTOCAST)
-    return given, chosen, options
+    return given, chosen, options if adapters is not None else _of_all_weights(options)
+
+
+def _of_all_weights(options: LoadOptions) -> LoadOptions:
+    """All weights are trained in float32, under autocast; a frozen base is in half precision where that computes fast.
+
+    In half precision a step of the papers' learning rate is below half a unit of most weights, and rounds to nothing.
+    """
+    if options.dtype in _HALF:
+        logger.info("--dtype %s: weights are trained in float32, and multiplied in bfloat16", options.dtype)
+        return replace(options, dtype=AUTOCAST)
+    if options.dtype == "auto" and options.placement != "cpu":
+        return replace(options, dtype=AUTOCAST)
+    return options
+
+
+def check_trainable(loaded: LoadedModel, given: Training) -> None:
+    """Raise UserError for all weights of a model that was given loaded, in half precision: see `_of_all_weights`."""
+    if given.lora is None and loaded.options.dtype in _HALF:
+        got, rule = f"a model that is loaded in {loaded.options.dtype}", "all weights are trained in float32"
+        raise UserError("model", got=got, rule=rule, do="load it with dtype autocast or float32, or give its name")
 
 
 def described(given: Training, recipe: Recipe) -> dict[str, Any]:

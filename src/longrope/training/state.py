@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.errors import UserError
-from longrope.files import append_line, as_line, read_lines, read_object, write_atomically
+from longrope.files import append_line, as_line, disk_errors, read_lines, read_object, sync, sync_all, write_atomically
 
 WHOLE = "longrope.json"
 """Written into a checkpoint when all else is there: the size of every file, a checksum, and which training's it is."""
@@ -22,6 +22,9 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def mark_whole(checkpoint: Path, of: str) -> None:
     """Say that everything of a checkpoint is written. of: the identity of the run that wrote it."""
+    with disk_errors(checkpoint):
+        sync_all(checkpoint)
+        sync(checkpoint.parent)
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
     sums = {name: _checksum(checkpoint / name) for name, size in sizes.items() if size <= _SUMMED}
     write_atomically(checkpoint / WHOLE, json.dumps({"of": of, "sizes": sizes, "crc32": sums}) + "\n")
@@ -75,6 +78,12 @@ def damaged(checkpoint: Path, what: str) -> UserError:
     got, rule = f"{checkpoint}: {what}", "a training goes on from whole files"
     do = "restore the file, or remove that folder: the same command goes on from the checkpoint before"
     return UserError("checkpoint", got=got, rule=rule, do=do)
+
+
+def windows_of_a_pass(checkpoint: Path) -> int | None:
+    """How many windows a process ran together in the training that wrote a checkpoint, None where it does not say."""
+    found = read_object(checkpoint / _TRAINERS, "state of a training").get("train_batch_size")
+    return found if isinstance(found, int) else None
 
 
 def step_of(checkpoint: Path) -> int:

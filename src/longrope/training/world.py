@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils.operations import broadcast_object_list
+from accelerate.utils.operations import broadcast_object_list, gather_object
 
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 
 # The first process alone saves, which takes long for a large model: NCCL's own ten minutes would end the others.
 _PATIENCE = timedelta(hours=2)
+_SHARDS = "SHARDED_STATE_DICT"
 _Told = TypeVar("_Told")
 
 
@@ -24,25 +25,30 @@ _Told = TypeVar("_Told")
 class World:
     """What a launcher (torchrun, accelerate launch) has told this process; alone without one.
 
-    size: processes in all. rank: this one, 0 writes. local_rank: on this machine. window_size: processes that share
-    one window (context parallelism). sharded: whether FSDP shards the weights.
+    size: processes in all. rank: this one, 0 writes. local_rank: on this machine, which has local_size of them.
+    window_size: processes that share one window (context parallelism). sharded: whether FSDP shards the weights.
     """
 
     size: int = 1
     rank: int = 0
     local_rank: int = 0
+    local_size: int = 1
     window_size: int = 1
     sharded: bool = False
 
     @classmethod
     def told(cls) -> World:
-        """From the environment that launchers set. Raises UserError for tensor parallelism and for DeepSpeed."""
+        """From the environment that launchers set.
+
+        Raises UserError for tensor parallelism, DeepSpeed, the older FSDP, and checkpoints of FSDP that are not shards.
+        """
         number = {
             name: int(os.environ.get(variable, default))
             for name, variable, default in (
                 ("size", "WORLD_SIZE", "1"),
                 ("rank", "RANK", "0"),
                 ("local_rank", "LOCAL_RANK", "0"),
+                ("local_size", "LOCAL_WORLD_SIZE", "1"),
             )
         }
         if _is_set("ACCELERATE_USE_DEEPSPEED"):
@@ -64,7 +70,11 @@ class World:
                 do = "share windows by context parallelism: parallelism_config_cp_size"
                 raise UserError("processes", got=got, rule=rule, do=do)
             shared = sizes["CP"]
-        return cls(**number, window_size=shared, sharded=_is_set("ACCELERATE_USE_FSDP"))
+        # Without a launcher one process has nothing to share; accelerate shards over one that it has launched, too.
+        sharded = _is_set("ACCELERATE_USE_FSDP") and (number["size"] > 1 or "LOCAL_RANK" in os.environ)
+        if sharded:
+            _check_fsdp()
+        return cls(**number, window_size=shared, sharded=sharded)
 
     @property
     def main(self) -> bool:
@@ -121,10 +131,24 @@ class World:
         broadcast_object_list(found, from_process=0)
         return found[0]  # type: ignore[no-any-return]
 
+    def least(self, value: float) -> float:
+        """The least of what all processes have."""
+        return value if self.size == 1 else min(gather_object([value]))
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
             PartialState().wait_for_everyone()
+
+
+def _check_fsdp() -> None:
+    """Raise UserError for what accelerate's FSDP can be told that a training here cannot go on from."""
+    do = "set it so in the configuration, as examples/accelerate/8-gpus.yaml has it"
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise UserError("processes", got=f"fsdp_version {version}", rule="weights are sharded by version 2", do=do)
+    if (kind := os.environ.get("FSDP_STATE_DICT_TYPE", _SHARDS)) != _SHARDS:
+        rule = f"a training goes on from shards: {_SHARDS}"
+        raise UserError("processes", got=f"fsdp_state_dict_type {kind}", rule=rule, do=do)
 
 
 def check_first_device(device: str) -> None:

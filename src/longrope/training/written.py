@@ -14,7 +14,7 @@ import torch
 from longrope.checkpoint import DTYPES
 from longrope.convert import to_transformers_config
 from longrope.errors import UserError
-from longrope.export.transformers import extended_config
+from longrope.export.transformers import extended_config, lengthen_tokenizer
 from longrope.factors import FACTORS, FactorTable
 from longrope.files import write_atomically
 from longrope.model import LoadedModel
@@ -60,12 +60,13 @@ def write_factors(folder: Path, loaded: LoadedModel, table: FactorTable) -> None
     """The factors of a transformers folder: its factors.json, and config.json where that can express them."""
     table.to_be_given_away().save(folder / FACTORS)
     last = table.rows[-1]
+    lengthen_tokenizer(folder / "tokenizer_config.json", last.up_to)
     alone = len(table.rows) == 1 and last.up_to > table.original_length
     long = replace(table, rows=(last.with_values(up_to=table.original_length), last)) if alone else table
     try:
         keys = to_transformers_config(long)
     except UserError as error:
-        logger.info("config.json keeps the original window, %s is what counts: %s", FACTORS, error)
+        logger.info("config.json keeps the window of the base, %s is what counts: %s", FACTORS, error)
         return
     config = json.loads((folder / "config.json").read_text())
     write_atomically(folder / "config.json", json.dumps(extended_config(config, keys, loaded), indent=2) + "\n")
