@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
+from longrope.export.card import model_card
 from longrope.export.run import export
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.model import LoadedModel, load_model
@@ -329,6 +330,29 @@ def test_the_model_card_says_what_the_window_means(window: str, tmp_path: Path) 
     first = "| 48 | 0 | 1.2000 | 1.5 to 6.4 |" if window == "long" else "| 48 | 0 | 1.2000 | 1 to 1.7 |"
     rows = [line for line in card.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert rows == [first, *(["| 192 | 0 | 1.2000 | 1.5 to 6.4 |"] if window != "short" else [])]
+
+
+def test_the_model_card_keeps_what_the_hub_reads_of_the_original_and_names_the_model(tmp_path: Path) -> None:
+    loaded = saved(tmp_path)
+    about = "---\nlicense: apache-2.0\nlanguage:\n- en\n---\n"
+    (tmp_path / "llama" / "README.md").write_text(f"{about}# Llama\n---\nA model.\n")
+    (tmp_path / "llama").rename(tmp_path / "checkpoint")
+    table_for(loaded).to_be_given_away().save(tmp_path / "checkpoint" / "factors.json")
+    table = replace(table_for(loaded), model="acme/llama")
+    out = export(load_model(str(tmp_path / "checkpoint")), table, tmp_path / "out")
+    card = (out / "README.md").read_text()
+    assert card.startswith(f"{about}\n# llama, extended to 192 tokens\n")
+    assert "A model." not in card
+
+
+def test_the_model_card_has_no_figures_beyond_what_is_served() -> None:
+    rows = (unscaled(8, ORIGINAL), RopeFactors(LONG, (2.0,) * 8))
+    results = [{"method": "longrope", "length": length, "value": 2.0 + length} for length in (ORIGINAL, LONG)]
+    for served, shown in ((rows[:1], ["50.000"]), (rows, ["50.000", "194.000"])):
+        card = model_card("a", FactorTable(500.0, 16, ORIGINAL, served), "short", measured={"results": results})
+        assert [
+            line.split(" | ")[2].strip(" |") for line in card.splitlines() if line.startswith("| longrope")
+        ] == shown
 
 
 def test_an_export_works_while_factors_are_on_the_model(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,9 +23,11 @@ import torch
 from safetensors.torch import load_file
 
 from commands import SHAPE, TARGET, Ran, contents, longrope, refused, start, write_checkpoint, write_documents
+from longrope import __version__
 from longrope.checkpoint import LoadOptions
 from longrope.documents import read_sources
 from longrope.errors import UserError
+from longrope.extension.finish import as_trained
 from longrope.extension.going import Texts, check_documents
 from longrope.extension.plan import PLANS, Measures, Plan, Stage, default_plan, make_plan, read_plan, search_settings
 from longrope.extension.run import extend
@@ -127,6 +130,12 @@ def test_an_extension_ends_with_the_table_the_checkpoint_the_measurements_and_th
     assert "<h2>Stages</h2>" in page
     assert all(name in page for name in names)
     assert "in 6 steps" in page
+    assert "The convergence: there is no" not in page, "that of its stages is there"
+    counted = re.findall(r"<summary>Documents: ([^<]*)", page)
+    assert counted == ["train: 4 documents", "search: 4 documents", "unseen: 2 documents"]
+    for checkpoint, longest in ((run, FAR), (run / names[1], TARGET)):
+        tokenizer = json.loads((checkpoint / "checkpoint" / "tokenizer_config.json").read_text())
+        assert tokenizer["model_max_length"] == longest
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
@@ -150,6 +159,16 @@ def test_embeddings_that_are_tied_stay_so_where_they_are_trained_beside_adapters
     with torch.no_grad():
         ours, theirs = (load_model(str(each), FLOAT32).model(input_ids=ids).logits for each in (final, trained))
     assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_has_one_dtype_under_whatever_name_its_base_had_it() -> None:
+    old, new = {"torch_dtype": "bfloat16", "vocab_size": 9}, {"dtype": "float32", "vocab_size": 9}
+    assert as_trained(old, new) == new
+    assert as_trained({"text_config": old}, {"text_config": new, "dtype": "float32"}) == {
+        "text_config": new,
+        "dtype": "float32",
+    }
+    assert as_trained(old, {}) == old
 
 
 def test_the_checkpoint_is_the_fine_tuned_weights_with_the_whole_table(made: Path) -> None:
@@ -312,6 +331,7 @@ def test_a_stage_that_was_removed_is_made_again(here: Path, made: Path) -> None:
     assert ran.code == 0, ran.err
     assert f"01-search-{TARGET} is done" in ran.err
     assert f"03-second-{FAR} is done" in ran.err, "the same weights came of it again"
+    assert [line["stage"] for line in read_lines(here / "run" / "stages.jsonl")].count(f"02-finetune-{TARGET}") == 1
     assert "resumed" not in Path("run/metrics.json").read_text(), "its seconds are all that it took"
     assert (here / "run" / "factors.json").read_bytes() == (made / "run" / "factors.json").read_bytes()
 
@@ -350,6 +370,21 @@ def test_a_stage_that_was_changed_and_one_of_other_inputs_are_refused(here: Path
     assert told in ran_into(here)
 
 
+@pytest.mark.parametrize("name", [f"01-search-{TARGET}", f"02-finetune-{TARGET}"])
+def test_a_stage_whose_folder_is_no_run_any_more_is_told_with_what_makes_it_again(
+    here: Path, made: Path, name: str
+) -> None:
+    copied(made, here)
+    Path("run", name, "DONE").unlink()
+    Path("run", name, "config.json").write_text("{}\n")
+    told = ran_into(here)
+    assert told.startswith("longrope: stage: got ")
+    assert told.endswith(f"; remove run/{name}: the same command makes it again\n")
+    shutil.rmtree(Path("run", name))
+    assert longrope(*command("--stages", "plan.toml", "-q")).code == 0
+    assert Path("run/factors.json").read_bytes() == (made / "run" / "factors.json").read_bytes()
+
+
 @pytest.mark.parametrize("name", ["documents", "short_documents"])
 def test_a_training_whose_own_documents_have_changed_is_refused(here: Path, name: str) -> None:
     for folder, text in (("tasks", "0.txt"), ("other", "1.txt")):
@@ -374,12 +409,12 @@ def test_a_training_whose_own_documents_have_changed_is_refused(here: Path, name
     Path("tasks/renamed").mkdir()
     task = task.rename("tasks/renamed/0.txt")
     trained = Path("run", train.name, "checkpoint", "model.safetensors").stat()
-    assert extend("model", **given)["results"]
+    finished = extend("model", **given)["results"]
     assert Path("run", train.name, "checkpoint", "model.safetensors").stat() == trained, "the same, elsewhere"
     task.write_text(whole.replace("rope", "cord"))
     with pytest.raises(UserError) as refusal:
         extend("model", **given)
-    assert str(refusal.value) == told, "of a finished run, too"
+    assert str(refusal.value) == told.replace(train.name + ":", f"{train.name} and run/DONE:"), "of a finished run, too"
 
     lines = read_lines(Path("run/stages.jsonl"))
     assert lines[1]["inputs"].pop(name)
@@ -387,6 +422,14 @@ def test_a_training_whose_own_documents_have_changed_is_refused(here: Path, name
     Path("run/stages.jsonl").write_text("".join(as_line(line) for line in lines))
     assert extend("model", **given)["results"], "an earlier version did not write down which they were"
     assert Path("run", train.name, "checkpoint", "model.safetensors").stat() == trained
+
+    task.write_text(whole[::-1])
+    shutil.rmtree(Path("run", train.name))  # as it was told
+    Path("run/DONE").unlink()
+    again = extend("model", **given)["results"]
+    # Of short documents so few steps may have drawn none.
+    assert again != finished or name == "short_documents", "what was measured before is of other weights"
+    assert again == extend("model", **given | {"out": "fresh"})["results"]
 
 
 @pytest.mark.parametrize("name", ["results.jsonl", "evaluations.jsonl", "metrics.json"])
@@ -430,6 +473,44 @@ def test_without_training_it_is_one_search_and_says_what_that_costs() -> None:
     assert "unchanged" in Path("run/checkpoint/README.md").read_text()
     assert json.loads(Path("run/passkey/metrics.json").read_text())["measure"] == "passkey"
     assert "passkey" in Path("run/report.html").read_text()
+
+
+def test_searches_without_a_training_leave_a_row_each(here: Path) -> None:
+    stages = tuple(
+        Stage(number, "search", to, "base", {"windows": 2, "evaluations": 2})
+        for number, to in ((1, 2 * ORIGINAL), (2, TARGET))
+    )
+    plan = Plan(stages, Measures(windows=1, passkey=0))
+    extend("model", to=TARGET, documents="texts", out="rows", stages=plan, options=FLOAT32)
+    table = FactorTable.load(here / "rows" / "factors.json")
+    assert table.lengths == [ORIGINAL, 2 * ORIGINAL, TARGET]
+    for row, stage in zip(table.rows[1:], stages, strict=True):
+        assert row == FactorTable.load(here / "rows" / stage.name / "factors.json").row_for(stage.to)
+    names = f"01-search-{2 * ORIGINAL}, 02-search-{TARGET}"
+    assert table.provenance == {"command": "extend", "stages": names, "longrope": __version__}
+
+
+def test_a_recovery_begins_with_the_scaling_that_the_base_had(here: Path) -> None:
+    scaled = write_checkpoint(here / "scaled")
+    config = json.loads((scaled / "config.json").read_text())
+    scaling = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": ORIGINAL // 2, "rope_theta": 500.0}
+    (scaled / "config.json").write_text(json.dumps(config | {"rope_parameters": scaling, "rope_scaling": None}))
+    own = load_model(str(scaled), FLOAT32).meaning.rows[-1]
+    assert set(own.rescale) != {1.0}
+    base = load_model(str(scaled), FLOAT32).rope.original_length
+    few = {"windows": 2, "evaluations": 20}
+    stages = (
+        Stage(1, "search", TARGET, "base", few),
+        Stage(2, "finetune", TARGET, settings={"steps": 2, "batch": 2}),
+        Stage(3, "recovery", base, settings=few),
+    )
+    plan = Plan(stages, Measures(windows=1, passkey=0))
+    extend("scaled", to=TARGET, documents="texts", out="back", stages=plan, options=FLOAT32, tracker="none")
+    lines = read_lines(here / "back" / stages[2].name / "evaluations.jsonl")
+    tried = [line for line in lines if line["origin"].startswith("init")]
+    assert tried
+    assert any(line["rescale"] == pytest.approx(own.rescale, rel=1e-5) for line in tried)
 
 
 def test_a_launcher_trains_the_stage(here: Path, made: Path) -> None:
@@ -561,6 +642,8 @@ TRAIN = {"do": "finetune", "to": "4x", "steps": 2}
         (plan_of({"do": "search"}), 'stage 1: to: got None; it is a length such as "128k"'),
         (plan_of({"do": "search", "to": "0x"}), "stage 1: to: got '0x'; it is a length"),
         (plan_of({"do": "search", "to": True}), "stage 1: to: got True; it is a length"),
+        (plan_of({"do": "search", "to": "1.5x"}), "stage 1: to: got '1.5x'; it is a length such as"),
+        (plan_of({"do": "search", "to": "2x"}, SEARCH, TRAIN), "01-search-96: got nothing that uses it; a search on"),
         (plan_of({"do": "search", "to": "many"}), "length: got 'many'; a length is"),
         (plan_of({"do": "search", "to": ["4x", "8x"]}), "stage 1: to: got 2 lengths; it is one length"),
         (plan_of(SEARCH | {"steps": 4}), "stage 1: got steps; its keys are"),

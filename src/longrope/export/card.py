@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from longrope.doctor.view import SWITCHING
-from longrope.errors import one_line
+from longrope.errors import UserError, one_line
 from longrope.factors import FactorTable
+from longrope.files import read_text
 from longrope.lengths import format_length
+from longrope.runs import CHECKPOINT
 
 _USE = {
     "long": "The long factors are used at every length, which is safe in every engine. Short prompts pay for it: "
@@ -33,6 +37,9 @@ _MADE_AGAIN = (
 )
 
 
+_FRONT = re.compile(r"---\r?\n.*?^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
+
+
 def model_card(
     name: str,
     table: FactorTable,
@@ -44,19 +51,21 @@ def model_card(
     left_out: Sequence[str] = (),
     costs: Sequence[Mapping[str, Any]] = (),
     measured: Mapping[str, Any] | None = None,
+    about: str = "",
 ) -> str:
     """Markdown that says what the checkpoint is, how it was made, how it is loaded and what it costs.
 
     table: the one that is served. family: the model_type. dtype: of matrices, where weights were converted. left_out:
     what the engine cannot express, a sentence each; costs: what that costs, as `export.costs` measures it. measured:
-    the metrics.json of the run that made the table.
+    the metrics.json of the run that made the table. about: the original card's front matter, which the Hub reads.
     """
     last = table.rows[-1]
     made = table.provenance
     extended = last.up_to > table.original_length
     what = "extended to" if extended else "with rescaled RoPE for"
     lines = [
-        f"# {_plain(name.rsplit('/', 1)[-1])}, {what} {format_length(last.up_to)} tokens",
+        *([about] if about else []),
+        f"# {_title(name, table)}, {what} {format_length(last.up_to)} tokens",
         "",
         f"Original length {format_length(table.original_length)}, "
         + (f"target {format_length(last.up_to)} ({last.up_to / table.original_length:g}x)" if extended else "kept")
@@ -71,7 +80,7 @@ def model_card(
         "",
         *_rows(table),
         *_left_out(left_out, costs),
-        *_measured(measured or {}),
+        *_measured(measured or {}, last.up_to),
     ]
     if made:
         lines += ["", "Made by: " + ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in made.items()) + "."]
@@ -87,25 +96,45 @@ def _use(engine: str, window: str, family: str) -> str:
     return f"{_CHOOSES[engine]} {_MADE_AGAIN if family in SWITCHING else _STALE}"
 
 
-def extension_card(name: str, table: FactorTable, stages: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown of the checkpoint of an extension: what was done, and which factors it has by length."""
+def extension_card(name: str, table: FactorTable, stages: Sequence[Mapping[str, Any]], about: str = "") -> str:
+    """Markdown of the checkpoint of an extension: what was done, and which factors it has by length.
+
+    about: the base's front matter.
+    """
     last = table.rows[-1]
     trained = any(stage["do"] == "finetune" for stage in stages)
     lines = [
-        f"# {_plain(name.rsplit('/', 1)[-1])}, extended to {format_length(last.up_to)} tokens",
+        *([about] if about else []),
+        f"# {_title(name, table)}, extended to {format_length(last.up_to)} tokens",
         "",
         f"Original length {format_length(table.original_length)}, target {format_length(last.up_to)} "
         f"({last.up_to / table.original_length:g}x), LongRoPE factors (arXiv 2402.13753), made with longrope.",
         "The weights were fine-tuned." if trained else "The weights are those of the original checkpoint, unchanged.",
         "",
         "factors.json is the whole table, which longrope reads by itself. Where config.json can express it, it has it, "
-        "too; otherwise it has the original window, and `longrope export` writes a folder for an engine.",
+        "too; otherwise it has the window of the base, and `longrope export` writes a folder for an engine.",
         "",
         "Stages: " + "; ".join(str(stage["stage"]) for stage in stages) + ".",
         "",
         *_rows(table),
     ]
     return "\n".join([*lines, ""])
+
+
+def front_matter(folder: Path) -> str:
+    """The block of YAML that begins the README.md of a checkpoint: licence, languages and the like; "" without one."""
+    try:
+        found = _FRONT.match(read_text(folder / "README.md", "model card"))
+    except UserError:  # there is none, or it is no text
+        return ""
+    return found[0] if found else ""
+
+
+def _title(name: str, table: FactorTable) -> str:
+    """The last part of a model's name; that of a run's checkpoint is the same for all, and its table knows better."""
+    folder = name.rstrip("/").rsplit("/", 1)[-1]
+    own = (table.model or name).rstrip("/").rsplit("/", 1)[-1]
+    return _plain(own if folder == CHECKPOINT else folder)
 
 
 def _plain(text: object) -> str:
@@ -146,9 +175,10 @@ def _left_out(left_out: Sequence[str], costs: Sequence[Mapping[str, Any]]) -> li
     return lines
 
 
-def _measured(metrics: Mapping[str, Any]) -> list[str]:
-    """What the run that made the table measured of it, and beside it."""
-    rows = [each for each in metrics.get("results") or () if {"method", "length", "value"} <= each.keys()]
+def _measured(metrics: Mapping[str, Any], longest: int) -> list[str]:
+    """What the run that made the table measured of it, and beside it, up to the longest length that is served."""
+    results = metrics.get("results") or ()
+    rows = [each for each in results if {"method", "length", "value"} <= each.keys() and each["length"] <= longest]
     if not rows:
         return []
     windows = any("windows" in each for each in rows)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from longrope.checkpoint import LoadOptions
-from longrope.documents import read_sources
+from longrope.documents import as_sources, read_sources
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import measure
 from longrope.export.engines import row_of_engine
@@ -24,7 +24,7 @@ def measured_costs(
     served: FactorTable,
     engine: str,
     window: str,
-    documents: Sequence[str],
+    documents: str | Sequence[str],
     options: LoadOptions,
 ) -> list[dict[str, Any]]:
     """Perplexity by the whole table and by what an engine serves of it, at the original length and the longest.
@@ -32,7 +32,7 @@ def measured_costs(
     A length that no document reaches has no value, and says so. The model is loaded.
     """
     loaded = load_model(name, options)
-    texts = read_sources(list(documents))
+    texts = read_sources(as_sources(documents))
     found: list[dict[str, Any]] = []
     longest = served.rows[-1].up_to
     for length in sorted({table.original_length, longest}):

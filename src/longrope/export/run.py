@@ -11,7 +11,7 @@ from typing import Any
 from longrope.checkpoint import LoadOptions, load_options
 from longrope.convert import as_table, factors_file, to_transformers_config
 from longrope.errors import UserError
-from longrope.export.card import model_card
+from longrope.export.card import front_matter, model_card
 from longrope.export.costs import measured_costs
 from longrope.export.engines import (
     check_family,
@@ -47,7 +47,7 @@ def export(
     window: str = "long",
     dtype: str = "f16",
     force: bool = False,
-    documents: Sequence[str] = ("stdlib",),
+    documents: str | Sequence[str] = ("stdlib",),
     push: str | None = None,
     options: LoadOptions | None = None,
     **load: Any,
@@ -92,6 +92,7 @@ def export(
         left_out=parts.left_out,
         costs=costs,
         measured=_measured(factors),
+        about=front_matter(folder),
     )
     try:
         with whole_folder(out) as unfinished:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from longrope.extension.plan import Plan, Stage, measured_lengths, search_settings
-from longrope.factors import RopeFactors
+from longrope.factors import FactorTable, RopeFactors, last_row
 from longrope.lengths import format_length
 from longrope.model import LoadedModel
 from longrope.search.descent import DescentSettings, batch_size
 from longrope.search.driver import SearchWindows, make_budget, make_problem, make_space, measured_windows
 from longrope.search.evolution import EvolutionSettings
 from longrope.search.methods import gradient_windows
+from longrope.search.settings import SearchSettings
 from longrope.training.recipes import Recipe, recipe_of
 from longrope.windows import Window, default_window_count
 
@@ -126,9 +127,10 @@ def _searched(loaded: LoadedModel, stage: Stage, reached: int, known: Sequence[i
     settings = search_settings(stage, 0)
     settings = settings.shorter or settings
     as_trained = _by_then(loaded, stage, reached, known)
+    init = scaling_of(loaded.meaning, as_trained, settings) if stage.do == "recovery" else []
     count = settings.window_count * settings.together
     empty = SearchWindows([_window(settings.to)] * count)
-    problem = make_problem(as_trained, settings, empty)
+    problem = make_problem(as_trained, settings, empty, init)
     budget = make_budget(settings, empty, len(problem.seeds))
     made_of = f"up to {budget.total:,} evaluations of {budget.evaluation:,} tokens"
     # The seeds come first, then the descents, each gradient in place of three evaluations.
@@ -142,6 +144,18 @@ def _searched(loaded: LoadedModel, stage: Stage, reached: int, known: Sequence[i
         Work("gradient", settings.to, gradients, settings.together * batch_size(count // settings.together)),
     )
     return tuple(each for each in work if each.windows), made_of
+
+
+def scaling_of(base: FactorTable, loaded: LoadedModel, settings: SearchSettings) -> list[FactorTable]:
+    """What a recovery begins with beside the original RoPE, where the base had a scaling of its own: that.
+
+    base: the base model's own table. It is what short texts were read under, before any stage. None where the search
+    does not reach it.
+    """
+    row = last_row(base, settings.to)
+    if set(row.rescale) == {1.0} or not make_space(loaded, settings).holds(row):
+        return []
+    return [replace(base, rows=(row.with_values(up_to=settings.to),))]
 
 
 def _by_then(loaded: LoadedModel, stage: Stage, reached: int, known: Sequence[int]) -> LoadedModel:

@@ -10,7 +10,7 @@ from typing import Any
 from longrope import seals
 from longrope.errors import UserError
 from longrope.factors import FACTORS
-from longrope.files import append_line, disk_errors, read_lines
+from longrope.files import append_line, as_line, disk_errors, read_lines, write_atomically
 from longrope.runs import CHECKPOINT, DONE, STAGES
 from longrope.seals import content_to_hash
 
@@ -54,7 +54,7 @@ class Done:
         if differing := _differing(line["inputs"], inputs):
             raise self._made_of_others(stage, differing[0])
         if self.outputs(folder) != line["outputs"]:
-            got, do = f"{stage}, whose files have changed since it was made", f"restore them, or {self._again(stage)}"
+            got, do = f"{stage}, whose files have changed since it was made", f"restore them, or {self.again(stage)}"
             raise UserError("stage", got=got, rule="later stages are made of it", do=do)
         seals.check_folder(folder)  # nothing later reads the rest, and the finished run holds it as the stage's result
         return True
@@ -65,15 +65,22 @@ class Done:
         if line is not None and (differing := _differing(line["inputs"], {**line["inputs"], **documents})):
             raise self._made_of_others(stage, differing[0])
 
+    def forget(self, stage: str) -> None:
+        """Take back that a stage is done, before it is made again: its line is of what it was."""
+        if self._lines.pop(stage, None) is not None:
+            write_atomically(self.run / STAGES, "".join(as_line(line) for line in self._lines.values()))
+
     def _line(self, stage: str) -> Mapping[str, Any] | None:
         """What is written down of a stage that is done, None of any other."""
         return self._lines.get(stage) if (self.run / stage / DONE).exists() else None
 
-    def _again(self, stage: str) -> str:
-        return f"remove {self.run / stage}: the same command makes it again"
+    def again(self, stage: str) -> str:
+        """What to do so that a stage is made again, for messages."""
+        ended = f" and {self.run / DONE}" if (self.run / DONE).exists() else ""
+        return f"remove {self.run / stage}{ended}: the same command makes it again"
 
     def _made_of_others(self, stage: str, what: str) -> UserError:
-        rule, do = "a stage goes on from the one before it", self._again(stage)
+        rule, do = "a stage goes on from the one before it", self.again(stage)
         if what in DOCUMENTS:
             rule, do = "documents of a stage stay as they were when it was trained", f"restore them, or {do}"
         made_of = "another model" if what == "model" else f"other {what.replace('_', ' ')}"

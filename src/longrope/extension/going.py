@@ -69,6 +69,8 @@ class Extension:
     watching: Watching
     done: Done
     original_length: int
+    scaling: FactorTable
+    """The base model's own, of ones where it has none."""
     tables: dict[int, FactorTable] = field(default_factory=dict)
     """By length, what a first search found."""
     current: str = ""

@@ -265,6 +265,10 @@ def _check_order(stages: Sequence[Stage], original_length: int) -> None:
     if unused := [stage for stage in stages if stage.to > end]:
         rule = f"the stages end with factors up to {format_length(end)}: a search beyond is followed by a fine-tuning"
         raise _wrong(unused[0].name, "nothing that uses it", rule)
+    trainings = {stage.to for stage in stages if stage.do == "finetune"}
+    if idle := [stage for stage in stages if stage.do == "search" and trainings and stage.to not in trainings]:
+        rule = "a search on the base model is followed by a fine-tuning to its length, or the stages have none"
+        raise _wrong(idle[0].name, "nothing that uses it", rule)
     names = Counter((stage.do, stage.to) for stage in stages if stage.do != "finetune")
     if twice := next((name for name, count in names.items() if count > 1), None):
         raise _wrong("stages", f"two of {twice[0]} to {format_length(twice[1])}", "each is there once")
@@ -297,7 +301,7 @@ def _length(value: object, where: str, original_length: int) -> int:
         if times := re.fullmatch(r"([0-9]{1,6})x", value.strip()):
             if 0 < int(times[1]) * original_length <= LONGEST:
                 return int(times[1]) * original_length
-        else:
+        elif not value.strip().endswith("x"):
             return parse_length(value)
     raise _wrong(where, shown(value), 'it is a length such as "128k", or a multiple of the original one such as "32x"')
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import shlex
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from longrope import __version__
 from longrope.checkpoint import LoadOptions, load_options, load_tokenizer
 from longrope.describe import describe_documents, describe_options, describe_trained
-from longrope.documents import read_sources
+from longrope.documents import as_sources, read_sources
 from longrope.errors import UserError
-from longrope.extension.costs import Cost, costs
+from longrope.extension.costs import Cost, costs, scaling_of
 from longrope.extension.done import DOCUMENTS, Done
-from longrope.extension.finish import measure, write_checkpoint
+from longrope.extension.finish import PASSKEY, measure, write_checkpoint
 from longrope.extension.going import Extension, Texts, Watching, check_documents, launcher_words, texts_of
 from longrope.extension.plan import (
     WITHOUT_TRAINING,
@@ -30,11 +32,12 @@ from longrope.extension.plan import (
     search_settings,
 )
 from longrope.factors import FactorTable, RopeFactors
+from longrope.files import disk_errors
 from longrope.launched import run_launched
 from longrope.lengths import as_length, format_length
 from longrope.model import LoadedModel, load_model
 from longrope.report import write_report
-from longrope.runs import CHECKPOINT, CONFIG, FACTORS, RunFolder, command_line, default_run_path
+from longrope.runs import CHECKPOINT, CONFIG, FACTORS, RESULTS, RunFolder, command_line, default_run_path
 from longrope.search.driver import choose_search_windows, search_windows
 from longrope.training.arguments import trackers
 from longrope.training.run import finetune
@@ -51,9 +54,9 @@ def extend(
     model: str,
     *,
     to: int | str,
-    documents: Sequence[str],
-    unseen: Sequence[str] = (),
-    search_documents: Sequence[str] = (),
+    documents: str | Sequence[str],
+    unseen: str | Sequence[str] = (),
+    search_documents: str | Sequence[str] = (),
     stages: str | Path | Plan | None = None,
     train: bool = True,
     out: str | Path | None = None,
@@ -81,6 +84,7 @@ def extend(
     made.
     """
     watching = watching or Watching()
+    documents, unseen, search_documents = map(as_sources, (documents, unseen, search_documents))
     workers = None if workers is None else str(workers)
     launched = launcher_words(launcher)
     options = options_for(workers, load_options(options, load))
@@ -116,6 +120,7 @@ def extend(
             watching=watching,
             done=done,
             original_length=loaded.rope.original_length,
+            scaling=loaded.meaning,
             current=model,
             _loaded=loaded,
         )
@@ -126,6 +131,7 @@ def extend(
             if at_most is not None and made >= at_most:
                 return {"stages": going.told()}
         assert going.table is not None, "a plan has a search"
+        going.table = replace(going.table, provenance=_provenance(plan))
         run.save_factors(going.table)
         write_checkpoint(going, going.table)
         run.save_metrics(measure(going, run, going.table) | {"stages": going.told()})
@@ -164,24 +170,51 @@ def _make(going: Extension, stage: Stage) -> bool:
         say(f"{stage.name} is done")
     else:
         say(f"{stage.name} begins")
+        _forget_measurements(going.run)
+        going.done.forget(stage.name)
         resumed = (folder / CONFIG).exists()  # of a process that ended on its way, and told nobody how long it took
         begun = time.perf_counter()
-        if stage.do == "finetune":
-            _train(going, stage, model, folder)
-        else:
-            _search(going, stage, model, folder)
+        with _stage_told(going, stage):
+            if stage.do == "finetune":
+                _train(going, stage, model, folder)
+            else:
+                _search(going, stage, model, folder)
         going.done.add(stage.name, inputs, time.perf_counter() - begun, resumed=resumed)
     found = FactorTable.load(folder / FACTORS)
     if stage.do == "finetune":
         going.current, going.table = str(folder / CHECKPOINT), found
     elif stage.do == "search":
         going.tables[stage.to] = found
-        if going.current == going.base and (going.table is None or stage.to > going.table.rows[-1].up_to):
-            going.table = found
+        if going.current == going.base:
+            going.table = found if going.table is None else with_found(going.table, found, stage)
     else:  # rows more of the same model
         assert going.table is not None, "the order of stages is checked"
         going.table = with_found(going.table, found, stage)
     return not before
+
+
+@contextmanager
+def _stage_told(going: Extension, stage: Stage) -> Iterator[None]:
+    """A stage's folder that is not its run is no reason for another --out: the stage is made again."""
+    try:
+        yield
+    except UserError as error:
+        if error.what != "--out" or "another process" in error.rule:
+            raise
+        raise error.changed(what="stage", do=going.done.again(stage.name)) from None
+
+
+def _forget_measurements(run: Path) -> None:
+    """What is there of a checkpoint that a stage, made now, is not in: it was made again after the run had measured."""
+    with disk_errors(run):
+        (run / RESULTS).unlink(missing_ok=True)
+        if (run / PASSKEY).is_dir():
+            shutil.rmtree(run / PASSKEY)
+
+
+def _provenance(plan: Plan) -> dict[str, str]:
+    """What a table's provenance says: rows of several searches, which have values of their own, are of the stages."""
+    return {"command": "extend", "stages": ", ".join(stage.name for stage in plan.stages), "longrope": __version__}
 
 
 def _own_documents(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -213,14 +246,16 @@ def with_row(table: FactorTable, row: RopeFactors) -> FactorTable:
 
 def _search(going: Extension, stage: Stage, model: str, folder: Path) -> None:
     settings = search_settings(stage, going.seed)
-    loaded = going.model(model)
+    loaded, init = going.model(model), list[FactorTable]()
     if stage.do == "second":
         loaded = loaded.fine_tuned()
     elif rows := _rows_about(going, stage):
         loaded = replace(loaded, table=rows)
+    if stage.do == "recovery":
+        init = scaling_of(going.scaling, loaded, settings)
     windows = choose_search_windows(loaded, settings, going.texts.search)  # what is unseen is measured at the end
     with going.watching.search() as on_progress:
-        search_windows(loaded, settings, windows, out=folder, workers=going.workers, on_progress=on_progress)
+        search_windows(loaded, settings, windows, out=folder, init=init, workers=going.workers, on_progress=on_progress)
 
 
 def _rows_about(going: Extension, stage: Stage) -> FactorTable | None:

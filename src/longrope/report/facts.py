@@ -304,7 +304,7 @@ def missing(run: RunData) -> list[str]:
         said.append(f"{run.measure.capitalize()} by length: there is no metrics.json with results.")
     if run.table is None:
         said.append("The factors: there is no factors.json.")
-    if not run.evaluations and not run.losses:
+    if not run.evaluations and not run.losses and not run.stages:
         said.append("The convergence: there is no evaluations.jsonl with evaluations.")
     return said + [f"Inside the run, {sentence}" for sentence in run.left_out]
 
@@ -331,7 +331,8 @@ def _flat(data: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 
 def command_lines(run: RunData) -> str:
     """The command of a run and those of the runs inside it, a line each; without what a library call made."""
-    return "\n".join(line for line in (_typed(config) for config in (run.config, *run.inner)) if line)
+    typed = dict.fromkeys(_typed(config) for config in (run.config, *run.inner))  # one that made several runs once
+    return "\n".join(line for line in typed if line)
 
 
 def command_line(run: RunData) -> str:
