@@ -50,6 +50,22 @@ def yarn() -> PreTrainedModel:
     return stock("yarn", original_max_position_embeddings=ORIGINAL)
 
 
+def test_one_length_and_one_source_need_no_list(ground: Path) -> None:
+    """A text is not a list of its letters, nor is one of digits."""
+    given: dict[str, Any] = {"windows": 1, "options": FLOAT32}
+    model, texts = str(ground / "model"), str(ground / "texts")
+    listed = longrope.evaluate("perplexity", model, lengths=[32, 40], documents=[texts], **given)["results"]
+    for lengths in ("40,32", ("32", 40)):
+        found = longrope.evaluate("perplexity", model, lengths=lengths, documents=texts, **given)["results"]
+        assert found == listed
+    one = longrope.evaluate("perplexity", model, lengths=40, documents=Path(texts), **given)["results"]
+    assert one == listed[1:]
+    made = longrope.search(
+        model, to=TARGET, documents=texts, evaluations=2, windows=1, options=FLOAT32, out=ground / "searched"
+    )
+    assert made.lengths[-1] == TARGET
+
+
 def test_importing_longrope_and_naming_what_it_has_imports_no_torch() -> None:
     code = (
         "import sys, longrope; dir(longrope); longrope.__version__; longrope.RopeFactors; longrope.FactorTable; "

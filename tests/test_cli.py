@@ -324,7 +324,7 @@ def test_a_list_with_something_else_than_lengths_is_refused(lengths: str, first:
         (compare("--methods", "none,banana"), f"method: got 'banana'; {METHODS_RULE}"),
         (compare("--methods", "pi+banana"), f"method: got 'pi+banana'; {METHODS_RULE}"),
         (compare("--methods", ""), f"method: got ''; {METHODS_RULE}"),
-        (compare(lengths=1), "windows: got 2 of 1 tokens; there is at least one, of at least 2 tokens; ask for more"),
+        (compare(lengths=1), "length: got 1 token; a window is of at least 2 tokens; ask for a longer one"),
         (
             perplexity("--stride", TARGET, "--out", "run"),
             "--stride: got 192; a stride is between 1 and the window of 192 tokens less one; "
@@ -393,7 +393,27 @@ def test_an_attention_factor_that_makes_no_sense_is_refused(value: str) -> None:
 def test_a_number_that_is_none_or_too_small_is_refused_with_its_option(option: str, value: str) -> None:
     message = refused(*search(option, value))
     assert message.startswith(f"Invalid value for '{option}': ")
+    assert repr(value) in message
     assert message.endswith("; see longrope search --help")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As shells do it where it begins a word; else a folder of that name is made, which nobody dares to remove."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    assert longrope("factors", "good.json", "--to", "json", "--out=~/copy.json").code == 0
+    assert (tmp_path / "home" / "copy.json").read_bytes() == Path("good.json").read_bytes()
+    assert not Path("~").exists()
+    ran = longrope("factors", "~/copy.json")
+    assert "~/copy.json, which does not exist" in ran.err, "a word that begins with it is the shell's own to expand"
+
+
+@pytest.mark.usefixtures("here")
+def test_factors_of_a_folder_are_those_in_it() -> None:
+    Path("made").mkdir()
+    shutil.copy("good.json", "made/factors.json")
+    assert longrope("factors", "made", "--to", "csv").out == longrope("factors", "good.json", "--to", "csv").out
 
 
 # Documents that are refused

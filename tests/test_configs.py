@@ -7,22 +7,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from numpy.typing import NDArray
 from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
+    HunYuanDenseV1Config,
     JetMoeConfig,
     LlamaConfig,
     MiniMaxM2Config,
     MixtralConfig,
     Olmo3Config,
     Phi3Config,
+    PhimoeConfig,
     PreTrainedConfig,
     Qwen3Config,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
+from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from longrope.baselines import yarn_attention_factor
 from longrope.configs import RopeConfig, rope_config, table_from_config
@@ -113,6 +118,31 @@ def test_longrope_lists_have_the_frequencies_and_attention_factor_of_transformer
         table = table_from_config(config.to_dict())
         assert (table.original_length, table.lengths) == (original, [original, 8 * original])
         assert [list(row.rescale) for row in table.rows] == [lists["short_factor"], lists["long_factor"]]
+
+
+def test_an_alpha_of_hunyuan_is_a_base_of_its_own_at_every_length() -> None:
+    """Its checkpoints call it dynamic; no other class knows it."""
+    rope = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
+    config = HunYuanDenseV1Config(
+        hidden_size=64, num_attention_heads=4, head_dim=16, max_position_embeddings=256, rope_parameters=rope
+    )
+    table = table_from_config(config.to_dict())
+    (row,) = table.rows
+    stock = HunYuanDenseV1RotaryEmbedding(config)
+    plain = 10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    assert row.rescale == pytest.approx((plain / stock.inv_freq).tolist(), rel=1e-5)
+    assert row.up_to == 256
+    assert row.rescale[-1] == pytest.approx(1000.0)
+
+
+def test_phimoe_has_an_attention_factor_for_each_list() -> None:
+    lists = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "short_mscale": 1.1, "long_mscale": 1.2}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, "rope_theta": 10000.0, **lists}
+    config = PhimoeConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=256, rope_parameters=rope)
+    stock = PhimoeRotaryEmbedding(config)
+    for row, length in zip(table_from_config(config.to_dict()).rows, (64, 256), strict=True):
+        cos, sin = stock(torch.zeros(1), torch.arange(length)[None])
+        assert float((cos**2 + sin**2).max().sqrt()) == pytest.approx(row.attention_factor, rel=1e-5)
 
 
 def test_a_null_yarn_factor_is_the_ratio_of_the_lengths() -> None:

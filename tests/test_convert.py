@@ -222,6 +222,16 @@ def test_a_csv_that_was_read_is_written_with_the_kinds_it_had(published: Path) -
     ]
 
 
+def test_attention_factors_that_a_csv_loses_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    rows = (RopeFactors(256, (1.0, 1.0)), RopeFactors(512, (1.0, 2.0), attention_factor=1.25))
+    to_csv(FactorTable(10000.0, 4, 256, rows[1:]))
+    assert caplog.messages == [], "one can be given when it is read"
+    to_csv(FactorTable(10000.0, 4, 256, rows))
+    assert [message.partition(":")[2].strip() for message in caplog.messages] == [
+        "1, 1.25 are left out, and reading one gives all the same"
+    ]
+
+
 def test_start_tokens_are_never_lost_in_a_csv() -> None:
     table = FactorTable(10000.0, 4, 256, (RopeFactors(512, (1.0, 2.0), start_tokens=4),))
     with pytest.raises(UserError, match=re.escape("CSV: got start tokens [4]; a CSV has no column for them; keep")):
@@ -289,7 +299,10 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read_factors(tmp_path / "nowhere.csv")
 
 
-@pytest.mark.parametrize(("options", "flag"), [({"row": "a"}, "--row"), ({"up_to": 512}, "--up-to")])
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [({"row": "a"}, "--row"), ({"up_to": 512}, "--up-to"), ({"attention": "none"}, "--attention-factor")],
+)
 def test_flags_of_a_csv_are_refused_with_json(options: dict[str, Any], flag: str, tmp_path: Path) -> None:
     path = tmp_path / "factors.json"
     long_table().save(path)

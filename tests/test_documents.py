@@ -209,6 +209,20 @@ def test_links_are_followed_and_a_cycle_of_links_ends(tmp_path: Path) -> None:
     assert read(tmp_path / "here") == [("away/far.txt", "far"), ("near.txt", "near")]
 
 
+def test_a_run_in_a_folder_is_no_document_but_one_that_is_asked_for_is_read(tmp_path: Path) -> None:
+    """Without --out runs are written below the folder one works in, which may be that of the documents."""
+    write(tmp_path / "a.txt", "text")
+    run = tmp_path / "runs" / "search-tiny-1k"
+    write(run / "config.json", json.dumps({"command": "search", "settings": {}}))
+    write_rows(run / "evaluations.jsonl", {"key": "x", "value": 1.0})
+    write(run / "notes.txt", "not of this one")
+    write(tmp_path / "book" / "config.json", "{")
+    write(tmp_path / "book" / "b.txt", "of another program")
+    assert [name for name, _ in read(tmp_path)] == ["a.txt", "book/b.txt"]
+    write(run / "evaluations.jsonl", "")
+    assert [name for name, _ in read(run)] == ["notes.txt"]
+
+
 def test_what_is_hidden_in_a_folder_is_no_document(tmp_path: Path) -> None:
     """Such as what macOS puts beside a file of another system, and what version control keeps."""
     folder = tmp_path / ".own"
@@ -461,11 +475,19 @@ def test_a_table_without_text_or_messages_is_refused(tmp_path: Path) -> None:
 
 def test_a_prompt_and_its_completion_are_one_text_that_knows_where_the_completion_begins(tmp_path: Path) -> None:
     rows = [{"prompt": "What is 1 + 1?", "completion": " 2"}, {"text": "plain", "prompt": "p", "completion": "c"}]
+    rows.append({"text": "", "prompt": "read", "completion": "said"})  # as a table has it where others have texts
     table = {"prompt": ["a", None], "completion": ["b", "whole"]}
     files = [write_rows(tmp_path / "a.jsonl", *rows, {"prompt": "p", "completion": None}, {"text": "What is 1 + 1? 2"})]
     files.append(write_table(tmp_path / "b.parquet", table))
     found = read_sources([str(file) for file in files])
-    told = [("What is 1 + 1? 2", 14), ("plain", None), ("What is 1 + 1? 2", None), ("ab", 1), ("whole", 0)]
+    told = [
+        ("What is 1 + 1? 2", 14),
+        ("plain", None),
+        ("readsaid", 4),
+        ("What is 1 + 1? 2", None),
+        ("ab", 1),
+        ("whole", 0),
+    ]
     assert [(each.text, each.prompt) for each in found] == told
 
 

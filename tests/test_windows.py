@@ -154,13 +154,18 @@ def test_windows_are_counted_as_they_are_chosen(bare: bool) -> None:
             else:
                 with pytest.raises(UserError, match=f"which hold {held} window"):
                     choose_windows(documents, tokenizer, length=length, count=count, seed=0)
-    with pytest.raises(UserError, match=r"^windows: got 1 of 1 tokens; there is at least one, of at least 2 tokens"):
+    with pytest.raises(
+        UserError, match=r"^length: got 1 token; a window is of at least 2 tokens; ask for a longer one"
+    ):
         held_windows(documents, TokenCounts(tokenizer), length=1, count=1)
 
 
-@pytest.mark.parametrize(("length", "count"), [(1, 1), (0, 1), (100, 0)])
-def test_a_window_of_nothing_is_refused(length: int, count: int, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=f"windows: got {count} of {length} tokens; there is at least one"):
+@pytest.mark.parametrize(
+    ("length", "count", "told"),
+    [(1, 1, "length: got 1 token;"), (0, 1, "length: got 0 t"), (100, 0, "windows: got 0;")],
+)
+def test_a_window_of_nothing_is_refused(length: int, count: int, told: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=f"^{told}"):
         choose_windows([Document("a", "text")], tokenizer, length=length, count=count, seed=0)
 
 
@@ -169,7 +174,9 @@ def test_a_window_of_one_token_has_nothing_to_predict_and_is_refused(bare: bool)
     tokenizer = byte_tokenizer(256)
     if bare:
         tokenizer.bos_token = None
-    with pytest.raises(UserError, match=r"^windows: got 1 of 1 tokens; there is at least one, of at least 2 tokens"):
+    with pytest.raises(
+        UserError, match=r"^length: got 1 token; a window is of at least 2 tokens; ask for a longer one"
+    ):
         choose_windows([Document("a", "text")], tokenizer, length=1, count=1, seed=0)
 
 

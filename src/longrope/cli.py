@@ -170,7 +170,9 @@ def factors(
     ] = None,
     rope_theta: Annotated[float | None, typer.Option(help="Of a CSV: the model's rope_theta.")] = None,
     original_length: OriginalLength = None,
-    attention_factor: Annotated[str, typer.Option(metavar="RULE", help="Of a CSV: su, yarn, none or a number.")] = "su",
+    attention_factor: Annotated[
+        str | None, typer.Option(metavar="RULE", help="Of a CSV: su, which is the default, yarn, none or a number.")
+    ] = None,
     up_to: Annotated[str | None, typer.Option(metavar="N", help="Of a CSV without a header: its length.")] = None,
     to: Annotated[
         str | None, typer.Option("--to", metavar="FORM", help="Convert to json, transformers or csv.")
@@ -186,10 +188,10 @@ def factors(
     begin(verbose, quiet)
     from longrope.console import err, print_json, print_out
     from longrope.console_tables import factors_table
-    from longrope.convert import convert, read_factors
+    from longrope.convert import convert, factors_file, read_factors
 
     table = read_factors(
-        file,
+        factors_file(file),
         row=row,
         rope_theta=rope_theta,
         original_length=length_of(original_length),
@@ -279,8 +281,9 @@ def run(arguments: Sequence[str]) -> int:
     No arguments at all ask for help. Under -v what is not the user's fault comes out as it was raised.
     """
     VERBOSITY.update(verbose=False, quiet=False)
+    arguments = [_at_home(word) for word in arguments]
     try:
-        code = app(list(arguments) or ["--help"], prog_name="longrope", standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name="longrope", standalone_mode=False)
     except UserError as error:
         return _tell(str(error), 2)
     except BrokenPipeError:  # whoever read our output has enough of it
@@ -297,6 +300,12 @@ def run(arguments: Sequence[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _at_home(word: str) -> str:
+    """`--out=~/x` as shells expand `--out ~/x`: within a word they leave the ~, and a folder of that name is made."""
+    option, _, path = word.partition("=")
+    return f"{option}={os.path.expanduser(path)}" if option.startswith("--") and path.startswith("~/") else word
+
+
 def _failed(error: Exception) -> int:
     """What is not the user's fault."""
     if VERBOSITY["verbose"]:
@@ -307,7 +316,21 @@ def _failed(error: Exception) -> int:
 def _usage(error: Any, arguments: Sequence[str]) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else " ".join(["longrope", *_named(arguments)])
-    return f"{error.format_message().rstrip('.')}; see {command} --help"
+    message = error.format_message().rstrip(".")
+    if (given := _given_for(error, arguments)) is not None and repr(given) not in message:
+        message = f"{message}, got {given!r}"
+    return f"{message}; see {command} --help"
+
+
+def _given_for(error: Any, arguments: Sequence[str]) -> str | None:
+    """The value of the option that the parser refuses, which it does not always say; the last one given counts."""
+    names = getattr(getattr(error, "param", None), "opts", None) or ()
+    found: str | None = None
+    for place, word in enumerate(arguments):
+        name, is_one, value = word.partition("=")
+        if name in names:
+            found = value if is_one else next(iter(arguments[place + 1 :]), None)
+    return found
 
 
 def _named(arguments: Sequence[str]) -> list[str]:

@@ -53,7 +53,9 @@ def compare(
     measure: Annotated[str, typer.Option(help="perplexity, passkey, needle, ruler or harness.")] = "perplexity",
     methods: Annotated[
         str | None,
-        typer.Option(metavar="A,B,..", help="none, pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-rcd, llama3; +su."),
+        typer.Option(
+            metavar="A,B,..", help="none, pi, ntk, ntk-cd, dynamic-ntk, yarn, yarn-paper, yarn-rcd, llama3; +su."
+        ),
     ] = None,
     factors: Factors = None,
     stage: Annotated[

@@ -16,7 +16,7 @@ from longrope.evaluate.methods import DEFAULT_METHODS, method_factors, rows_of
 from longrope.evaluate.recorded import measure_run
 from longrope.evaluate.run import COMPARED, MeasureSettings, check_measure, make_measure
 from longrope.factors import FactorTable
-from longrope.lengths import as_length
+from longrope.lengths import as_lengths
 from longrope.model import LoadedModel, as_loaded
 from longrope.runs import default_run_path
 from longrope.workers import options_for
@@ -25,7 +25,7 @@ from longrope.workers import options_for
 def compare(
     model: str | LoadedModel,
     *,
-    lengths: Sequence[int | str],
+    lengths: int | str | Sequence[int | str],
     measure: str = "perplexity",
     methods: Sequence[str] = DEFAULT_METHODS,
     factors: Mapping[str, FactorTable] | None = None,
@@ -58,7 +58,7 @@ def compare(
         check_measure(measure, given, COMPARED)
     elif workers is not None:
         raise UserError("--workers", got=workers, rule="one process asks lm-eval's tasks", do="leave it out")
-    wanted = sorted({as_length(length) for length in lengths})
+    wanted = as_lengths(lengths)
     place = None if workers is None else str(workers)
     options = options_for(place, load_options(options, keywords))
     if factors is not None and not factors:

@@ -69,11 +69,15 @@ def table_from_config(config: Mapping[str, Any], *, original_length: int | None 
 
 @dataclass(frozen=True)
 class _Source:
-    """A parsed config: its RoPE, its scaling parameters, and the length that transformers' formulas call original."""
+    """A parsed config: its RoPE, its scaling parameters, and the length that transformers' formulas call original.
+
+    family: its model_type, for classes with a rule of their own.
+    """
 
     rope: RopeConfig
     parameters: Mapping[str, Any]
     trained_length: int
+    family: str
 
     @property
     def shape(self) -> RopeShape:
@@ -110,7 +114,7 @@ def _parse(config: Mapping[str, Any], original_length: int | None) -> _Source:
         scaling=scaling,
     )
     _ = rope.shape  # checks the base
-    return _Source(rope, parameters, trained)
+    return _Source(rope, parameters, trained, str(text.get("model_type")))
 
 
 def language_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -219,6 +223,8 @@ def _linear(source: _Source) -> tuple[RopeFactors, ...]:
 
 
 def _dynamic(source: _Source) -> tuple[RopeFactors, ...]:
+    if source.family.startswith("hunyuan") and source.parameters.get("alpha"):  # which is one base at every length
+        return source.every_length(baselines.ntk(source.shape, source.number("alpha")), 1.0)
     # transformers measures the length in max_position_embeddings here, whatever the original length is.
     short, factor = source.rope.max_length, source.number("factor")
     ones, reach = unscaled(source.shape.pairs, short), round(factor * short)
@@ -260,11 +266,13 @@ def _longrope(source: _Source) -> tuple[RopeFactors, ...]:
     short, long = (_factor_list(source, key) for key in ("short_factor", "long_factor"))
     factor = source.number("factor", source.rope.max_length / source.trained_length)
     standard = baselines.su_attention_factor(factor, source.trained_length)
-    attention = source.number("attention_factor", standard)
-    first = RopeFactors(source.trained_length, short, attention_factor=attention)
+    attention = [source.number("attention_factor", standard)] * 2
+    if source.family == "phimoe":  # whose class has one for each list, and asks for no other
+        attention = [source.number("short_mscale"), source.number("long_mscale")]
+    first = RopeFactors(source.trained_length, short, attention_factor=attention[0])
     if source.rope.max_length <= source.trained_length:
         return (first,)  # the long list is never used
-    return first, RopeFactors(source.rope.max_length, long, attention_factor=attention)
+    return first, RopeFactors(source.rope.max_length, long, attention_factor=attention[1])
 
 
 def _factor_list(source: _Source, key: str) -> tuple[float, ...]:

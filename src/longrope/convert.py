@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from longrope.lengths import format_length, parse_length
 
 _N = TypeVar("_N", int, float)
 _Numbered = list[tuple[int, list[str]]]  # line number and cells
+
+logger = logging.getLogger(__name__)
 
 _CONFIG_KEYS = {
     "architectures",
@@ -39,15 +42,15 @@ def read_factors(
     row: str | None = None,
     rope_theta: float | None = None,
     original_length: int | None = None,
-    attention: str = "su",
+    attention: str | None = None,
     up_to: int | None = None,
 ) -> FactorTable:
     """Factors from a factors.json, a transformers config.json, or a CSV as LongRoPE's authors publish.
 
     A CSV does not say its model's RoPE, so it needs `rope_theta` and `original_length`; its rows get the attention
-    factor of the rule `attention` (su, yarn, none or a number). `row` is the name of one row, which is put above a row
-    of ones up to the original length, or `MODEL@LENGTH`, all rows of a fine-tuned model as they are. The bare form
-    without a header (one equal row a layer) needs `up_to`, the length it was searched for.
+    factor of the rule `attention` (su, which is the default, yarn, none or a number). `row` is the name of one row,
+    which is put above a row of ones up to the original length, or `MODEL@LENGTH`, all rows of a fine-tuned model as
+    they are. The bare form without a header (one equal row a layer) needs `up_to`, the length it was searched for.
     Raises UserError when the file is none of these or disagrees with the arguments.
     """
     text = read_text(path, "factors file")
@@ -59,16 +62,16 @@ def read_factors(
         numbered = _cells(text, path)
         rule = "a CSV does not say which RoPE its factors are for"
         theta, original = _given(rope_theta, "--rope-theta", rule), _given(original_length, "--original-length", rule)
-        model = _Model(theta, original, attention)
+        model = _Model(theta, original, attention or "su")
         return (
             _named_table(numbered, model, row, up_to)
             if _has_names(numbered)
             else _bare_table(numbered, model, row, up_to)
         )
-    if row is not None or up_to is not None:
-        given = "--row" if row is not None else "--up-to"
-        rule = "a JSON file of factors is one table and says its lengths"
-        raise UserError("factors file", got=f"{given} for {path.name}", rule=rule, do=f"leave {given} out")
+    for flag, value in (("--row", row), ("--up-to", up_to), ("--attention-factor", attention)):
+        if value is not None:
+            rule = "a JSON file of factors is one table and says its lengths and attention factors"
+            raise UserError("factors file", got=f"{flag} for {path.name}", rule=rule, do=f"leave {flag} out")
     return _from_json(parse_json(text, path, "factors file", unique=True), rope_theta, original_length)
 
 
@@ -151,12 +154,18 @@ def convert(table: FactorTable, form: str) -> str:
 def to_csv(table: FactorTable) -> str:
     """The table as a CSV with the columns of the published one. `read_factors` reads it back with row `MODEL@LENGTH`.
 
-    A CSV holds no attention factor, rope_theta or original length: they are arguments of reading it.
+    A CSV holds no attention factor, rope_theta or original length: they are arguments of reading it. Attention factors
+    that one argument cannot give back are told.
     Raises UserError for start tokens, which it cannot hold either.
     """
     if any(row.start_tokens for row in table.rows):
         got = f"start tokens {[row.start_tokens for row in table.rows]}"
         raise UserError("CSV", got=got, rule="a CSV has no column for them", do="keep the table as factors.json")
+    if len(attention := dict.fromkeys(row.attention_factor for row in table.rows)) > 1:
+        told = ", ".join(f"{value:g}" for value in attention)
+        logger.warning(
+            "a CSV has no column for attention factors: %s are left out, and reading one gives all the same", told
+        )
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*_COLUMNS, *(f"lambda_{pair}" for pair in range(table.rotary_dim // 2))])

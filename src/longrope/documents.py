@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from longrope.conversations import conversation, exchange
 from longrope.errors import UserError, first_line
 from longrope.room import Room
+from longrope.runs import CONFIG, is_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +54,11 @@ class Document:
         """Hexadecimal hash of the text in UTF-8, and of where its prompt ends: names and places do not decide."""
         prompt = "" if self.prompt is None else f"{self.prompt}:"
         return hashlib.sha256((prompt + self.text).encode()).hexdigest()
+
+
+def as_sources(given: str | Path | Iterable[str | Path]) -> list[str]:
+    """Sources as a list of texts, from Python also a single one: a text is not a list of its letters."""
+    return [str(given)] if isinstance(given, str | Path) else [str(source) for source in given]
 
 
 def read_sources(
@@ -150,7 +156,7 @@ def _exists(source: str) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder that is not hidden; links are followed, but no folder is entered twice."""
+    """Every file below a folder that is neither hidden nor of a run; links are followed, no folder is entered twice."""
 
     def give_up(error: OSError) -> None:
         raise error
@@ -161,9 +167,20 @@ def _walk(folder: Path) -> Iterator[Path]:
         if real in seen:
             folders.clear()
             continue
+        if place != str(folder) and _is_run(Path(place), files):
+            folders.clear()  # a run of an earlier command, such as runs/ here: no text of anybody's
+            continue
         seen.add(real)
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         yield from (Path(place, file) for file in files if not file.startswith("."))
+
+
+def _is_run(folder: Path, files: Sequence[str]) -> bool:
+    if CONFIG not in files:
+        return False
+    with contextlib.suppress(UserError):
+        return is_run(folder)
+    return False
 
 
 def _expand(pattern: str) -> tuple[Path, Iterator[Path]]:
@@ -350,7 +367,7 @@ def _row(name: str, row: object, where: str, tokenizer: PreTrainedTokenizerBase 
     text = row.get("text")
     if text in (None, "") and row.get("messages") is not None:
         text = conversation(row["messages"], row.get("tools"), where, tokenizer)
-    if text is None and row.get("completion") is not None:
+    if text in (None, "") and row.get("completion") is not None:
         prompt, completion = row.get("prompt"), row["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
             prompt, completion = exchange(prompt, completion, row.get("tools"), where, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from longrope.errors import UserError
 
@@ -30,6 +31,13 @@ def as_length(length: int | str) -> int:
 def parse_lengths(text: str) -> list[int]:
     """Ascending, distinct tokens of a list such as `256,1k,2k`. Raises UserError when one is not a length."""
     return sorted({parse_length(part) for part in text.split(",")})
+
+
+def as_lengths(lengths: int | str | Iterable[int | str]) -> list[int]:
+    """Ascending, distinct tokens of several lengths, of one, or of a text such as `256,1k`. Raises UserError."""
+    if isinstance(lengths, int | str):
+        return parse_lengths(str(lengths))
+    return sorted({as_length(length) for length in lengths})
 
 
 def format_length(length: int) -> str:

@@ -91,9 +91,11 @@ def choose_windows(
 
 def _span(tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> int:
     """Tokens of a document in a window. Raises UserError for windows of nothing, and for none."""
-    if length < LEAST or count < 1:
-        got, rule = f"{count} of {length} tokens", f"there is at least one, of at least {LEAST} tokens"
-        raise UserError("windows", got=got, rule=rule, do="ask for more")
+    if length < LEAST:
+        rule = f"a window is of at least {LEAST} tokens"
+        raise UserError("length", got=f"{_number(length, 'token')}", rule=rule, do="ask for a longer one")
+    if count < 1:
+        raise UserError("windows", got=count, rule="there is at least one", do="ask for more")
     return length - len(bos_of(tokenizer))
 
 

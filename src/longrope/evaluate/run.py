@@ -10,7 +10,7 @@ from typing import Any
 from longrope.checkpoint import LoadOptions, load_options, taken
 from longrope.convert import as_table
 from longrope.describe import describe_options
-from longrope.documents import read_sources
+from longrope.documents import as_sources, read_sources
 from longrope.errors import UserError
 from longrope.evaluate.execute import OnStep
 from longrope.evaluate.measures import Measure
@@ -24,7 +24,7 @@ from longrope.evaluate.recorded import measure_run
 from longrope.evaluate.ruler import SAMPLES, Ruler
 from longrope.evaluate.templates import read_needle_template, read_passkey_template
 from longrope.factors import FactorTable
-from longrope.lengths import as_length
+from longrope.lengths import as_lengths
 from longrope.model import LoadedModel, as_loaded
 from longrope.windows import Window, whole_documents, windows_of
 from longrope.workers import options_for
@@ -40,7 +40,7 @@ class MeasureSettings:
     tokenizer's chat template.
     """
 
-    documents: Sequence[str] = ()
+    documents: str | Sequence[str] = ()
     windows: int | None = None
     stride: int | None = None
     tries: int | None = None
@@ -53,6 +53,9 @@ class MeasureSettings:
     template: str | Path | None = None
     chat: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "documents", as_sources(self.documents))
 
 
 _Made = tuple[Measure, list[Window]]
@@ -138,7 +141,7 @@ def evaluate(
     measure: str,
     model: str | LoadedModel,
     *,
-    lengths: Sequence[int | str] = (),
+    lengths: int | str | Sequence[int | str] = (),
     factors: FactorTable | str | Path | None = None,
     out: str | Path | None = None,
     workers: str | int | None = None,
@@ -165,7 +168,7 @@ def evaluate(
         return evaluate_harness(model, factors=factors, out=out, options=options, **keywords)
     given = MeasureSettings(**taken(MeasureSettings, keywords))
     check_measure(measure, given)
-    wanted = sorted({as_length(length) for length in lengths})
+    wanted = as_lengths(lengths)
     if not wanted:
         raise UserError("lengths", got="none", rule="there is at least one", do="give lengths in tokens")
     place = None if workers is None else str(workers)

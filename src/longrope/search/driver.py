@@ -15,7 +15,7 @@ from longrope import __version__
 from longrope.baselines import attention_factor
 from longrope.checkpoint import LoadOptions, load_options, taken
 from longrope.describe import describe_model, describe_options, describe_windows, metrics
-from longrope.documents import Document, read_sources
+from longrope.documents import Document, as_sources, read_sources
 from longrope.errors import UserError, plural
 from longrope.evaluate.methods import Result
 from longrope.evaluate.recorded import measure_methods
@@ -60,8 +60,8 @@ def search(
     model: str | LoadedModel,
     *,
     to: int | str,
-    documents: Sequence[str],
-    unseen: Sequence[str] = (),
+    documents: str | Sequence[str],
+    unseen: str | Sequence[str] = (),
     out: str | Path | None = None,
     init: Sequence[FactorTable] = (),
     workers: str | int | None = None,
@@ -91,8 +91,8 @@ def search(
     options = options_for(workers, load_options(options, keywords))
     chosen.check_words()
     loaded = prepared(as_loaded(model, options), chosen)
-    searched = read_sources(documents, share="search", tokenizer=loaded.tokenizer)
-    held = read_sources(unseen, share="unseen", tokenizer=loaded.tokenizer) if unseen else []
+    searched = read_sources(as_sources(documents), share="search", tokenizer=loaded.tokenizer)
+    held = read_sources(as_sources(unseen), share="unseen", tokenizer=loaded.tokenizer) if unseen else []
     windows = choose_search_windows(loaded, chosen, searched, without(held, searched) if held else [])
     return search_windows(loaded, chosen, windows, out=out, init=init, workers=workers, on_progress=on_progress)
 
