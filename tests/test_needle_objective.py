@@ -208,7 +208,7 @@ def test_documents_that_are_too_few_or_too_short_and_unknown_depths_are_refused(
         made(documents=DOCUMENTS[:1], count=50)
     with pytest.raises(UserError, match=r"^documents: got 1 document, the longest of 5 tokens, which hold 0 windows"):
         made(documents=[Document("short", "short")], count=1)
-    with pytest.raises(UserError, match=r"^windows: got 0 of \d+ tokens; there is at least one"):
+    with pytest.raises(UserError, match=r"^windows: got 0; there is at least one"):
         made(count=0)
     message = r"^--needle-depth: got 'middle'; it is one of start, spread; choose one of them$"
     with pytest.raises(UserError, match=message):
