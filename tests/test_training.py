@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,26 @@ def test_mixed_windows_keep_a_row_for_short_sequences() -> None:
     assert FactorTable.load("run/checkpoint/factors.json").rows == table().rows
     config = json.loads(Path("run/checkpoint/config.json").read_text())
     assert config["max_position_embeddings"] == ORIGINAL, "two attention factors: config.json cannot say it"
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((), "Fine-tuned: all weights, 12 steps of 2 windows of 192 tokens, learning rate 0.0005 (cosine), seed 0."),
+        (("--lora", 2, "--merge"), "Fine-tuned: adapters (LoRA, rank 2), merged, 12 steps of 2 windows"),
+        (("--mixed", 0.5), "Of the windows a share of 0.5 was packed of short documents"),
+    ],
+)
+def test_the_model_card_says_what_was_trained_and_keeps_what_the_hub_reads(options: Sequence[Any], told: str) -> None:
+    about = "---\nlicense: apache-2.0\n---\n"
+    Path("model/README.md").write_text(f"{about}# A model\n")
+    assert longrope(*command("--learning-rate", 0.0005, "--schedule", "cosine", *options)).code == 0
+    card = Path("run/checkpoint/README.md").read_text()
+    assert card.startswith(f"{about}\n# model, extended to {TARGET} tokens\n")
+    assert told in card
+    rows = [line for line in card.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert len(rows) == (2 if "--mixed" in options else 1)
 
 
 @pytest.mark.usefixtures("here")

@@ -59,28 +59,20 @@ def model_card(
     what the engine cannot express, a sentence each; costs: what that costs, as `export.costs` measures it. measured:
     the metrics.json of the run that made the table. about: the original card's front matter, which the Hub reads.
     """
-    last = table.rows[-1]
     made = table.provenance
-    extended = last.up_to > table.original_length
-    what = "extended to" if extended else "with rescaled RoPE for"
     lines = [
-        *([about] if about else []),
-        f"# {_title(name, table)}, {what} {format_length(last.up_to)} tokens",
-        "",
-        f"Original length {format_length(table.original_length)}, "
-        + (f"target {format_length(last.up_to)} ({last.up_to / table.original_length:g}x)" if extended else "kept")
-        + ", LongRoPE factors (arXiv 2402.13753), made with longrope.",
+        *_opening(name, table, about),
         "The weights are those of the checkpoint that was exported, "
         + ("unchanged." if dtype is None else f"converted to GGUF with matrices in {dtype}."),
         "",
         f"Engine: `{engine}`. Window: `{window}`. {_use(engine, window, family)}",
         "The rows below and in factors.json are those in use here; rows that this window leaves out are in neither.",
         "",
-        *_how_to_load(engine, window, last.up_to),
+        *_how_to_load(engine, window, table.rows[-1].up_to),
         "",
         *_rows(table),
         *_left_out(left_out, costs),
-        *_measured(measured or {}, last.up_to),
+        *_measured(measured or {}, table.rows[-1].up_to),
     ]
     if made:
         lines += ["", "Made by: " + ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in made.items()) + "."]
@@ -101,24 +93,57 @@ def extension_card(name: str, table: FactorTable, stages: Sequence[Mapping[str, 
 
     about: the base's front matter.
     """
-    last = table.rows[-1]
     trained = any(stage["do"] == "finetune" for stage in stages)
+    weights = (
+        "The weights were fine-tuned." if trained else "The weights are those of the original checkpoint, unchanged."
+    )
+    return _checkpoint_card(name, table, weights, about, "; ".join(str(stage["stage"]) for stage in stages))
+
+
+def training_card(name: str, table: FactorTable, trained: Mapping[str, Any], about: str = "") -> str:
+    """Markdown of the checkpoint of a fine-tuning: what was trained, and which factors it has by length.
+
+    trained: `settings` of the run's config.json. about: the front matter of what was trained.
+    """
+    lora, mixed = trained.get("lora"), trained.get("mixed")
+    what = "adapters (LoRA, rank {}), merged".format(lora["rank"]) if lora else "all weights"
+    weights = (
+        f"Fine-tuned: {what}, {trained['steps']} steps of {trained['batch']} windows of {trained['length']} tokens, "
+        f"learning rate {trained['learning_rate']:g} ({trained['schedule']}), seed {trained['seed']}."
+    )
+    if mixed is not None:
+        weights += f" Of the windows a share of {mixed:g} was packed of short documents under their own row."
+    return _checkpoint_card(name, table, weights, about)
+
+
+def _checkpoint_card(name: str, table: FactorTable, weights: str, about: str, stages: str = "") -> str:
+    """The card of a folder with the whole table; weights: what became of them, in a sentence."""
     lines = [
-        *([about] if about else []),
-        f"# {_title(name, table)}, extended to {format_length(last.up_to)} tokens",
-        "",
-        f"Original length {format_length(table.original_length)}, target {format_length(last.up_to)} "
-        f"({last.up_to / table.original_length:g}x), LongRoPE factors (arXiv 2402.13753), made with longrope.",
-        "The weights were fine-tuned." if trained else "The weights are those of the original checkpoint, unchanged.",
+        *_opening(name, table, about),
+        weights,
         "",
         "factors.json is the whole table, which longrope reads by itself. Where config.json can express it, it has it, "
         "too; otherwise it has the window of the base, and `longrope export` writes a folder for an engine.",
         "",
-        "Stages: " + "; ".join(str(stage["stage"]) for stage in stages) + ".",
-        "",
+        *([f"Stages: {stages}.", ""] if stages else []),
         *_rows(table),
     ]
     return "\n".join([*lines, ""])
+
+
+def _opening(name: str, table: FactorTable, about: str) -> list[str]:
+    """The lines that every card begins with: front matter, title, lengths."""
+    last = table.rows[-1]
+    extended = last.up_to > table.original_length
+    what = "extended to" if extended else "with rescaled RoPE for"
+    return [
+        *([about] if about else []),
+        f"# {_title(name, table)}, {what} {format_length(last.up_to)} tokens",
+        "",
+        f"Original length {format_length(table.original_length)}, "
+        + (f"target {format_length(last.up_to)} ({last.up_to / table.original_length:g}x)" if extended else "kept")
+        + ", LongRoPE factors (arXiv 2402.13753), made with longrope.",
+    ]
 
 
 def front_matter(folder: Path) -> str:

@@ -241,7 +241,7 @@ def _train(
         whole = None
     if (given.lora is None or given.lora.merge) and world.main:
         with replaced_folder(path / CHECKPOINT) as folder:
-            write_checkpoint(folder, model, loaded, table, whole, given.save_dtype)
+            write_checkpoint(folder, model, loaded, table, described(given, recipe), whole, given.save_dtype)
     world.wait()
     return watch.losses()
 

@@ -14,7 +14,8 @@ import torch
 from longrope.checkpoint import DTYPES
 from longrope.convert import to_transformers_config
 from longrope.errors import UserError
-from longrope.export.transformers import extended_config, lengthen_tokenizer
+from longrope.export.card import front_matter, training_card
+from longrope.export.transformers import checkpoint_folder, extended_config, lengthen_tokenizer
 from longrope.factors import FACTORS, FactorTable
 from longrope.files import write_atomically
 from longrope.model import LoadedModel
@@ -27,13 +28,14 @@ def write_checkpoint(
     model: Any,
     loaded: LoadedModel,
     table: FactorTable,
+    trained: Mapping[str, Any],
     weights: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> None:
     """A transformers folder with its factors.json; config.json has the factors too, where it can express them.
 
-    weights: those to be written instead of the model's own, where these are shards. dtype: of the written weights,
-    that of training by default.
+    trained: the run's settings, for the model card. weights: those to be written instead of the model's own, where
+    these are shards. dtype: of the written weights, that of training by default.
     """
     if dtype is not None:
         weights = _cast(model.state_dict() if weights is None else weights, DTYPES[dtype])
@@ -43,6 +45,8 @@ def write_checkpoint(
         write_atomically(folder / "config.json", json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
     loaded.tokenizer.save_pretrained(str(folder))
     write_factors(folder, loaded, table)
+    card = training_card(loaded.name, table, trained, front_matter(checkpoint_folder(loaded)))
+    write_atomically(folder / "README.md", card)
 
 
 def _cast(weights: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
