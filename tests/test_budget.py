@@ -208,3 +208,18 @@ def test_a_race_costs_at_most_what_algorithm_1_does() -> None:
     )
     assert (raced.total, plain.total) == (1344, 1344)
     assert raced.tokens == 1344 * 3 * 64
+
+
+def test_a_budget_that_ends_before_the_best_seed_is_told_and_goes_on_to_it(tmp_path: Path) -> None:
+    command = ["search", "tiny", "--to", "1k", "-d", "stdlib", "--windows", 2, "--threads", 1]
+    command += ["--out", tmp_path / "run", "--json"]
+    first = longrope(*command, "--evaluations", 1)
+    values = {each["method"]: each["value"] for each in first.document["results"]}
+    best = min(values, key=values.__getitem__)
+    assert best != "longrope"
+    told = f"{best} is at {values[best]:.4f} on the search windows, what was found at {values['longrope']:.4f}"
+    assert told in first.err
+    more = longrope(*command, "--evaluations", 12)
+    values = {each["method"]: each["value"] for each in more.document["results"]}
+    assert min(values.values()) > 0.999 * values["longrope"]
+    assert "on the search windows, what was found" not in more.err

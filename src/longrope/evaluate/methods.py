@@ -91,3 +91,15 @@ def rows_of(
         reached = {name: table for name, table in tables.items() if length <= table.rows[-1].up_to}
         rows |= {(name, length): table.row_for(length) for name, table in reached.items()}
     return rows
+
+
+def outdone(results: Sequence[Result], name: str = "longrope", windows: str = "search") -> tuple[Result, Result] | None:
+    """The result of `name` on these windows and the lowest of another method, where that is lower by a thousandth.
+
+    What is found lies on a grid, and may be a hair above the method that it began with.
+    """
+    there = [each for each in results if each.windows == windows]
+    own = next((each for each in there if each.method == name), None)
+    others = [each for each in there if each.method != name and math.isfinite(each.value)]
+    best = min(others, key=lambda each: each.value, default=None)
+    return (own, best) if own and best and not own.value <= best.value * 1.001 else None

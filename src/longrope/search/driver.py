@@ -17,7 +17,7 @@ from longrope.checkpoint import LoadOptions, load_options, taken
 from longrope.describe import describe_model, describe_options, describe_windows, metrics
 from longrope.documents import Document, as_sources, read_sources
 from longrope.errors import UserError, plural
-from longrope.evaluate.methods import Result
+from longrope.evaluate.methods import Result, outdone
 from longrope.evaluate.recorded import measure_methods
 from longrope.evaluate.templates import read_needle_template
 from longrope.factors import FactorTable, RopeFactors, last_row
@@ -413,6 +413,15 @@ def measure_result(
         if chosen:
             beside = measured_beside(settings, unseen=name == "unseen")
             results += measure_methods(loaded, {settings.to: chosen}, beside, tables, run, windows_name=name)
+    if settings.objective == "perplexity" and (found := outdone(results)) is not None:
+        own, best = found
+        logger.warning(
+            "%s is at %.4f on the search windows, what was found at %.4f: give the search more evaluations, with which "
+            "it goes on",
+            best.method,
+            best.value,
+            own.value,
+        )
     return results
 
 
