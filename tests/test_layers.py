@@ -22,7 +22,7 @@ LAYERS = [
     ["configs", "convert"],
     ["guard"],
     ["doctor"],
-    ["rope"],
+    ["modes", "rope"],
     ["patch"],
     ["checkpoint"],
     ["vocabulary"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -113,6 +114,7 @@ def chat(
     from longrope.console import err
     from longrope.runtime.text import Conversation, Sampling, chat_ids
 
+    _any_bytes()
     table = one_or_none(factors)
     sampling = Sampling(temperature, top_p, top_k, seed=shared.seed)
     options = shared.options(own_factors=table != "none")
@@ -164,7 +166,16 @@ def _prompt(text: str | None, file: str | None) -> str:
         raise UserError("prompt", got=got, rule=rule, do="give one of them")
     if text is not None:
         return text
-    return sys.stdin.read().removeprefix(_MARK) if file == "-" else _read(str(file))
+    if file != "-":
+        return _read(str(file))
+    _any_bytes()
+    return sys.stdin.read().removeprefix(_MARK)
+
+
+def _any_bytes() -> None:
+    """Read stdin as UTF-8 whatever the locale, what is none as surrogates: those are refused as of any other text."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _read(name: str) -> str:

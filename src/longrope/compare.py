@@ -18,10 +18,12 @@ from longrope.evaluate.run import COMPARED, MeasureSettings, check_measure, make
 from longrope.factors import FactorTable
 from longrope.lengths import as_lengths
 from longrope.model import LoadedModel, as_loaded
+from longrope.modes import apart
 from longrope.runs import default_run_path
 from longrope.workers import options_for
 
 
+@apart
 def compare(
     model: str | LoadedModel,
     *,

@@ -141,7 +141,8 @@ def print_out(text: str) -> None:
     if sys.stdout.isatty():
         text = printable(text, "\n\t")
     with disk_errors(Path("/dev/stdout")):
-        sys.stdout.write(text.encode("utf-8", "backslashreplace").decode())
+        known = sys.stdout.encoding or "utf-8"  # ASCII in some containers
+        sys.stdout.write(text.encode(known, "backslashreplace").decode(known))
         sys.stdout.flush()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from longrope.checkpoint import (
 from longrope.configs import RopeConfig
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, last_row, unscaled
+from longrope.modes import torch_as_imported
 from longrope.patch import Patch, check_frequencies, global_layers_turn, widen_window
 from longrope.vocabulary import guard_vocabulary
 
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 NO_TARGET = -100
 """In place of a token whose loss does not count, as torch's cross-entropy has it."""
 # What a configuration says of where and by what it was read; a run resumes after a move or an upgrade.
+_LOADING = threading.Lock()  # transformers switches the initialisation of weights off and on for all threads
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_attn_implementation_internal")
 # Logits of one chunk stay near this many numbers. On a CPU few, which stay in its cache and are not paged in anew for
 # every chunk (measured: a quarter of an evaluation's time at a vocabulary of 32,000); elsewhere 256 MiB in float32.
@@ -255,6 +258,11 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
     options = (options or LoadOptions()).resolved()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    with _LOADING, torch_as_imported():
+        return _load(name, options)
+
+
+def _load(name: str, options: LoadOptions) -> LoadedModel:
     source = model_source(name)
     config = load_config(name, source, options)
     rope, own, table = read_rope(name, source, config, options)
@@ -283,7 +291,11 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
 
 def as_loaded(model: str | LoadedModel, options: LoadOptions | None = None) -> LoadedModel:
     """A model that is loaded already as it is, whatever the options, and any other MODEL loaded with them."""
-    return model if isinstance(model, LoadedModel) else load_model(model, options)
+    if not isinstance(model, LoadedModel):
+        return load_model(model, options)
+    if model.options.threads is not None:
+        torch.set_num_threads(model.options.threads)
+    return model
 
 
 def _fingerprint(model: PreTrainedModel, options: LoadOptions, table: FactorTable | None, folder: Path) -> str:

@@ -314,7 +314,7 @@ def _measured_layout(stock: nn.Module, shape: RopeShape) -> Layout:
     """The layout under which our cos and sin are those of `stock`. Raises UserError when there is none."""
     device = next(stock.buffers()).device
     positions = torch.arange(3, 9, device=device)[None]  # beyond 0, where every layout agrees
-    x = torch.zeros(1, positions.shape[1], 1, device=device)
+    x = torch.zeros(1, positions.shape[1], 1, dtype=torch.float32, device=device)
     *_, layer_type = stock_frequencies(stock)
     with torch.no_grad():
         expected = stock(x, positions) if layer_type is None else stock(x, positions, layer_type)
@@ -326,11 +326,11 @@ def _measured_layout(stock: nn.Module, shape: RopeShape) -> Layout:
         )
     with torch.no_grad():
         rope = RopeTensors(
-            up_to=torch.zeros(1, device=device),
+            up_to=torch.zeros(1, dtype=torch.float32, device=device),
             rotations=frequencies.float()[None],
             base=frequencies.float(),
-            start_tokens=torch.zeros(1, device=device),
-            attention_factor=torch.tensor([scaling], device=device),
+            start_tokens=torch.zeros(1, dtype=torch.float32, device=device),
+            attention_factor=torch.tensor([scaling], dtype=torch.float32, device=device),
             any_start_tokens=False,
         )
         cos, sin = cos_sin(positions, rope)
@@ -355,7 +355,7 @@ def check_frequencies(model: nn.Module, rope_theta: float, own: RopeFactors) -> 
     What is relative to the unscaled rope_theta must really be so: a class with frequencies of another form would be
     extended wrongly without a sign of it.
     """
-    expected = inverse_frequencies(rope_theta, torch.tensor(own.rescale))
+    expected = inverse_frequencies(rope_theta, torch.tensor(own.rescale, dtype=torch.float32))
     for _, _, stock in rotary_modules(model):
         frequencies, scaling, _ = stock_frequencies(stock)
         tolerance = 1e-4 if frequencies.dtype == torch.float32 else 1e-2

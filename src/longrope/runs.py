@@ -61,9 +61,9 @@ class RunFolder:
     path: the folder. config: what config.json holds. finished: DONE is there. resumed: the run was there before.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], *, finished: bool, resumed: bool, lock: int) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], *, finished: bool, resumed: bool, lock: int | None) -> None:
         self.path, self.config, self.finished, self.resumed = path, config, finished, resumed
-        self._lock: int | None = lock
+        self._lock = lock
 
     @classmethod
     def open(cls, path: Path, config: Mapping[str, Any], *, budget_keys: Sequence[str] = ()) -> RunFolder:
@@ -79,6 +79,9 @@ class RunFolder:
         _refuse_other_files(path)
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
+        if (path / DONE).exists() and not os.access(path, os.W_OK) and not _check_same(path, wanted, budget_keys):
+            seals.check_folder(path)  # a finished run on a disk that is only read: nothing is going to be written
+            return cls(path, wanted, finished=True, resumed=True, lock=None)
         lock = _take_lock(path)
         try:
             return cls._open_locked(path, wanted, budget_keys, lock)
@@ -93,8 +96,9 @@ class RunFolder:
         if not resumed:
             write_atomically(path / CONFIG, seals.with_checksum(_dump(wanted)))
         elif _check_same(path, wanted, budget_keys):
-            (path / DONE).unlink(missing_ok=True)
-            (path / RESULTS).unlink(missing_ok=True)  # of what the smaller budget found
+            with disk_errors(path):
+                (path / DONE).unlink(missing_ok=True)
+                (path / RESULTS).unlink(missing_ok=True)  # of what the smaller budget found
             write_atomically(path / CONFIG, seals.with_checksum(_dump(wanted)))
         finished = (path / DONE).exists()
         if finished:

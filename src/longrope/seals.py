@@ -58,12 +58,17 @@ def check(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """The same of everything in a folder that the seal of its run names: of a run itself, or of its checkpoint."""
+    """The same of everything in a folder that the seal of its run names: of a run itself, or of its checkpoint.
+
+    Of a run what the command reads again is there, too; weights may have been removed to save room.
+    """
     for run in (folder, folder.parent):
         for name in _sealed(run):
             path = run / name
             if path.is_relative_to(folder):
                 check(path)
+                if path.parent == folder == run and not path.exists():
+                    raise _changed(path, run, "which is gone")
 
 
 def _sealed(run: Path) -> Mapping[str, str]:
@@ -90,8 +95,8 @@ def _is_run(folder: Path) -> bool:
         return False
 
 
-def _changed(path: Path, run: Path) -> UserError:
-    got, rule = f"{path}, which is not as it was when the run ended", "the files of a finished run stay as they are"
+def _changed(path: Path, run: Path, how: str = "which is not as it was when the run ended") -> UserError:
+    got, rule = f"{path}, {how}", "the files of a finished run stay as they are"
     do = f"restore it, or remove {run / DONE}: the same command ends the run again; to change a file, copy it elsewhere"
     return UserError("run", got=got, rule=rule, do=do)
 

@@ -17,6 +17,7 @@ from longrope.evaluate.methods import Result
 from longrope.evaluate.run import table_of
 from longrope.factors import FactorTable
 from longrope.model import LoadedModel, as_loaded
+from longrope.modes import apart
 from longrope.runs import METRICS, RunFolder, command_line
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class HarnessSettings:
         return {**said, "chat": self.chat, "include_path": folder, "batch_size": self.batch_size}
 
 
+@apart
 def evaluate_harness(
     model: str | LoadedModel,
     *,

@@ -26,6 +26,7 @@ from longrope.evaluate.templates import read_needle_template, read_passkey_templ
 from longrope.factors import FactorTable
 from longrope.lengths import as_lengths
 from longrope.model import LoadedModel, as_loaded
+from longrope.modes import apart
 from longrope.windows import Window, whole_documents, windows_of
 from longrope.workers import options_for
 
@@ -137,6 +138,7 @@ def check_measure(name: str, given: MeasureSettings, known: Sequence[str] = _MEA
         raise UserError("--digits", got=given.digits, rule=rule, do="give a smaller number")
 
 
+@apart
 def evaluate(
     measure: str,
     model: str | LoadedModel,

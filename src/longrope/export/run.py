@@ -35,9 +35,11 @@ from longrope.factors import FACTORS, FactorTable
 from longrope.files import disk_errors, read_json, write_atomically
 from longrope.folders import is_free, whole_folder
 from longrope.model import LoadedModel
+from longrope.modes import apart
 from longrope.runs import METRICS
 
 
+@apart
 def export(
     model: str | LoadedModel,
     factors: FactorTable | str | Path | None,

@@ -36,6 +36,7 @@ from longrope.files import disk_errors
 from longrope.launched import run_launched
 from longrope.lengths import as_length, format_length
 from longrope.model import LoadedModel, load_model
+from longrope.modes import apart
 from longrope.report import write_report
 from longrope.runs import CHECKPOINT, CONFIG, FACTORS, RESULTS, RunFolder, command_line, default_run_path
 from longrope.search.driver import choose_search_windows, search_windows
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@apart
 def extend(
     model: str,
     *,

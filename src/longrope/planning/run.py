@@ -13,6 +13,7 @@ from longrope.extension.costs import costs
 from longrope.extension.run import plan_for
 from longrope.lengths import as_length
 from longrope.memory import free_memory
+from longrope.modes import apart
 from longrope.planning.machines import Machine, machine_of
 from longrope.planning.precision import QUANTIZED, precision_of
 from longrope.planning.rates import measured_rates
@@ -24,6 +25,7 @@ CPU = "cpu"
 """In place of GPUs: this machine."""
 
 
+@apart
 def plan(
     model: str,
     *,

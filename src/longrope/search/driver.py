@@ -23,6 +23,7 @@ from longrope.evaluate.templates import read_needle_template
 from longrope.factors import FactorTable, RopeFactors, last_row
 from longrope.lengths import as_length, format_length
 from longrope.model import LoadedModel, as_loaded
+from longrope.modes import apart
 from longrope.runs import FACTORS, RunFolder, command_line, default_run_path
 from longrope.search import methods, seeds, shorter
 from longrope.search.archive import Archive
@@ -56,6 +57,7 @@ class SearchWindows:
     """Whole windows of the searched documents that the result is measured on, where the objective is another one."""
 
 
+@apart
 def search(
     model: str | LoadedModel,
     *,

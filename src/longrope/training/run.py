@@ -26,7 +26,8 @@ from longrope.factors import FACTORS, FactorTable
 from longrope.files import disk_errors
 from longrope.folders import replaced_folder
 from longrope.lengths import as_length
-from longrope.model import LoadedModel, as_loaded, load_model
+from longrope.model import LoadedModel, load_model
+from longrope.modes import apart
 from longrope.runs import ADAPTER, CHECKPOINT, LOSSES, METRICS, RunFolder, command_line, default_run_path, identity
 from longrope.training.apart import check_shareable, documents_are_apart
 from longrope.training.arguments import arguments_of, trackers
@@ -34,7 +35,7 @@ from longrope.training.callbacks import Progress, Watch
 from longrope.training.lora import merged, with_lora
 from longrope.training.loss import chunked_loss
 from longrope.training.recipes import Recipe
-from longrope.training.settings import DEFAULT_TRACKER, Training, check_trainable, described, settings_of
+from longrope.training.settings import DEFAULT_TRACKER, Training, described, settings_of
 from longrope.training.sharded import check_shards
 from longrope.training.state import damaged, keep_losses, last_whole
 from longrope.training.trainer import ResumingTrainer, ShardingTrainer, gathered
@@ -48,6 +49,7 @@ STATE = "checkpoints"
 """Folder of a run's training checkpoints, from which it goes on."""
 
 
+@apart
 def finetune(
     model: str | LoadedModel,
     *,
@@ -62,6 +64,7 @@ def finetune(
 ) -> dict[str, Any]:
     """Train a model on windows of `length` tokens under its factors; what metrics.json holds.
 
+    model: MODEL as every command takes it; one from load_model is loaded again with its options, and stays as it is.
     factors: a table or its file, by default those beside the weights; windows get the row of their length. Writes the
     run `out` (runs/finetune-MODEL-LENGTH by default): checkpoint/, a transformers folder with its factors.json, or, of
     LoRA that is not merged, adapter/. Resumes a run that is there from its last whole checkpoint, and ends in the same
@@ -70,6 +73,8 @@ def finetune(
     LoraSettings (embeddings, norms, merge) and LoadOptions. Raises UserError for bad input, for a window that does not
     fit into memory, and for a loss that is no number.
     """
+    if isinstance(model, LoadedModel):
+        options = options or model.options
     given, chosen, options = settings_of(as_length(length), recipe, lora, options, keywords)
     world = World.told()
     mixed = given.mixed is not None
@@ -77,8 +82,10 @@ def finetune(
     options = world.placed(options)
     if not trackers(given.tracker) and given.tracker == DEFAULT_TRACKER:
         logger.info("no TensorBoard here: the losses are in %s alone (install longrope[tensorboard])", LOSSES)
-    loaded = as_loaded(model, options)
-    check_trainable(loaded, given)
+    # Anew, also where one is given: that would be another model afterwards, under the same name.
+    loaded = load_model(model.name if isinstance(model, LoadedModel) else model, options)
+    if isinstance(model, LoadedModel):
+        loaded.batch_tokens = model.batch_tokens
     table = loaded.table if factors is None else as_table(factors)
     if table is None:
         rule = "a model is trained with the factors of the longer window"

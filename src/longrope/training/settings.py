@@ -10,7 +10,6 @@ from typing import Any
 from longrope.checkpoint import AUTOCAST, LoadOptions, load_options, taken
 from longrope.documents import as_sources
 from longrope.errors import UserError
-from longrope.model import LoadedModel
 from longrope.training.lora import LoraSettings
 from longrope.training.recipes import SAVED, Recipe, recipe_of
 
@@ -93,13 +92,6 @@ def _of_all_weights(options: LoadOptions) -> LoadOptions:
     if options.dtype == "auto" and options.placement != "cpu":
         return replace(options, dtype=AUTOCAST)
     return options
-
-
-def check_trainable(loaded: LoadedModel, given: Training) -> None:
-    """Raise UserError for all weights of a model that was given loaded, in half precision: see `_of_all_weights`."""
-    if given.lora is None and loaded.options.dtype in _HALF:
-        got, rule = f"a model that is loaded in {loaded.options.dtype}", "all weights are trained in float32"
-        raise UserError("model", got=got, rule=rule, do="load it with dtype autocast or float32, or give its name")
 
 
 def described(given: Training, recipe: Recipe) -> dict[str, Any]:
