@@ -460,6 +460,17 @@ def test_documents_that_cannot_be_read_are_refused(here: Path, name: str, data: 
         assert refused(*command) == f"documents: {message}"
 
 
+def test_documents_says_what_it_leaves_out(here: Path) -> None:
+    folder = here / "mixed"
+    folder.mkdir()
+    for name, text in (("a.txt", "One."), ("b.txt", "One."), ("c.txt", " "), ("d.md", "Two."), ("e.csv", "3")):
+        (folder / name).write_text(text)
+    told = longrope("documents", "mixed", "--json")
+    assert told.document["left_out"] == {"empty": 1, "repeated": 1, "files of other kinds": 2}
+    assert "left out: 1 empty, 1 repeated, 2 files of other kinds\n" in told.err
+    assert "left out" not in longrope("documents", "texts").err
+
+
 def test_too_short_documents_are_refused_with_what_was_found(here: Path) -> None:
     (here / "short.txt").write_text("twelve bytes")
     message = (
@@ -886,10 +897,11 @@ def test_what_commands_use_of_stdlib_is_told_beside_what_it_holds() -> None:
 
     ran = longrope("documents", "stdlib", "--model", "model", "--json")
     searched, unseen = (len(read_sources(["stdlib"], share=share)) for share in ("search", "unseen"))
-    assert ran.err == (
+    assert ran.err.startswith("left out: "), "empty modules, and equal ones"
+    assert ran.err.splitlines(keepends=True)[1:] == [
         f"of stdlib, a search uses {searched} documents, and --unseen, compare and evaluate {unseen} others; "
         "all are counted\n"
-    )
+    ]
     assert ran.document["documents"] > searched + unseen > 10
 
 

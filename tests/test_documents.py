@@ -29,6 +29,7 @@ from longrope.documents import (
     read_sources,
 )
 from longrope.errors import UserError
+from longrope.search.driver import without
 
 CHINESE = "长上下文窗口需要很长的文档。"
 RUSSIAN = "Длинное окно требует длинных документов. "
@@ -178,7 +179,8 @@ def test_a_template_gets_a_rows_tools_and_parts_without_nulls(
     found = read_sources([str(file)], tokenizer=chat_tokenizer, share="train")
     assert [each.text for each in found] == ["hi", "<clock>hi", "<clock>hi", "hi"]
     wrong = write_rows(tmp_path / "b.jsonl", {"messages": said, "tools": "{"})
-    assert "line 1: got `messages`; the model's chat template refuses it" in refusal(wrong, tokenizer=chat_tokenizer)
+    rule = "they are a list of functions, or its JSON; correct the row, or take it out"
+    assert f"line 1: got `tools` that are no JSON; {rule}" in refusal(wrong, tokenizer=chat_tokenizer)
 
 
 def test_messages_of_parquet_lose_the_fields_that_only_other_rows_have(
@@ -188,6 +190,41 @@ def test_messages_of_parquet_lose_the_fields_that_only_other_rows_have(
     table = {"messages": [silent], "other": [[{"tools": ["x"]}]]}
     ((_, text),) = read(write_table(tmp_path / "a.parquet", table), tokenizer=chat_tokenizer)
     assert text == "user: Hello.\n"
+
+
+def test_nested_fields_that_only_other_rows_of_a_table_have_are_not_written(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Arguments of tool calls and declared tools: a table's type has the fields of all of them."""
+    chat_tokenizer.chat_template = "{{ tools | tojson }}{{ messages | tojson }}"
+
+    def row(name: str) -> dict[str, Any]:
+        called = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {name: "X"}}]}
+        tools = [{"name": "f", "parameters": {name: {"type": "string"}}}]
+        return {"messages": [{"role": "user", "content": "?"}, called], "tools": tools}
+
+    rows = [row("city"), row("date")]
+    table = write_table(tmp_path / "a.parquet", {key: [each[key] for each in rows] for key in rows[0]})
+    lines = write_rows(tmp_path / "b.jsonl", *rows)
+    found = [json.loads(text.replace("][", ",")) for _, text in read(table, tokenizer=chat_tokenizer)]
+    assert found == [json.loads(text.replace("][", ",")) for _, text in read(lines, tokenizer=chat_tokenizer)]
+
+
+def test_a_text_is_on_one_side_wherever_its_prompt_ends(tmp_path: Path) -> None:
+    texts = [(f"question {number}?", f" answer {number}.") for number in range(12)]
+    whole = write_rows(tmp_path / "whole.jsonl", *({"text": prompt + answer} for prompt, answer in texts))
+    parts = ({"prompt": prompt, "completion": answer} for prompt, answer in texts)
+    parted = write_rows(tmp_path / "parted.jsonl", *parts)
+    documents = read_sources([str(whole), str(parted)])
+    assert len(documents) == 24, "a training reads them differently"
+    searched, unseen = ({each.text for each in side} for side in hold_out(documents))
+    assert searched
+    assert unseen
+    assert not searched & unseen
+    with pytest.raises(UserError, match="all of them also in --documents"):
+        without(read_sources([str(parted)]), read_sources([str(whole)]))
+    [first], [last] = hold_out([Document("a", "x" * 8), Document("b", "x" * 8, 3)])
+    assert (first.text, last.text) == ("x" * 6, "x" * 2), "one text is cut"
 
 
 def test_a_folder_is_read_recursively_by_relative_path_and_other_files_are_passed_over(tmp_path: Path) -> None:
@@ -447,8 +484,8 @@ def test_a_binary_file_is_refused_alone_or_in_a_folder(tmp_path: Path, content: 
         ('{"text": "cut', "Unterminated string starting at: column 10; "),
         (b'{"text": "\xff"}', "bytes that are not UTF-8; JSON is UTF-8"),
         (b"\0\1\2", "Expecting value"),
-        ("[" * 100_000, "maximum recursion depth"),
-        ("5" * 5000, "Exceeds the limit"),
+        ("[" * 100_000, "thousands of brackets; every line is a JSON object"),
+        ("5" * 5000, "a number of thousands of digits; every line is a JSON object"),
     ],
 )
 def test_broken_json_is_refused_with_its_line(tmp_path: Path, line: str | bytes, got: str) -> None:
@@ -459,12 +496,20 @@ def test_broken_json_is_refused_with_its_line(tmp_path: Path, line: str | bytes,
 
 @pytest.mark.parametrize(
     ("row", "got"),
-    [({"body": "x", "id": 1}, "the fields body, id"), ({}, "no fields"), (["text"], "no fields"), (5, "no fields")],
+    [
+        ({"body": "x", "id": 1}, "the fields body, id"),
+        ({}, "no fields"),
+        (["text"], "a list"),
+        (5, "a number"),
+        (None, "null"),
+    ],
 )
 def test_a_row_without_text_or_messages_is_refused(tmp_path: Path, row: object, got: str) -> None:
     path = write_rows(tmp_path / "a.jsonl", {"text": "good"}, row)
     message = refusal(path)
-    assert message.startswith(f"{str(path)!r} line 2: got {got}; a row has a field `text` or `messages`, or `prompt`")
+    rule = "a row has a field `text` or `messages`, or `prompt`"
+    rule = rule if isinstance(row, dict) else "every line is a JSON object; correct the line"
+    assert message.startswith(f"{str(path)!r} line 2: got {got}; {rule}")
 
 
 def test_a_table_without_text_or_messages_is_refused(tmp_path: Path) -> None:
@@ -493,7 +538,10 @@ def test_a_prompt_and_its_completion_are_one_text_that_knows_where_the_completio
 
 def test_a_prompt_that_is_no_string_and_one_without_a_completion_are_refused(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "a.jsonl", {"prompt": TALK, "completion": "x"})
-    assert "line 1: got a field `prompt` of type list; `prompt` is a string" in refusal(rows)
+    rule = "`prompt` and `completion` are both strings, or both lists of messages; convert one of them"
+    assert f"line 1: got one of each; {rule}" in refusal(rows)
+    rows = write_rows(tmp_path / "a.jsonl", {"prompt": 5, "completion": "x"})
+    assert "line 1: got a field `prompt` of type int; `prompt` is a string" in refusal(rows)
     table = write_table(tmp_path / "a.parquet", {"prompt": ["x"]})
     rule = "a row has a field `text` or `messages`, or `prompt` and `completion`; rename"
     assert f"row 1: got the fields prompt; {rule}" in refusal(table)

@@ -216,6 +216,7 @@ def test_a_sliding_window_is_widened_in_the_configuration_and_not_in_the_model_a
     loaded = saved(tmp_path, "mistral")
     out = export(loaded, table_for(loaded), tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["sliding_window"] == LONG
+    assert f"In config.json: sliding window widened from 24 to {LONG} tokens." in (out / "README.md").read_text()
     assert loaded.model.config.sliding_window == 24
 
 

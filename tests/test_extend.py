@@ -594,6 +594,15 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing() -> None:
     assert rows["perplexity"]["tokens"] == 2 * (ORIGINAL + ORIGINAL + 2 * ORIGINAL + TARGET + FAR), "the base, too"
     told = longrope(*command("--stages", "plan.toml", "--dry-run"))
     assert "token-passes at most" in told.err
+    assert "refused" not in told.err
+    Path("short.txt").write_text("A short one. " * 8)
+    words = command("--stages", "plan.toml", "--dry-run")
+    words[words.index("texts")] = "short.txt"
+    ran = longrope(*words)
+    assert (ran.code, "token-passes at most" in ran.err) == (0, True)
+    assert "with these documents it is going to be refused: --documents: got " in ran.err
+    words[words.index("short.txt")] = "nothing"
+    assert "'nothing', which does not exist" in refused(*words)
 
 
 @pytest.mark.parametrize(

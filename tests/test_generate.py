@@ -168,12 +168,13 @@ def test_a_conversation_goes_on_from_its_cache_and_says_what_a_fresh_one_would(l
 def test_chat_answers_lines_until_they_end_and_what_is_refused_ends_nothing(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * TARGET)
     (tmp_path / "short.txt").write_text("a short one")
-    lines = ["Hello", "/file missing", f"/file {tmp_path / 'long.txt'}", "what is it?", "/reset",
+    lines = ["Hello", "/file missing", f"/file {tmp_path / 'long.txt'}", "what is it?", "And now?", "/reset",
              f"/file {tmp_path / 'short.txt'}", "and this?", "/exit", "never"]  # fmt: skip
     command = [*COMMAND, "chat", str(folder), "-n", "5", "--dtype", "float32", "--device", "cpu", "--threads", "1"]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count(" tokens in ") == 2
+    assert done.stderr.count(" tokens in ") == 3
+    assert "; the document before it is left out" in done.stderr
     assert "prompt: got missing; No such file" in done.stderr
     assert "sequence: got " in done.stderr
     assert "Traceback" not in done.stderr

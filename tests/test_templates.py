@@ -108,6 +108,19 @@ def test_the_tokenizers_do_what_they_are_named_for() -> None:
     assert tokens("space before every text", "The")[0].startswith("▁")
 
 
+def test_an_answer_is_written_as_the_text_has_it_that_tells() -> None:
+    """A language without spaces puts none before a number, and a model that copies writes none."""
+    chinese = PasskeyTemplate(filler="天空很蓝。", statement="密码是{key}。", question="密码是什么？", lead="密码是")
+    assert chinese.answer == "{key}"
+    prompt = chinese.prompt(TOKENIZERS["bytes"], "12345")
+    assert TOKENIZERS["bytes"].decode(list(prompt.answer)) == "12345"
+    assert (PAPER.answer, SHORT.answer) == (" {key}", " {key}")
+    needle = NeedleTemplate(needle="{key}的号码是{number}。", question="{key}的号码？", lead="{key}的号码是")
+    assert needle.answer == "{number}"
+    said = PasskeyTemplate(filler="x", statement="密码是{key}。", question="?", lead="密码是", answer="「{key}")
+    assert said.answer == "「{key}"
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("length", [300, 1200])
 def test_the_answers_tokens_end_the_tokens_of_the_whole_text(small: LoadedModel, name: str, length: int) -> None:

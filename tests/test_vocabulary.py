@@ -40,6 +40,17 @@ def test_texts_without_such_a_token_are_read_and_the_tokenizer_is_told_of(here: 
     assert ran.code == 0, ran.err
 
 
+def test_an_end_of_texts_without_weights_is_refused_before_a_training_begins(here: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    tokenizer.eos_token = ADDED
+    tokenizer.save_pretrained("model")
+    ran = longrope("finetune", "model", "--length", 96, "-f", "good.json", "-d", "texts", "--steps", 1, "--out", "run")
+    told = f"longrope: model: got model, whose tokenizer ends texts with '{ADDED}', token 259; {RULE}; restore its"
+    assert ran.code == 2
+    assert ran.err.splitlines()[-1] == f"{told} tokenizer's files"
+    assert not Path("run").exists()
+
+
 @pytest.mark.parametrize(
     "words",
     [

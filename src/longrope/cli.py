@@ -122,19 +122,33 @@ def documents(
     begin(verbose, quiet)
     from longrope.checkpoint import load_tokenizer
     from longrope.console import err, print_json
-    from longrope.documents import read_sources
+    from longrope.documents import distinct, files_of_other_kinds, read_all, read_sources
     from longrope.windows import summary, token_lengths
 
     wanted = None if lengths is None else parse_lengths(lengths)
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
-    found = read_sources(sources, tokenizer=tokenizer)
+    everything = read_all(sources, tokenizer=tokenizer)
+    found = distinct(everything)
+    empty = sum(not document.text.strip() for document in everything)
+    left_out = {"empty": empty, "repeated": len(everything) - empty - len(found)}
+    left_out["files of other kinds"] = files_of_other_kinds(sources)
+    if any(left_out.values()):
+        logger.info("left out: %s", ", ".join(f"{count} {what}" for what, count in left_out.items() if count))
     described = summary(token_lengths(found, tokenizer), wanted, bos=tokenizer.bos_token_id is not None)
     if "stdlib" in sources:
         shares = [len(read_sources(["stdlib"], share=share)) for share in ("search", "unseen")]
         note = "of stdlib, a search uses %d documents, and --unseen, compare and evaluate %d others; all are counted"
         logger.info(note, *shares)
     if as_json:
-        print_json({"command": "documents", "model": model, "settings": {"documents": sources}, **_counted(described)})
+        print_json(
+            {
+                "command": "documents",
+                "model": model,
+                "settings": {"documents": sources},
+                "left_out": left_out,
+                **_counted(described),
+            }
+        )
     else:
         from longrope.console_tables import documents_table
 

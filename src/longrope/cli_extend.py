@@ -59,7 +59,9 @@ def extend(
     options = shared.options()
     target = parse_length(to)
     if dry_run:
-        results = [cost.to_dict() for cost in dry(model, target, stages, train=not no_finetune, options=options)]
+        given = {"documents": documents, "unseen": unseen or [], "search_documents": search_documents or []}
+        planned = dry(model, target, stages, **given, train=not no_finetune, seed=shared.seed, options=options)
+        results = [cost.to_dict() for cost in planned]
         if shared.as_json:
             print_json({"command": "extend", "model": model, "settings": {"to": target}, "results": results})
         else:

@@ -14,6 +14,7 @@ from longrope.cli_options import (
     one_table,
     runs_a_model,
 )
+from longrope.errors import plural
 from longrope.lengths import parse_length
 
 
@@ -105,6 +106,6 @@ def finetune(
         print_json(made)
     else:
         first, last = made["losses"][0], made["losses"][-1]
-        err.print(f"{len(made['losses'])} steps, loss {first:.4f} -> {last:.4f}")
+        err.print(f"{plural(len(made['losses']), 'step')}, loss {first:.4f} -> {last:.4f}")
         written = CHECKPOINT if (path / CHECKPOINT).is_dir() else ADAPTER
         err.print(f"{written}: {path / written}", soft_wrap=True)

@@ -142,7 +142,9 @@ def chat(
                 if not shared.quiet:
                     err.print(_summary(made), soft_wrap=True)
         except UserError as error:
-            err.print(str(error), style="red", soft_wrap=True)
+            left_out = "; the document before it is left out" if document and command != "/file" else ""
+            err.print(f"{error}{left_out}", style="red", soft_wrap=True)
+            document = document if command == "/file" else ""
 
 
 def _ready(

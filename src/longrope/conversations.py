@@ -66,8 +66,14 @@ def _written(
     asking: bool = False,
 ) -> str:
     present = [_present(each) for each in _check_messages(messages, where, field)]
+    declared: Any = tools
+    if isinstance(tools, str) and tools:
+        try:
+            declared = json.loads(tools)
+        except (ValueError, RecursionError):
+            rule, do = "they are a list of functions, or its JSON", "correct the row, or take it out"
+            raise UserError(where, got="`tools` that are no JSON", rule=rule, do=do) from None
     try:
-        declared: Any = json.loads(tools) if isinstance(tools, str) and tools else tools
         text = tokenizer.apply_chat_template(
             present, tools=declared or None, tokenize=False, add_generation_prompt=asking
         )

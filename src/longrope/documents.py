@@ -11,11 +11,11 @@ import logging
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from longrope.conversations import conversation, exchange
 from longrope.errors import UserError, first_line
@@ -34,6 +34,7 @@ HUB_DOCUMENTS = 1000  # rows read of one hf: source, at most
 _ROWS = 256  # of a table that are unfolded at once
 _ROW_BYTES = 200  # that a row takes, also an empty one
 _FIELDS = ("text", "messages", "tools", "prompt", "completion")  # of a row, the first ones before the last two
+_JSON_NAMES = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
 _KINDS = ".txt, .jsonl, .jsonl.gz or .parquet"
 
 
@@ -55,6 +56,11 @@ class Document:
         prompt = "" if self.prompt is None else f"{self.prompt}:"
         return hashlib.sha256((prompt + self.text).encode()).hexdigest()
 
+    @cached_property
+    def text_sha256(self) -> str:
+        """The same of the text alone, which is what is searched and measured on."""
+        return self.sha256 if self.prompt is None else hashlib.sha256(self.text.encode()).hexdigest()
+
 
 def as_sources(given: str | Path | Iterable[str | Path]) -> list[str]:
     """Sources as a list of texts, from Python also a single one: a text is not a list of its letters."""
@@ -71,6 +77,14 @@ def read_sources(
     template turns into text. Empty and repeated texts are dropped, except in the share "train": that is, file for
     file, what the embedded model was trained on. Raises UserError for a source that is missing, unreadable or empty.
     """
+    found = read_all(sources, share=share, tokenizer=tokenizer)
+    return found if share == "train" else distinct(found)
+
+
+def read_all(
+    sources: Sequence[str], *, share: Share = "all", tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Document]:
+    """The same with empty and repeated texts."""
     found: list[Document] = []
     room = Room()
     for source in sources:
@@ -79,15 +93,15 @@ def read_sources(
             rule = "a document holds at least some text"
             raise UserError("documents", got=f"{source!r}, which is empty", rule=rule, do="give documents with text")
         found += documents
-    return found if share == "train" else distinct(found)
+    return found
 
 
-def distinct(documents: Iterable[Document]) -> list[Document]:
-    """The documents with text, the first one of each text."""
+def distinct(documents: Iterable[Document], *, text_alone: bool = False) -> list[Document]:
+    """The documents with text, the first one of each; text_alone: wherever its prompt ends."""
     first: dict[str, Document] = {}
     for document in documents:
         if document.text.strip():
-            first.setdefault(document.sha256, document)
+            first.setdefault(document.text_sha256 if text_alone else document.sha256, document)
     return list(first.values())
 
 
@@ -128,16 +142,26 @@ def _stdlib_share(inside: Path) -> Share:
     return "unseen" if digit == 0 else "search" if digit == 1 else "train"
 
 
-def _find_files(source: str) -> list[tuple[Path, str]]:
-    """Every file of a path or glob that can be read, each with its short name, in the order of the names."""
+def files_of_other_kinds(sources: Sequence[str]) -> int:
+    """How many files below the folders and globs among some sources are of no kind that is read."""
+    places = [source for source in sources if source != "stdlib" and (_exists(source) or not source.startswith("hf:"))]
+    return sum(not _reader(file) and file.is_file() for source in places for file in set(_files(source)[1]))
+
+
+def _files(source: str) -> tuple[Path, Iterator[Path]]:
+    """The folder that names begin in, and every file of a path or glob."""
     path = Path(source)
     if not _exists(source):
-        base, found = _expand(source)
-    elif path.is_dir():
-        base, found = path, _walk(path)
-    else:
-        _check_file(path)
-        base, found = path.parent, iter([path])
+        return _expand(source)
+    if path.is_dir():
+        return path, _walk(path)
+    _check_file(path)
+    return path.parent, iter([path])
+
+
+def _find_files(source: str) -> list[tuple[Path, str]]:
+    """Every file of a path or glob that can be read, each with its short name, in the order of the names."""
+    base, found = _files(source)
     files = {file for file in found if _reader(file) and file.is_file()}
     if not files:
         got = f"{source!r}, where no file is of a kind that can be read"
@@ -282,8 +306,8 @@ def _parse(line: str, where: str) -> object:
         return json.loads(line)
     except json.JSONDecodeError as error:
         got = f"{error.msg}: column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-        got = first_line(error)
+    except (ValueError, RecursionError) as error:
+        got = "a number of thousands of digits" if isinstance(error, ValueError) else "thousands of brackets"
     raise UserError(where, got=got, rule="every line is a JSON object", do="correct the line")
 
 
@@ -297,14 +321,14 @@ def _read_parquet(path: Path, name: str, tokenizer: PreTrainedTokenizerBase | No
             columns = file.schema_arrow.names
             wanted = [column for column in _FIELDS if column in columns]
             if not wanted:
-                raise _no_field(repr(str(path)), columns)
-            rows = []
+                raise _no_field(repr(str(path)), dict.fromkeys(columns))
+            rows: list[dict[str, Any]] = []
             for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
                 for place, column in enumerate(batch.columns):
                     if pa.types.is_dictionary(column.type):  # where a text is there once for all rows that have it
                         batch = batch.set_column(place, batch.schema.names[place], column.dictionary_decode())
                 room.take(max(batch.nbytes, _ROW_BYTES * batch.num_rows), repr(str(path)))
-                rows += batch.to_pylist()
+                rows += map(_of_table, batch.to_pylist())
     except UserError:
         raise
     except (pa.ArrowException, ValueError, OverflowError) as error:  # the last two: of values that Python has not
@@ -334,7 +358,7 @@ def _read_hub(source: str, tokenizer: PreTrainedTokenizerBase | None, room: Room
             wanted = [column for column in _FIELDS if column in (stream.column_names or ())]
             rows = (stream.select_columns(wanted) if wanted else stream).take(HUB_DOCUMENTS)
             for number, row in enumerate(rows, start=1):
-                documents.append(_row(f"{name}#{number}", row, f"{source} row {number}", tokenizer))
+                documents.append(_row(f"{name}#{number}", _of_table(row), f"{source} row {number}", tokenizer))
                 room.take(len(documents[-1].text), f"{source} row {number}")
     except UserError:
         raise
@@ -359,17 +383,31 @@ def _quiet(*names: str) -> Iterator[None]:
             each.setLevel(level)
 
 
+def _of_table(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row of a table holds: its type gives every object in it all fields that others have, too, as nulls."""
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def _row(name: str, row: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Document:
     """The document of a row: its field `text`, else its `messages` through the chat template, else its `prompt` and
     `completion`, which are strings or, through the template, messages; "" when those are null."""
     if not isinstance(row, dict) or not ({"text", "messages"} & row.keys() or {"prompt", "completion"} <= row.keys()):
-        raise _no_field(where, list(row) if isinstance(row, dict) else [])
+        raise _no_field(where, row)
     text = row.get("text")
     if text in (None, "") and row.get("messages") is not None:
         text = conversation(row["messages"], row.get("tools"), where, tokenizer)
     if text in (None, "") and row.get("completion") is not None:
         prompt, completion = row.get("prompt"), row["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
+        if isinstance(prompt, list) != isinstance(completion, list) and prompt is not None:
+            rule = "`prompt` and `completion` are both strings, or both lists of messages"
+            raise UserError(where, got="one of each", rule=rule, do="convert one of them")
+        if isinstance(completion, list):
             prompt, completion = exchange(prompt, completion, row.get("tools"), where, tokenizer)
         prompt = _string(prompt, "prompt", where)
         return Document(name, prompt + _string(completion, "completion", where), len(prompt))
@@ -384,8 +422,11 @@ def _string(value: object, field: str, where: str) -> str:
     return (value or "").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
-def _no_field(where: str, fields: Sequence[object]) -> UserError:
-    got = f"the fields {', '.join(map(str, fields))}" if fields else "no fields"
+def _no_field(where: str, row: object) -> UserError:
+    if not isinstance(row, Mapping):
+        got = _JSON_NAMES.get(type(row), "null")
+        return UserError(where, got=got, rule="every line is a JSON object", do="correct the line")
+    got = f"the fields {', '.join(map(str, row))}" if row else "no fields"
     rule = "a row has a field `text` or `messages`, or `prompt` and `completion`"
     return UserError(where, got=got, rule=rule, do="rename the field that holds it")
 
@@ -397,15 +438,16 @@ def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Docume
     """
     kept = distinct(documents)
     assert kept, "read_sources never returns nothing"
-    if len(kept) == 1:
+    if len({each.text_sha256 for each in kept}) == 1:
         name, text, prompt = kept[0].name, kept[0].text, kept[0].prompt
         cut = len(text) * 3 // 4
         before, after = (None, None) if prompt is None else (min(prompt, cut), max(0, prompt - cut))
         return [Document(f"{name} (first 3/4)", text[:cut], before)], [
             Document(f"{name} (last 1/4)", text[cut:], after)
         ]
-    hashes = sorted(document.sha256 for document in kept)
+    hashes = sorted({document.text_sha256 for document in kept})
     unseen = {sha256 for sha256 in hashes if int(sha256, 16) % 4 == 0} or {hashes[0]}
     if len(unseen) == len(hashes):
         unseen.remove(hashes[-1])
-    return [each for each in kept if each.sha256 not in unseen], [each for each in kept if each.sha256 in unseen]
+    searched = [each for each in kept if each.text_sha256 not in unseen]
+    return searched, [each for each in kept if each.text_sha256 in unseen]

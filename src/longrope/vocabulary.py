@@ -47,6 +47,16 @@ def guard_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
     return f"{told}, the first {shown(beyond[first])}: texts that hold one are refused"
 
 
+def check_end(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError when the model has no weights for the token that ends every window of a training."""
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    eos: Any = tokenizer.eos_token_id
+    if isinstance(size, int) and isinstance(eos, int) and eos >= size:
+        got = f"{name}, whose tokenizer ends texts with {shown(str(tokenizer.eos_token))}, token {eos}"
+        rule = f"the model has weights for {size:,} tokens"
+        raise UserError("model", got=got, rule=rule, do="restore its tokenizer's files")
+
+
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     try:
         return tokenizer.get_vocab()

@@ -66,7 +66,7 @@ def choose_windows(
     """
     bos, span = bos_of(tokenizer), _span(tokenizer, length, count)
     rng = np.random.default_rng(seed)
-    ordered = sorted(distinct(documents), key=lambda document: document.sha256)
+    ordered = sorted(distinct(documents, text_alone=True), key=lambda document: document.text_sha256)
     long: list[tuple[Document, list[int]]] = []
     for index in rng.permutation(len(ordered)):
         document = ordered[index]
@@ -83,7 +83,7 @@ def choose_windows(
         do = "give longer or more documents, or ask for shorter or fewer windows"
         raise UserError("documents", got=got, rule=f"wanted: {_number(count, 'window')}", do=do)
     return [
-        Window(document.name, document.sha256, start, np.array(bos + ids[start : start + span], dtype=np.int64))
+        Window(document.name, document.text_sha256, start, np.array(bos + ids[start : start + span], dtype=np.int64))
         for (document, ids), share in zip(long, shares, strict=True)
         for start in span_starts(rng, len(ids), span, share)
     ]
@@ -113,9 +113,9 @@ class TokenCounts:
 
     def __call__(self, document: Document) -> int:
         """Tokens of one document."""
-        if document.sha256 not in self._known:
-            self._known[document.sha256] = len(token_ids(self.tokenizer, document.text))
-        return self._known[document.sha256]
+        if document.text_sha256 not in self._known:
+            self._known[document.text_sha256] = len(token_ids(self.tokenizer, document.text))
+        return self._known[document.text_sha256]
 
 
 def held_windows(documents: Sequence[Document], counts: TokenCounts, *, length: int, count: int) -> int:
@@ -125,7 +125,7 @@ def held_windows(documents: Sequence[Document], counts: TokenCounts, *, length: 
     windows of nothing.
     """
     span, held = _span(counts.tokenizer, length, count), 0
-    for document in sorted(distinct(documents), key=lambda each: len(each.text), reverse=True):
+    for document in sorted(distinct(documents, text_alone=True), key=lambda each: len(each.text), reverse=True):
         if held < count and _most_tokens(document.text) >= span:
             held += _spans_in(counts(document), span)
     return min(held, count)
@@ -245,20 +245,20 @@ def spare_windows(
     bos = bos_of(tokenizer)
     span = length - len(bos)
     rng = np.random.default_rng((seed, 1))
-    ordered = sorted(distinct(documents), key=lambda document: document.sha256)
+    ordered = sorted(distinct(documents, text_alone=True), key=lambda document: document.text_sha256)
     used: dict[str, list[int]] = {}
     for window in taken:
         used.setdefault(window.sha256, []).append(window.start)
     shuffled = [ordered[index] for index in rng.permutation(len(ordered))]
     roomy: list[tuple[Document, list[int], list[tuple[int, int]]]] = []
-    for document in sorted(shuffled, key=lambda document: document.sha256 in used):
+    for document in sorted(shuffled, key=lambda document: document.text_sha256 in used):
         if len(roomy) < count and _most_tokens(document.text) >= span:
             ids = token_ids(tokenizer, document.text)
-            if gaps := _gaps(len(ids), span, used.get(document.sha256, [])):
+            if gaps := _gaps(len(ids), span, used.get(document.text_sha256, [])):
                 roomy.append((document, ids, gaps))
     shares = _deal([sum((high - low) // span for low, high in gaps) for _, _, gaps in roomy], count)
     return [
-        Window(document.name, document.sha256, start, np.array(bos + ids[start : start + span], dtype=np.int64))
+        Window(document.name, document.text_sha256, start, np.array(bos + ids[start : start + span], dtype=np.int64))
         for (document, ids, gaps), share in zip(roomy, shares, strict=True)
         for (low, high), part in zip(gaps, _deal([(high - low) // span for low, high in gaps], share), strict=True)
         for start in (low + each for each in span_starts(rng, high - low, span, part))
@@ -278,13 +278,13 @@ def whole_documents(loaded: LoadedModel, documents: Sequence[Document], length: 
     """
     bos = bos_of(loaded.tokenizer)
     found: list[Window] = []
-    for document in sorted(documents, key=lambda each: each.sha256):
+    for document in sorted(documents, key=lambda each: each.text_sha256):
         if count is not None and len(found) == count:
             break
         if _most_tokens(document.text) + len(bos) >= length:
             ids = token_ids(loaded.tokenizer, document.text)
             if len(bos) + len(ids) >= length:
-                found.append(Window(document.name, document.sha256, 0, np.array(bos + ids, dtype=np.int64)))
+                found.append(Window(document.name, document.text_sha256, 0, np.array(bos + ids, dtype=np.int64)))
     if not found:
         got = f"{_number(len(documents), 'document')}, none of {length} tokens"
         do = "give longer documents, or ask for a shorter length"

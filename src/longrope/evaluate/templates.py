@@ -67,18 +67,29 @@ def _check(
                 raise UserError(where, got=f"no {{{each}}}", rule=f"it holds {{{each}}}", do="put it in")
 
 
+def _answered(template: PasskeyTemplate | NeedleTemplate, value: str, told: str) -> None:
+    """Where a template does not say how its answer is written: as the text has it that tells, else after a space."""
+    if template.answer == "":
+        follows = isinstance(told, str) and isinstance(template.lead, str) and f"{template.lead}{value}" in told
+        object.__setattr__(template, "answer", value if template.lead and follows else f" {value}")
+
+
 @dataclass(frozen=True)
 class PasskeyTemplate:
-    """The wording of passkey prompts; {key} stands for the key. Raises UserError for a misplaced placeholder."""
+    """The wording of passkey prompts; {key} stands for the key. Raises UserError for a misplaced placeholder.
+
+    answer: by default the key after a space, or without one where `statement` has it right behind the words of `lead`.
+    """
 
     filler: str
     statement: str
     question: str
     intro: str = ""
     lead: str = ""
-    answer: str = " {key}"
+    answer: str = ""
 
     def __post_init__(self) -> None:
+        _answered(self, "{key}", self.statement)
         needed = {"statement": ("key",), "answer": ("key",)}
         _check("[passkey]", {field.name: getattr(self, field.name) for field in fields(self)}, needed, {})
         if not self.filler.strip():
@@ -102,10 +113,11 @@ class NeedleTemplate:
     question: str
     intro: str = ""
     lead: str = ""
-    answer: str = " {number}"
+    answer: str = ""
     names: Sequence[str] = _NAMES
 
     def __post_init__(self) -> None:
+        _answered(self, "{number}", self.needle)
         texts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "names"}
         needed = {"needle": ("key", "number"), "question": ("key",), "answer": ("number",)}
         _check("[needle]", texts, needed, {"lead": ("key",), "answer": ("key",)})

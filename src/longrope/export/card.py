@@ -48,6 +48,7 @@ def model_card(
     engine: str = "transformers",
     family: str = "",
     dtype: str | None = None,
+    widened: str | None = None,
     left_out: Sequence[str] = (),
     costs: Sequence[Mapping[str, Any]] = (),
     measured: Mapping[str, Any] | None = None,
@@ -55,15 +56,17 @@ def model_card(
 ) -> str:
     """Markdown that says what the checkpoint is, how it was made, how it is loaded and what it costs.
 
-    table: the one that is served. family: the model_type. dtype: of matrices, where weights were converted. left_out:
-    what the engine cannot express, a sentence each; costs: what that costs, as `export.costs` measures it. measured:
-    the metrics.json of the run that made the table. about: the original card's front matter, which the Hub reads.
+    table: the one that is served. family: the model_type. dtype: of matrices, where weights were converted. widened:
+    what became of a sliding window. left_out: what the engine cannot express, a sentence each; costs: what that costs,
+    as `export.costs` measures it. measured: the metrics.json of the run that made the table. about: the original
+    card's front matter, which the Hub reads.
     """
     made = table.provenance
     lines = [
         *_opening(name, table, about),
         "The weights are those of the checkpoint that was exported, "
         + ("unchanged." if dtype is None else f"converted to GGUF with matrices in {dtype}."),
+        *([f"In config.json: {widened}."] if widened else []),
         "",
         f"Engine: `{engine}`. Window: `{window}`. {_use(engine, window, family)}",
         "The rows below and in factors.json are those in use here; rows that this window leaves out are in neither.",

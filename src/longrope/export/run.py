@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,10 @@ from longrope.files import disk_errors, read_json, write_atomically
 from longrope.folders import is_free, whole_folder
 from longrope.model import LoadedModel
 from longrope.modes import apart
+from longrope.patch import widen_window
 from longrope.runs import METRICS
+
+logger = logging.getLogger(__name__)
 
 
 @apart
@@ -82,6 +86,12 @@ def export(
     if parts.left_out:
         costs = measured_costs(loaded.name, table, parts.served, engine, window, documents, options)
     served = parts.served
+    widened = None
+    if engine != "gguf":
+        widened, as_before = widen_window(loaded.model, served.rows[-1].up_to)
+        as_before()
+    if widened is not None:
+        logger.info(widened)
     if engine != "transformers":  # so that `verify` knows whose rules hold
         served = replace(served, provenance={**served.provenance, "engine": engine, "window": window})
     card = model_card(
@@ -91,6 +101,7 @@ def export(
         engine=engine,
         family=parts.family,
         dtype=dtype if engine == "gguf" else None,
+        widened=widened,
         left_out=parts.left_out,
         costs=costs,
         measured=_measured(factors),

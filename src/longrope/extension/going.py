@@ -132,8 +132,8 @@ def texts_of(
     else:
         kept, held = hold_out(read)
         return Texts(tuple(documents), True, kept, kept, held)
-    used = {document.sha256 for document in (*read, *searched)}
-    left = [document for document in held if document.sha256 not in used]
+    used = {document.text_sha256 for document in (*read, *searched)}
+    left = [document for document in held if document.text_sha256 not in used]
     if not left:
         got, rule = (
             f"{plural(len(held), 'document')}, all of them used before",

@@ -373,10 +373,28 @@ def warn(plan: Plan, original_length: int) -> None:
 
 
 def dry(
-    model: str, target: int, stages: str | Path | None, *, train: bool = True, options: LoadOptions | None = None
+    model: str,
+    target: int,
+    stages: str | Path | None,
+    *,
+    documents: Sequence[str] = (),
+    unseen: Sequence[str] = (),
+    search_documents: Sequence[str] = (),
+    train: bool = True,
+    seed: int = 0,
+    options: LoadOptions | None = None,
 ) -> list[Cost]:
-    """The stages of an extension and what each costs at most; nothing is computed or written."""
+    """The stages of an extension and what each costs at most; nothing is computed or written.
+
+    Raises UserError for documents, where some are given, that cannot be read; that they are too short is said.
+    """
     loaded = load_model(model, options)
     plan = plan_for(loaded.rope.original_length, target, stages, train=train)
     warn(plan, loaded.rope.original_length)
+    if documents:
+        texts = texts_of(loaded, documents, unseen, search_documents)
+        try:
+            check_documents(loaded, plan, texts, seed)
+        except UserError as error:  # what it would cost is what was asked for
+            logger.warning("with these documents it is going to be refused: %s", error)
     return costs(loaded, plan)

@@ -109,8 +109,8 @@ def prepared(loaded: LoadedModel, settings: SearchSettings) -> LoadedModel:
 
 def without(held: Sequence[Document], searched: Sequence[Document]) -> list[Document]:
     """The held-out documents that are none of those searched on. Raises UserError when none is left."""
-    seen = {document.sha256 for document in searched}
-    left = [document for document in held if document.sha256 not in seen]
+    seen = {document.text_sha256 for document in searched}
+    left = [document for document in held if document.text_sha256 not in seen]
     if not left:
         got = f"{plural(len(held), 'document')}, all of them also in --documents"
         raise UserError("--unseen", got=got, rule="the search does not see them", do="give other documents")

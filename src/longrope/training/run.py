@@ -42,6 +42,7 @@ from longrope.training.trainer import ResumingTrainer, ShardingTrainer, gathered
 from longrope.training.windows import LongWindows, MixedWindows, collate, collate_to_learned
 from longrope.training.world import World
 from longrope.training.written import write_checkpoint
+from longrope.vocabulary import check_end
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ def finetune(
         rule = "a model is trained with the factors of the longer window"
         raise UserError("--factors", got=f"none, and no {FACTORS} beside the weights", rule=rule, do="give a run")
     loaded.check(table)
+    check_end(loaded.name, loaded.model, loaded.tokenizer)
     if world.window_size > 1:
         check_shareable(loaded)
     served = served_table(table, given, loaded.rope.original_length)
@@ -171,7 +173,7 @@ def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[Long
     if long.left_out:
         logger.info("%s with completions left out: longer than a window", plural(long.left_out, "prompt"))
     if long.too_short:
-        logger.info("%s shorter than a window: no long one is of them", plural(long.too_short, "document"))
+        logger.info("%s left out: shorter than a window", plural(long.too_short, "document"))
     if recipe.steps * recipe.batch > long.an_epoch:
         rounds = recipe.steps * recipe.batch / long.an_epoch
         logger.info("the documents hold %d windows: each is read %.1f times", long.an_epoch, rounds)
