@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import trainer
+from transformers.masking_utils import create_causal_mask
 
-from commands import TARGET, Ran, table
+from commands import TARGET, Ran, contents, table, unfinish_training
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors, unscaled
 from longrope.model import load_model
 from longrope.training.run import finetune, served_table
 from longrope.training.settings import Training
+from longrope.training.windows import collate_shared
 from longrope.training.world import World
 from models import ORIGINAL
 
@@ -145,6 +148,54 @@ def test_two_processes_that_are_killed_go_on_from_their_shards(here: Path) -> No
     again = launch(here, SHARDED, "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out)["losses"] == losses(here / "run"), "a finished run is read"
+
+
+def test_a_training_goes_on_with_the_kind_of_launcher_that_it_began_with(here: Path) -> None:
+    """What one process wrote is no shards, and shards are not whole: neither is damaged, and nothing is removed."""
+    alone = [sys.executable]
+    for launcher, other, held in ((alone, SHARDED, "whole state"), (SHARDED, alone, "shards (FSDP)")):
+        assert launch(here, launcher, out=held).code == 0
+        unfinish_training(here / held)
+        before = contents(here / held)
+        ran = launch(here, other, out=held)
+        told = [line for line in ran.err.splitlines() if line.startswith("longrope: ")]
+        assert ran.code != 0
+        assert told[0].startswith(
+            f"longrope: checkpoint: got {held}/checkpoints/checkpoint-{STEPS}, which holds {held}, in"
+        )
+        assert told[0].endswith("; start it with the launcher and configuration that it began with")
+        assert contents(here / held) == before
+        assert launch(here, launcher, out=held).code == 0
+        assert_same(here / held, here / "one")
+
+
+def test_shards_that_a_full_disk_refuses_are_told_in_a_line(here: Path) -> None:
+    limited = ["sh", "-c", 'ulimit -f 20; exec "$@"', "sh", *SHARDED]
+    ran = launch(here, limited)
+    told = [line for line in ran.err.splitlines() if line.startswith("longrope: ")]
+    assert ran.code != 0
+    assert told, ran.err
+    assert all(line.startswith("longrope: output: got run (") for line in told), told
+    assert "CheckpointException" not in ran.err
+    ran = launch(here, SHARDED)
+    assert ran.code == 0, ran.err
+    assert_same(here / "run", here / "one")
+
+
+def test_a_shard_of_a_window_needs_no_mask_of_its_pairs(here: Path) -> None:
+    """Its positions leap from its first piece to its second, which alone looks like packed documents."""
+    loaded = load_model(str(here / "model"), LoadOptions(device="cpu", dtype="float32", attention="sdpa"))
+    windows = [{name: torch.arange(TARGET) % 200 for name in ("input_ids", "labels")}]
+    batch = collate_shared(windows)
+    pieces = torch.arange(TARGET)[None].chunk(4, dim=1)
+    shard = torch.cat([pieces[0], pieces[3]], dim=1)
+    given: dict[str, Any] = {"config": loaded.model.config, "inputs_embeds": torch.zeros(1, shard.shape[1], 8)}
+    given |= {"position_ids": shard, "cache": None}
+    masks = [create_causal_mask(attention_mask=mask, **given) for mask in (None, batch["attention_mask"][:, shard[0]])]
+    assert masks[0] is not None
+    assert masks[1] is None
+    causal: Any = trainer.is_attention_mask_causal  # type: ignore[attr-defined]
+    assert causal(batch["attention_mask"]), "Trainer refuses others"
 
 
 def test_adapters_of_shards_are_merged(here: Path) -> None:

@@ -436,6 +436,16 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_last_good_checkpoi
 
 
 @pytest.mark.usefixtures("here")
+def test_the_last_good_checkpoint_stays_where_one_is_kept() -> None:
+    given = command("--learning-rate", 1e30, "--warmup", 8, "--save-every", 1, "--keep", 1, "-q")
+    ran = longrope(*given)
+    assert "checkpoint-1 is the last good one" in ran.err
+    assert Path("run/checkpoints/checkpoint-1/longrope.json").exists()
+    assert longrope(*command("--keep", 1, out="good")).code == 0
+    assert [path.name for path in Path("good/checkpoints").glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+
+
+@pytest.mark.usefixtures("here")
 def test_where_no_checkpoint_is_good_that_is_said() -> None:
     ran = longrope(*command("--learning-rate", 1e30, "-q"))
     assert ran.code == 2

@@ -28,7 +28,7 @@ from transformers import (
 
 from commands import SHAPE, TARGET, longrope, refused, table, unfinish_training, write_checkpoint
 from longrope.checkpoint import LoadOptions
-from longrope.documents import read_sources
+from longrope.documents import hold_out, read_sources
 from longrope.errors import UserError
 from longrope.factors import FactorTable, unscaled
 from longrope.memory import Kept
@@ -228,6 +228,14 @@ def test_all_weights_of_a_model_given_in_half_precision_are_trained_in_whole(her
     assert load_file(here / "run" / "checkpoint" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
 
 
+def test_what_is_held_out_is_held_out_of_short_documents_too(here: Path) -> None:
+    searched, unseen = hold_out(read_sources(["texts"]))
+    train(hold_out=True, mixed=0.5, short_documents=["texts"])
+    read = json.loads((here / "run" / "config.json").read_text())["documents"]["train"]
+    assert {each["sha256"] for each in read} == {each.sha256 for each in searched}
+    assert unseen
+
+
 # Memory
 
 
@@ -247,6 +255,23 @@ def test_fewer_windows_are_run_together_where_more_do_not_fit(monkeypatch: pytes
     assert sizes[10**9] == 4
     assert sizes[18 * 10**5] < 4
     assert train(out="few", batch=4)["losses"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_fewer_windows_at_once_come_before_layers_computed_twice_but_not_where_a_training_goes_on(here: Path) -> None:
+    loaded = load_model(str(here / "model"), FLOAT32)
+    given = Training(length=TARGET)
+    with loaded.patch() as patch:
+        patch.install(table().rows[-1])
+        loaded.model.requires_grad_(True)
+        one = arguments._kept(loaded, loaded.model, TARGET, half=False)(TARGET)
+
+        def found(room: float, **more: Any) -> tuple[int, bool]:
+            return windows_at_once(loaded, loaded.model, given, [4, 2, 1], room, half=False, **more)
+
+        assert found(4 * one / 0.59) == (4, False)
+        assert found(4 * one / 0.61) == (2, False)
+        assert found(4 * one / 0.61, preferred=[4]) == (4, True), "as it began, so that its rounding is the same"
+        assert found(one / 0.61)[1]
 
 
 def test_processes_beside_each_other_share_memory_and_keep_gradients_twice(

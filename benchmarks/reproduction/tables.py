@@ -118,8 +118,9 @@ def retrieval_target(setting: Setting, state: State) -> None:
 
 
 def _far(setting: Setting, state: State, first: int, last: int) -> None:
-    measured = _retrieved(setting, state, first, last, max(1, setting.size.tries // 2))
-    state.table("passkeys of other prompts found", [[length, share, ci] for length, share, ci in measured])
+    tries = max(1, setting.size.tries // 2)
+    measured = _retrieved(setting, state, first, last, tries)
+    tell_passkeys(setting, state, "passkeys of other prompts", f"{tries} tries a length", measured)
 
 
 def _retrieved(

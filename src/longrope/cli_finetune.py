@@ -44,7 +44,10 @@ def finetune(
         list[str] | None, typer.Option("--short-documents", metavar="D", help="For --mixed; pieces of -d by default.")
     ] = None,
     hold_out: Annotated[
-        bool, typer.Option("--hold-out", help="Leave out a part of the documents by hash, as extend does.")
+        bool,
+        typer.Option(
+            "--hold-out", help="Leave out a part of the documents, and of the short ones, by hash, as extend does."
+        ),
     ] = False,
     lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train LoRA adapters of this rank.")] = None,
     embeddings: Annotated[

@@ -51,11 +51,12 @@ def arguments_of(
     before = None if last is None else windows_of_a_pass(last)
     if before in sizes:
         sizes = sizes[sizes.index(before) :]
+    preferred = sizes[:1] if before in sizes else sizes
     # Of shards nothing is estimated: what does not fit into one process is what they are for.
     together, again = sizes[0], given.gradient_checkpointing is not False
     if world.window_size == 1 and not world.sharded:
         room = room_for_windows(loaded, trained, world)
-        together, again = windows_at_once(loaded, trained, given, sizes, room, half=half)
+        together, again = windows_at_once(loaded, trained, given, sizes, room, half=half, preferred=preferred)
         if before is not None and together != before:
             logger.info("%d windows run together, where %d did before: losses may differ in rounding", together, before)
     # Its name from transformers 5.23 on, which warns of the older one.
@@ -134,11 +135,19 @@ def room_for_windows(loaded: LoadedModel, trained: Any, world: World) -> float:
 
 
 def windows_at_once(
-    loaded: LoadedModel, trained: Any, given: Training, sizes: Sequence[int], room: float, *, half: bool
+    loaded: LoadedModel,
+    trained: Any,
+    given: Training,
+    sizes: Sequence[int],
+    room: float,
+    *,
+    half: bool,
+    preferred: Sequence[int] | None = None,
 ) -> tuple[int, bool]:
     """Windows of a pass, the first of `sizes` that fits, and whether layers are computed twice.
 
-    room: bytes for them. half: whether products are computed in bfloat16. Raises UserError when one window does not fit
+    Fewer of them at once cost less than that; preferred: those sizes that are tried before it. room: bytes for them.
+    half: whether products are computed in bfloat16. Raises UserError when one window does not fit
     even so, with what would.
     """
     config = loaded.model.config.get_text_config()
@@ -155,8 +164,10 @@ def windows_at_once(
     def needed(estimates: list[Kept]) -> float:
         return max(one(given.length) for one in estimates)
 
+    for together in (sizes if preferred is None else preferred) if wanted is None else ():
+        if together * needed(kept) <= 0.6 * room:
+            return together, False
     for together in sizes:
-        again = together * needed(kept) > 0.6 * room if wanted is None else wanted
         if together * needed(twice if again else kept) <= room:
             return together, again
     estimates = twice if again else kept

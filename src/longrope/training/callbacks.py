@@ -75,6 +75,7 @@ class Watch(TrainerCallback):
             do = f"{kept}; train with a lower --learning-rate or a longer --warmup into another --out"
             raise UserError("training", got=f"{what} at step {state.global_step}", rule=rule, do=do)
         log_loss(self.path, loss_line(state.global_step, logs))
+        self._remove_all_but(self.keep, args)  # this is the loss of weights after the last of them, or later
         if self.on_progress and self._begun:
             begun, first = self._begun
             rate = (time.perf_counter() - begun) / max(1, state.global_step - first)
@@ -88,7 +89,17 @@ class Watch(TrainerCallback):
         """
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            folder = Path(str(args.output_dir))
-            mark_whole(folder / f"checkpoint-{state.global_step}", self.of)
-            for older in list(checkpoints(folder).values())[: -self.keep]:
-                remove(older)
+            mark_whole(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self.of)
+            # The one before stays until its weights have shown a loss: they may be no numbers.
+            self._remove_all_but(max(2, self.keep), args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing follows that would show a loss."""
+        if state.is_world_process_zero:
+            self._remove_all_but(self.keep, args)
+
+    def _remove_all_but(self, last: int, args: TrainingArguments) -> None:
+        for older in list(checkpoints(Path(str(args.output_dir))).values())[:-last]:
+            remove(older)

@@ -12,6 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
 
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
@@ -36,10 +37,10 @@ from longrope.training.lora import merged, with_lora
 from longrope.training.loss import chunked_loss
 from longrope.training.recipes import Recipe
 from longrope.training.settings import DEFAULT_TRACKER, Training, described, settings_of
-from longrope.training.sharded import check_shards
+from longrope.training.sharded import check_kind, check_shards
 from longrope.training.state import damaged, keep_losses, last_whole
 from longrope.training.trainer import ResumingTrainer, ShardingTrainer, gathered
-from longrope.training.windows import LongWindows, MixedWindows, collate, collate_to_learned
+from longrope.training.windows import LongWindows, MixedWindows, collate_shared, collate_to_learned
 from longrope.training.world import World
 from longrope.training.written import write_checkpoint
 from longrope.vocabulary import check_end
@@ -109,7 +110,7 @@ def finetune(
     path = Path(out) if out is not None else default_run_path("finetune", loaded.name, given.length)
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.open(path, config)) if world.main else None
-        before, last = world.first(lambda: _begin(run, served, identity(config)))
+        before, last = world.first(lambda: _begin(run, served, identity(config), sharded=world.sharded))
         if before is not None:
             logger.info("%s is finished: its measurements are in %s", path, path / METRICS)
             return before
@@ -127,13 +128,16 @@ def finetune(
         return world.first(lambda: _end(run, told))
 
 
-def _begin(run: RunFolder | None, table: FactorTable, of: str) -> tuple[dict[str, Any] | None, str | None]:
+def _begin(
+    run: RunFolder | None, table: FactorTable, of: str, *, sharded: bool
+) -> tuple[dict[str, Any] | None, str | None]:
     """What the main process finds in a run: its metrics where it is finished, else the checkpoint to go on from."""
     assert run is not None, "the main process opened it"
     if run.finished:
         return run.metrics(), None
     run.save_factors(table)
     last = last_whole(run.path / STATE, of)
+    check_kind(last, sharded=sharded)
     check_shards(last)
     keep_losses(run.path / LOSSES, last)
     return None, None if last is None else str(last)
@@ -182,6 +186,8 @@ def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[Long
     short = documents
     if given.short_documents:
         short = read_sources(given.short_documents, share="search", tokenizer=loaded.tokenizer)
+        if given.hold_out:
+            short, _ = hold_out(short)
         documents = [*documents, *short]
     original = loaded.rope.original_length
     with loaded.looking():
@@ -226,7 +232,7 @@ def _train(
             # Of mixed windows the length decides which factors they have: a cut one stays longer than short documents.
             least = 1 if given.mixed is None else loaded.rope.original_length + 1
             # Shared windows are cut into equal parts.
-            collator = collate if world.window_size > 1 else partial(collate_to_learned, at_least=least)
+            collator = collate_shared if world.window_size > 1 else partial(collate_to_learned, at_least=least)
             with disk_errors(path):  # it makes the folder of its checkpoints
                 trainer = (ShardingTrainer if world.sharded else ResumingTrainer)(
                     model=trained, args=arguments, train_dataset=windows, data_collator=collator, callbacks=[watch]
@@ -256,10 +262,20 @@ def _train(
 
 
 @contextmanager
+def _failures_of_shards() -> Iterator[None]:
+    """Raise what went wrong in some process with shards; torch's own is no Exception, and its text a traceback."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise (causes[0] if causes else RuntimeError("torch could not write or read shards")) from None
+
+
+@contextmanager
 def _failures_told(path: Path, given: Training, last: str | None, watch: Watch) -> Iterator[None]:
     """What goes wrong in Trainer that is not ours: memory, disks, checkpoints that cannot be read."""
     try:
-        with disk_errors(path), warnings.catch_warnings():
+        with disk_errors(path), _failures_of_shards(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a file that torch then refuses
             yield
     except UserError:

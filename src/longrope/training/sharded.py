@@ -16,6 +16,7 @@ from longrope.errors import UserError, first_line
 from longrope.training.state import damaged
 
 _LIST = ".metadata"
+_OPTIMIZER = "optimizer_0"  # the folder of an optimizer's shards
 _OF_LIST = (
     "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
     "TensorStorageMetadata _MEM_FORMAT_ENCODING"
@@ -40,6 +41,16 @@ class _Reader(pickle.Unpickler):
         if of_list or (module, name) in _OTHERS or isinstance(kind, torch.dtype):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is no part of it")
+
+
+def check_kind(checkpoint: Path | None, *, sharded: bool) -> None:
+    """Raise UserError for a checkpoint of shards where nothing is sharded now, and the other way round."""
+    if checkpoint is None or (checkpoint / _OPTIMIZER).is_dir() == sharded:
+        return
+    held, now = ("whole state", "shards it over its processes (FSDP)") if sharded else ("shards (FSDP)", "has it whole")
+    got = f"{checkpoint}, which holds {held}, in a training that {now}"
+    rule, do = "a training goes on as it began", "start it with the launcher and configuration that it began with"
+    raise UserError("checkpoint", got=got, rule=rule, do=do)
 
 
 def check_shards(checkpoint: Path | None) -> None:

@@ -250,6 +250,16 @@ def collate(windows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     return {name: torch.cat([row if row.ndim == 2 else row[None] for row in each]) for name, each in rows.items()}
 
 
+def collate_shared(windows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """The same for processes that share a window: with a mask that hides nothing.
+
+    A process has two pieces of a window, whose positions leap in the middle. Without a mask transformers takes that for
+    packed documents, and makes one of all pairs of its tokens, which context parallelism then throws away.
+    """
+    batch = collate(windows)
+    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+
 def collate_to_learned(windows: Sequence[dict[str, Tensor]], at_least: int = 1) -> dict[str, Any]:
     """The same without what lies behind the last token that is learned: no token sees what follows it.
 
