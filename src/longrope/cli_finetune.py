@@ -45,9 +45,7 @@ def finetune(
     ] = None,
     hold_out: Annotated[
         bool,
-        typer.Option(
-            "--hold-out", help="Leave out a part of the documents, and of the short ones, by hash, as extend does."
-        ),
+        typer.Option("--hold-out", help="Leave out a part of all documents by hash, as extend does."),
     ] = False,
     lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train LoRA adapters of this rank.")] = None,
     embeddings: Annotated[
