@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
+from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from longrope.baselines import yarn_attention_factor
@@ -133,6 +134,20 @@ def test_an_alpha_of_hunyuan_is_a_base_of_its_own_at_every_length() -> None:
     assert row.rescale == pytest.approx((plain / stock.inv_freq).tolist(), rel=1e-5)
     assert row.up_to == 256
     assert row.rescale[-1] == pytest.approx(1000.0)
+
+
+def test_a_truncate_of_one_layer_type_is_read_by_nobody() -> None:
+    """transformers looks for it beside the layer types."""
+    rope: dict[str, Any] = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 10000.0, "truncate": False}
+    rope |= {"original_max_position_embeddings": 256}
+    by_type = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    config = Olmo3Config(
+        hidden_size=128, num_attention_heads=2, max_position_embeddings=2048, rope_parameters=by_type,
+        layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2,
+    )  # fmt: skip
+    stock: Any = Olmo3RotaryEmbedding(config).full_attention_inv_freq
+    plain = 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    assert table_from_config(config.to_dict()).rows[0].rescale == pytest.approx((plain / stock).tolist(), rel=1e-5)
 
 
 def test_phimoe_has_an_attention_factor_for_each_list() -> None:

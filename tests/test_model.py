@@ -54,6 +54,32 @@ def refusal(name: str | Path, options: LoadOptions | None = None) -> str:
 # What is loaded
 
 
+@pytest.mark.parametrize("factor", [2.0, 3.0])
+def test_a_linear_scaling_of_any_factor_loads(factor: float, tmp_path: Path) -> None:
+    """Also of the one that a model is tried with, which has to be another than its own."""
+    rope = {"rope_type": "linear", "factor": factor, "rope_theta": 500.0}
+    loaded = loaded_from(tmp_path, "llama", rope_parameters=rope)
+    assert set(loaded.own.rows[0].rescale) == {factor}
+
+
+def test_phimoe_loads_with_the_attention_factors_of_its_lists(tmp_path: Path) -> None:
+    """Released checkpoints have no other, and the class computes one that it does not use."""
+    lists = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "short_mscale": 1.243, "long_mscale": 1.243}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": ORIGINAL, "rope_theta": 500.0, **lists}
+    loaded = loaded_from(tmp_path, "phimoe", rope_parameters=rope, max_position_embeddings=LONG)
+    ids = tokens(40)
+    own = loaded.model(ids, use_cache=False).logits
+    with loaded.patch() as patch:
+        patch.install(loaded.own)
+        assert torch.allclose(loaded.model(ids, use_cache=False).logits, own, atol=1e-5)
+
+
+def test_a_sliding_window_that_no_layer_has_is_not_spoken_of(tmp_path: Path) -> None:
+    loaded = loaded_from(tmp_path, "gemma2", layer_types=["full_attention"] * 2, sliding_window=16)
+    loaded.widen_window(LONG)
+    assert loaded.notes == []
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_loads_with_its_own_logits_and_rope(name: str, tmp_path: Path) -> None:
     loaded = loaded_from(tmp_path, name)

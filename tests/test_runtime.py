@@ -15,7 +15,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    TextIteratorStreamer,
+)
 
 import longrope
 from byte_tokenizer import PAD, byte_tokenizer
@@ -614,3 +624,91 @@ def test_masks_that_change_what_is_cached_are_refused(llama: tuple[Any, Referenc
         model.generate(torch.tensor([text(22)]), attention_mask=mask, max_new_tokens=2, **GREEDY)
     with refused(r"^output_attentions: got tokens across a boundary; "):
         model(torch.tensor([text(40)]), **{CACHE: cache}, output_attentions=True)
+
+
+# Copies
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_copy_of_a_model_has_factors_of_its_own(family: str) -> None:
+    """As moving averages of weights make them; taking the original's off leaves the copy's."""
+    model: Any = build(family).requires_grad_(False)
+    reference = Reference(family)
+    applied = longrope.apply(model, reference.table)
+    with pytest.raises(UserError, match=r"^model: got a model with factors on; it is not pickled; undo them first, or"):
+        pickle.dumps(model)
+    other, handle = copy.deepcopy((model, applied))
+    applied.undo()
+    assert handle.switch.model is other
+    ids = torch.tensor([text(40)])
+    made = other.generate(ids, max_new_tokens=12, do_sample=False)
+    for end in range(40, made.shape[1]):
+        assert int(reference.logits(made[0, :end].tolist()).argmax()) == int(made[0, end])
+    stock: Any = build(family).requires_grad_(False)
+    assert torch.equal(model(ids).logits, stock(ids).logits)
+    handle.undo()
+    assert torch.equal(other(ids).logits, stock(ids).logits)
+
+
+# What cannot be extended
+
+
+def _cohere2() -> Any:
+    shape: dict[str, Any] = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+    }
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": ORIGINAL}
+    shape |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    return Cohere2ForCausalLM(Cohere2Config(**shape))
+
+
+def _t5gemma() -> Any:
+    shape: dict[str, Any] = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+    }
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": ORIGINAL}
+    return T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=shape, decoder=shape, vocab_size=259))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            lambda: _cohere2(),
+            r"^model: got Cohere2ForCausalLM, whose local layers alone use RoPE; factors extend layers that see",
+        ),
+        (
+            lambda: build("smollm3", no_rope_layers=[0, 0]),
+            r"^model: got SmolLM3ForCausalLM, which does not use its",
+        ),
+        (lambda: _t5gemma(), r"^model: got a T5GemmaForConditionalGeneration, an encoder and a decoder; factors are"),
+    ],
+    ids=["global-layers", "no-rope", "encoder"],
+)
+def test_what_load_refuses_apply_refuses_too(made: Any, message: str) -> None:
+    model = made().train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    table = FactorTable(500.0, 16, ORIGINAL, (RopeFactors(ORIGINAL, (1.0,) * 8),))
+    with pytest.raises(UserError, match=message):
+        longrope.apply(model, table)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_applying_leaves_a_model_in_training_and_random_numbers_as_they_were() -> None:
+    model: Any = build("llama", attention_dropout=0.5).train()
+    model.model.norm.eval()
+    state = torch.get_rng_state()
+    longrope.apply(model, table_of(model))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert not model.model.norm.training

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from longrope.checkpoint import LoadOptions, in_config
-from longrope.configs import rope_config
+from longrope.configs import rope_config, table_from_config
 from longrope.convert import as_table
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
-from longrope.model import LoadedModel, load_model
-from longrope.patch import Patch
+from longrope.model import LoadedModel, check_turns, decoder_of, load_model
+from longrope.patch import Patch, check_frequencies
 from longrope.runtime.applied import Applied
 from longrope.runtime.chunks import CHUNK
 from longrope.runtime.switch import check_class
@@ -50,13 +53,23 @@ def apply(
     original_length: in tokens, where the configuration does not say it right. policy: `exact`, `ahead` or `fixed`.
     chunk: tokens of a pass over a long prompt. A sliding window that every layer has is widened to the longest length,
     until `undo`. The table becomes part of the model's configuration, so that `save_pretrained` keeps it and
-    `load` finds it. Raises UserError for factors of another model, and for a model that carries some.
+    `load` finds it. Raises UserError for factors of another model, for a model that carries some, and for one that
+    cannot be extended, which is tried out on a few tokens.
     """
     wanted = as_factors(factors)
     check_class(model)
-    rope = rope_config(model.config.get_text_config().to_dict(), original_length=original_length)
+    text = model.config.get_text_config().to_dict()
+    rope = rope_config(text, original_length=original_length)
+    own = table_from_config(text, original_length=original_length).rows[0]
     if isinstance(wanted, FactorTable):
         wanted.check_model(rope_theta=rope.rope_theta, rotary_dim=rope.rotary_dim, original_length=rope.original_length)
+    Patch(model, rope.shape).undo()  # says of itself what cannot be patched
+    ids = _a_few_tokens(model)
+    with _evaluating(model):
+        model(input_ids=ids, use_cache=False)  # after which a scaling that follows the length is that of short texts
+        check_frequencies(model, rope.rope_theta, own)
+        with Patch(model, rope.shape) as patch:
+            check_turns(model, decoder_of(model), patch, own, ids)
     patch = Patch(model, rope.shape)
     try:
         applied = Applied(model, patch, rope.shape, wanted, policy=policy, chunk=chunk)
@@ -67,6 +80,26 @@ def apply(
     if note:
         logger.info(note)
     return applied
+
+
+def _a_few_tokens(model: PreTrainedModel) -> Tensor:
+    embeddings: Any = model.get_input_embeddings()
+    device = embeddings.weight.device
+    ids = torch.arange(1, 8, device="cpu" if device.type == "meta" else device)[None]  # meta: offloaded
+    return ids % int(model.config.get_text_config().vocab_size)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without gradients, dropout, and randomness that the caller would miss."""
+    training = [module for module in model.modules() if module.training]
+    cast(Any, model).eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def load(

@@ -136,6 +136,8 @@ def _rope_parameters(text: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in beside.items():
         if parameters.get(key) is None:
             parameters[key] = value
+    if nested:
+        parameters.pop("truncate", None)  # transformers looks for it beside the layer types, where it is not
     original = text.get("original_max_position_embeddings")
     if original is not None and not nested:
         parameters["original_max_position_embeddings"] = original
@@ -267,7 +269,9 @@ def _longrope(source: _Source) -> tuple[RopeFactors, ...]:
     factor = source.number("factor", source.rope.max_length / source.trained_length)
     standard = baselines.su_attention_factor(factor, source.trained_length)
     attention = [source.number("attention_factor", standard)] * 2
-    if source.family == "phimoe":  # whose class has one for each list, and asks for no other
+    # Its class has one for each list, and asks for no other. (That of transformers 5.24 rotates by the short list at
+    # every length; the long one is what the checkpoints were trained with, and what is used here.)
+    if source.family == "phimoe":
         attention = [source.number("short_mscale"), source.number("long_mscale")]
     first = RopeFactors(source.trained_length, short, attention_factor=attention[0])
     if source.rope.max_length <= source.trained_length:

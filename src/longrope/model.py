@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 NO_TARGET = -100
 """In place of a token whose loss does not count, as torch's cross-entropy has it."""
 # What a configuration says of where and by what it was read; a run resumes after a move or an upgrade.
+_TURN = 3.0  # further than what a checkpoint rotates by itself
 _LOADING = threading.Lock()  # transformers switches the initialisation of weights off and on for all threads
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_attn_implementation_internal")
 # Logits of one chunk stay near this many numbers. On a CPU few, which stay in its cache and are not paged in anew for
@@ -331,23 +332,35 @@ def check_answers(loaded: LoadedModel) -> None:
         chunk = torch.full_like(whole, torch.nan)
         logger.debug("logits by chunk: %s", error)
     if not torch.allclose(chunk, whole, rtol=1e-3, atol=1e-3):
-        raise _unusable(loaded, "whose logits cannot be computed by chunk", "they follow from the last hidden state")
-    factors = RopeFactors(up_to=8, rescale=(2.0,) * loaded.rope.shape.pairs)
+        raise _unusable(
+            loaded.model, "whose logits cannot be computed by chunk", "they follow from the last hidden state"
+        )
     with loaded.patch() as patch:
-
-        def run(row: RopeFactors | None) -> Tensor:
-            patch.install(row)
-            return cast(Tensor, loaded.model(input_ids=ids, use_cache=False).logits)
-
-        if torch.equal(run(factors), whole):
-            raise _unusable(loaded, "which does not use its RoPE", "only a model with RoPE can be extended")
-        text = loaded.model.config.get_text_config()
-        if not global_layers_turn(text, loaded.decoder, lambda: run(None), lambda: run(factors)):
-            raise _unusable(
-                loaded, "whose local layers alone use RoPE", "factors extend layers that see the whole text"
-            )
+        check_turns(loaded.model, loaded.decoder, patch, loaded.own.rows[0], ids)
 
 
-def _unusable(loaded: LoadedModel, why: str, rule: str) -> UserError:
-    got, do = f"{type(loaded.model).__name__}, {why}", "choose another model; this class cannot be extended"
+@torch.no_grad()
+def check_turns(model: Any, decoder: nn.Module, patch: Patch, own: RopeFactors, ids: Tensor) -> None:
+    """Raise UserError unless factors on a model change what it makes of ids (1, T), in layers that see the whole text.
+
+    own: what it rotates by without any.
+    """
+    factors = RopeFactors(up_to=ids.shape[1] + 1, rescale=tuple(_TURN * value for value in own.rescale))
+
+    def run(row: RopeFactors | None) -> Tensor:
+        patch.install(row)
+        return cast(Tensor, model(input_ids=ids, use_cache=False).logits)
+
+    try:
+        if torch.equal(run(factors), run(None)):
+            raise _unusable(model, "which does not use its RoPE", "only a model with RoPE can be extended")
+        text = model.config.get_text_config()
+        if not global_layers_turn(text, decoder, lambda: run(None), lambda: run(factors)):
+            raise _unusable(model, "whose local layers alone use RoPE", "factors extend layers that see the whole text")
+    finally:
+        patch.install(None)
+
+
+def _unusable(model: Any, why: str, rule: str) -> UserError:
+    got, do = f"{type(model).__name__}, {why}", "choose another model; this class cannot be extended"
     return UserError("model", got=got, rule=rule, do=do)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,18 +25,32 @@ from longrope.rope import RopeTensors, cos_sin, inverse_frequencies, regime
 Layout = Callable[[Tensor, Tensor], Any]
 """Cos and sin (B, T, P) as a class of transformers has them."""
 
-_LAYOUTS: dict[str, Layout] = {
-    "halves": lambda cos, sin: (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)),  # Llama, Mistral, Qwen, ...
-    "interleaved": lambda cos, sin: (cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)),  # Cohere, ...
-    "single": lambda cos, sin: (cos, sin),  # GPT-OSS
-    "complex": lambda cos, sin: torch.complex(cos.float(), sin.float()),  # Llama 4
-}
+
+def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+
+def _interleaved(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+
+
+def _single(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return cos, sin
+
+
+def _complex(cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.complex(cos.float(), sin.float())
+
+
+# Llama, Mistral, Qwen, ...; Cohere, ...; GPT-OSS; Llama 4
+_LAYOUTS: tuple[Layout, ...] = (_halves, _interleaved, _single, _complex)
 
 CHOOSE_ROPE = "choose a RoPE model (Llama, Mistral, Qwen, Phi, Gemma, OLMo, GPT-NeoX, ...)"
 """What to do about a model that has none."""
 
 # The layers that are extended in a model whose layer types rotate differently (Gemma 3, OLMo 3): the global ones.
 EXTENDED_LAYERS = "full_attention"
+_LOCAL_LAYERS = ("sliding_attention", "chunked_attention")
 
 
 @dataclass
@@ -217,7 +232,8 @@ class Patch:
 
 def has_local_layers(config: Any) -> bool:
     """Whether only some layers of a transformers text config have its sliding window: then it is as it should be."""
-    return EXTENDED_LAYERS in (getattr(config, "layer_types", None) or ())
+    kinds = getattr(config, "layer_types", None) or ()
+    return EXTENDED_LAYERS in kinds and any(kind in _LOCAL_LAYERS for kind in kinds)
 
 
 def widen_window(model: PreTrainedModel, target: int, *, shared: bool = False) -> tuple[str | None, Callable[[], None]]:
@@ -229,21 +245,26 @@ def widen_window(model: PreTrainedModel, target: int, *, shared: bool = False) -
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if window is None or (window >= target and not shared):
-        return None, lambda: None
+        return None, _as_it_is
+    if set(getattr(config, "layer_types", None) or ()) == {EXTENDED_LAYERS}:
+        return None, _as_it_is  # no layer has it
     if has_local_layers(config):
         by_type = isinstance((config.rope_parameters or {}).get(EXTENDED_LAYERS), Mapping)
         rescaled = "" if by_type else " and share the rescaled RoPE"
-        return f"local layers keep their sliding window of {window} tokens{rescaled}", lambda: None
+        return f"local layers keep their sliding window of {window} tokens{rescaled}", _as_it_is
     holders = [each for each in (config, *model.modules()) if getattr(each, "sliding_window", None) == window]
+    _give_window(holders, None if shared else target)
+    restore = partial(_give_window, holders, window)
+    return None if window >= target else f"sliding window widened from {window} to {target} tokens", restore
 
-    def give(width: int | None) -> None:
-        for holder in holders:
-            setattr(holder, "sliding_window", width)  # noqa: B010  (an attribute that only some classes declare)
 
-    give(None if shared else target)
-    if window >= target:
-        return None, lambda: give(window)
-    return f"sliding window widened from {window} to {target} tokens", lambda: give(window)
+def _give_window(holders: list[Any], width: int | None) -> None:
+    for holder in holders:
+        setattr(holder, "sliding_window", width)  # noqa: B010  (an attribute that only some classes declare)
+
+
+def _as_it_is() -> None:
+    """Nothing to take back."""
 
 
 def global_layers_turn(
@@ -303,11 +324,19 @@ def stock_frequencies(stock: nn.Module) -> tuple[Tensor, float, str | None]:
     """Inverse frequencies (P,), attention factor and layer type of the extended layers of a rotary embedding."""
     buffers = dict(stock.named_buffers(recurse=False))
     if "inv_freq" in buffers:
-        return buffers["inv_freq"], float(getattr(stock, "attention_scaling", 1.0)), None
+        return buffers["inv_freq"], _scaling(stock), None
     if f"{EXTENDED_LAYERS}_inv_freq" in buffers:
         scaling = float(getattr(stock, f"{EXTENDED_LAYERS}_attention_scaling", 1.0))
         return buffers[f"{EXTENDED_LAYERS}_inv_freq"], scaling, EXTENDED_LAYERS
     raise _unknown_rotary(stock, "its layers are of no known type")
+
+
+def _scaling(stock: nn.Module) -> float:
+    """What multiplies cos and sin of short sequences."""
+    if type(stock).__name__ == "PhimoeRotaryEmbedding" and getattr(stock, "rope_type", "default") != "default":
+        config: Any = stock.config
+        return float(config.rope_parameters["short_mscale"])  # and not what it has computed
+    return float(getattr(stock, "attention_scaling", 1.0))
 
 
 def _measured_layout(stock: nn.Module, shape: RopeShape) -> Layout:
@@ -334,7 +363,7 @@ def _measured_layout(stock: nn.Module, shape: RopeShape) -> Layout:
             any_start_tokens=False,
         )
         cos, sin = cos_sin(positions, rope)
-    for layout in _LAYOUTS.values():
+    for layout in _LAYOUTS:
         if _same(layout(cos, sin), expected):
             return layout
     raise _unknown_rotary(stock, "it lays out cos and sin in an unknown way")

@@ -90,8 +90,6 @@ def export(
     if engine != "gguf":
         widened, as_before = widen_window(loaded.model, served.rows[-1].up_to)
         as_before()
-    if widened is not None:
-        logger.info(widened)
     if engine != "transformers":  # so that `verify` knows whose rules hold
         served = replace(served, provenance={**served.provenance, "engine": engine, "window": window})
     card = model_card(
@@ -128,6 +126,8 @@ def export(
     except OSError as error:  # of no kind that disk_errors has a rule for
         rule, do = "the folder must take the files of a checkpoint", "choose another folder"
         raise UserError("output", got=f"{out} ({error})", rule=rule, do=do) from None
+    if widened is not None:
+        logger.info(widened)
     if push is not None:
         from longrope.export.push import push_folder
 

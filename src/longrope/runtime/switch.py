@@ -6,6 +6,7 @@ done around a model's own forward pass, so that it holds for `generate` in all i
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import logging
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -125,6 +126,19 @@ class Switch:
             partial(self._prepare, prepare)
         )
         vars(model)["generate"] = wraps(own.generate)(partial(generate, self, own.generate))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
+        """The switch of a copied model (`copy.deepcopy`), with a lock of its own."""
+        made = object.__new__(Switch)
+        memo[id(self)] = made
+        for name, each in vars(self).items():
+            vars(made)[name] = threading.RLock() if name == "lock" else copy.deepcopy(each, memo)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Raise UserError: of a model that is pickled (`torch.save`) `generate` and what is around it would be lost."""
+        do = "undo them first, or use save_pretrained, which keeps them"
+        raise UserError("model", got="a model with factors on", rule="it is not pickled", do=do)
 
     def undo(self) -> None:
         """Restore the model, RoPE included."""
@@ -382,6 +396,9 @@ def _exhaust(chunks: Iterator[object]) -> None:
 
 def check_class(model: Any) -> None:
     """Raise UserError unless a model generates by itself."""
+    if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:
+        rule, do = "factors are for causal language models", "choose a model without an encoder"
+        raise UserError("model", got=f"a {type(model).__name__}, an encoder and a decoder", rule=rule, do=do)
     if not isinstance(model, GenerationMixin) or not isinstance(model, PreTrainedModel):
         rule, do = "factors at run time are for causal language models of transformers", "give the model itself"
         wrapped = (
