@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,16 +16,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
+from architectures_small import small_config
 from commands import longrope
 from common import random_llama, random_windows
 from cost_table import PAGE, models, row, stages_of
 from longrope.baselines import baseline
 from longrope.checkpoint import TINY, LoadOptions
+from longrope.configs import rope_config
 from longrope.console_tables import plan_table
 from longrope.errors import UserError
-from longrope.model import LoadedModel, load_model
+from longrope.factors import RopeFactors
+from longrope.model import LoadedModel, decoder_of, load_model
+from longrope.patch import Patch, global_layers_turn, said_to_turn_globally
 from longrope.planning import activations, memory
 from longrope.planning.flops import window_flops
 from longrope.planning.machines import machine_of
@@ -103,6 +108,33 @@ def test_local_layers_count_their_window_and_a_window_of_all_layers_is_widened(t
     assert mistral.windows == (None,) * 6
     assert activations.masks(gemma, 1000) == 1e6
     assert activations.masks(mistral, 1000) == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba", "falcon_h1", "lfm2", "minimax", "llama", "gemma3_text"])
+def test_layers_have_the_keys_that_they_have_in_transformers_own_cache(family: str, tmp_path: Path) -> None:
+    config = small_config(family)
+    shape = shape_at(config.to_dict(), tmp_path)
+    layers = DynamicCache(config=config).layers
+    caching = [layer for layer in layers if isinstance(layer, CacheLayerMixin)]
+    assert shape.attending == len(caching) > 0
+    seen = [min(100, getattr(layer, "sliding_window", None) or 100) for layer in caching]
+    assert shape.cached_tokens(100) == sum(seen)
+    attention = 4 * shape.queries * sum(pairs(100, window) for window in seen)
+    assert window_flops(shape, 100).attention == attention
+    assert shape.local_layers(100) == sum(window < 100 for window in seen)
+
+
+def test_of_a_released_hybrid_a_quarter_of_the_layers_has_keys(tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen3_next", "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 48,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "num_experts": 512,
+        "num_experts_per_tok": 10, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+        "partial_rotary_factor": 0.25, "rope_theta": 1e7, "max_position_embeddings": 262144, "vocab_size": 151936,
+    }  # fmt: skip
+    shape = shape_at(config, tmp_path)
+    assert shape.cache_bytes(262_144) == 6 * 2**30
+    assert activations.masks(shape, 262_144) == 0, "no layer has a window"
+    assert sum(window is None for window in shape.windows) == 12
 
 
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -352,6 +384,72 @@ def test_a_configuration_that_cannot_be_planned_is_refused(config: dict[str, Any
     assert ran.code == 2, ran.err
     assert said in ran.err
     assert len(ran.err.splitlines()) == 1
+
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 50,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "rope_theta": 1e4,
+}  # fmt: skip
+LOCAL = "whose local layers alone use RoPE"
+SCOUT = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "llama", "num_hidden_layers": 0}, "config: num_hidden_layers: got 0"),
+        ({"model_type": "llama", "num_hidden_layers": -1}, "config: num_hidden_layers: got -1"),
+        ({"model_type": "llama", "vocab_size": 0}, "config: vocab_size: got 0"),
+        ({"model_type": "falcon", "alibi": True, "head_dim": None}, "FalconForCausalLM, which does not use its RoPE"),
+        (
+            {"model_type": "granitemoehybrid", "position_embedding_type": "nope", "layer_types": ["attention"] * 4},
+            "GraniteMoeHybridForCausalLM, which has no rotary embedding",
+        ),
+        (
+            {"model_type": "zamba2", "num_hidden_layers": 54, "use_mem_rope": False},
+            "Zamba2ForCausalLM, which has no rotary embedding",
+        ),
+        ({"model_type": "cohere2", "sliding_window": 32}, f"Cohere2ForCausalLM, {LOCAL}"),
+        ({"model_type": "exaone4", "sliding_window": 32}, f"Exaone4ForCausalLM, {LOCAL}"),
+        ({"model_type": "exaone_moe", "sliding_window": 32}, f"ExaoneMoeForCausalLM, {LOCAL}"),
+        (
+            {"model_type": "llama4_text", "rope_scaling": {**SCOUT, "original_max_position_embeddings": 64}},
+            f"Llama4ForCausalLM, {LOCAL}",
+        ),
+    ],
+)
+def test_what_could_not_be_extended_is_not_planned(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    whole = {key: value for key, value in {**SMALL, **config}.items() if value is not None}
+    ran = plan_of(whole, tmp_path, "--to", "1k", "--gpus", "1xH100-80GB")
+    assert ran.code == 2, ran.out
+    assert said in ran.err
+    assert len(ran.err.splitlines()) == 1
+
+
+def test_exaone_without_a_window_is_planned(tmp_path: Path) -> None:
+    config = {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 4}
+    assert shape_at({**SMALL, **config}, tmp_path).windows == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    "family",
+    "afmoe cohere2 cohere2_moe exaone4 exaone_moe flint gemma3_text gpt_oss kolibri1 olmo3 qwen3_next smollm3".split(),
+)
+def test_layers_that_see_all_are_said_to_rotate_where_they_do(family: str) -> None:
+    config = small_config(family)
+    torch.manual_seed(0)
+    model = cast(Any, AutoModelForCausalLM).from_config(config).eval()
+    text = config.get_text_config()
+    rope = rope_config(text.to_dict())
+    ids = torch.arange(1, 8)[None]
+    with torch.no_grad(), Patch(model, rope.shape) as patch:
+
+        def run(rescale: float) -> None:
+            patch.install(RopeFactors(8, (rescale,) * rope.shape.pairs))
+            model(input_ids=ids, use_cache=False)
+
+        turned = global_layers_turn(text, decoder_of(model), lambda: run(1.0), lambda: run(2.0))
+    assert said_to_turn_globally(text.to_dict()) == turned
 
 
 def test_machines_are_read_as_they_are_written() -> None:

@@ -332,9 +332,8 @@ def check_answers(loaded: LoadedModel) -> None:
         chunk = torch.full_like(whole, torch.nan)
         logger.debug("logits by chunk: %s", error)
     if not torch.allclose(chunk, whole, rtol=1e-3, atol=1e-3):
-        raise _unusable(
-            loaded.model, "whose logits cannot be computed by chunk", "they follow from the last hidden state"
-        )
+        name, why = type(loaded.model).__name__, "whose logits cannot be computed by chunk"
+        raise _unusable(name, why, "they follow from the last hidden state")
     with loaded.patch() as patch:
         check_turns(loaded.model, loaded.decoder, patch, loaded.own.rows[0], ids)
 
@@ -353,14 +352,24 @@ def check_turns(model: Any, decoder: nn.Module, patch: Patch, own: RopeFactors, 
 
     try:
         if torch.equal(run(factors), run(None)):
-            raise _unusable(model, "which does not use its RoPE", "only a model with RoPE can be extended")
+            raise without_rope(type(model).__name__)
         text = model.config.get_text_config()
         if not global_layers_turn(text, decoder, lambda: run(None), lambda: run(factors)):
-            raise _unusable(model, "whose local layers alone use RoPE", "factors extend layers that see the whole text")
+            raise local_alone(type(model).__name__)
     finally:
         patch.install(None)
 
 
-def _unusable(model: Any, why: str, rule: str) -> UserError:
-    got, do = f"{type(model).__name__}, {why}", "choose another model; this class cannot be extended"
-    return UserError("model", got=got, rule=rule, do=do)
+def without_rope(name: str) -> UserError:
+    """What is said of a class that does not rotate by the RoPE it has."""
+    return _unusable(name, "which does not use its RoPE", "only a model with RoPE can be extended")
+
+
+def local_alone(name: str) -> UserError:
+    """What is said of a class whose layers that see the whole text do not rotate."""
+    return _unusable(name, "whose local layers alone use RoPE", "factors extend layers that see the whole text")
+
+
+def _unusable(name: str, why: str, rule: str) -> UserError:
+    do = "choose another model; this class cannot be extended"
+    return UserError("model", got=f"{name}, {why}", rule=rule, do=do)

@@ -52,6 +52,10 @@ CHOOSE_ROPE = "choose a RoPE model (Llama, Mistral, Qwen, Phi, Gemma, OLMo, GPT-
 EXTENDED_LAYERS = "full_attention"
 _LOCAL_LAYERS = ("sliding_attention", "chunked_attention")
 
+# Classes whose local layers alone rotate; of some every layer does where they have no window
+_WITHOUT_WINDOW_ALL_TURN = ("exaone4", "exaone_moe", "kolibri1")
+_GLOBAL_UNTURNED = ("llama4_text", "cohere2", "cohere2_moe", "afmoe", "flint", *_WITHOUT_WINDOW_ALL_TURN)
+
 
 @dataclass
 class Chosen:
@@ -147,14 +151,8 @@ class Patch:
     def __init__(self, model: PreTrainedModel, shape: RopeShape, *, precision: torch.dtype = torch.float32) -> None:
         self.model, self.shape, self.precision = model, shape, precision
         self._restore: list[Callable[[], None]] = []
+        check_has_rotary(model)
         places = list(rotary_modules(model))
-        if not places:
-            raise UserError(
-                "model",
-                got=f"{type(model).__name__}, which has no rotary embedding",
-                rule="only a model with RoPE can be extended",
-                do=CHOOSE_ROPE,
-            )
         if any(isinstance(stock, ScaledRotary) for _, _, stock in places):
             raise UserError(
                 "model",
@@ -267,6 +265,18 @@ def _as_it_is() -> None:
     """Nothing to take back."""
 
 
+def said_to_turn_globally(text: Mapping[str, Any]) -> bool:
+    """Whether, as far as its class is known, the layers of a text config that see the whole text rotate.
+
+    text: a parsed config.json, or `to_dict()` of a configuration. `global_layers_turn` measures it where there are
+    weights.
+    """
+    family, kept = text.get("model_type"), text.get("no_rope_layers")
+    if family in _WITHOUT_WINDOW_ALL_TURN and text.get("sliding_window", 0) is None:
+        return True
+    return family not in _GLOBAL_UNTURNED or (isinstance(kept, list) and bool(kept) and all(kept))
+
+
 def global_layers_turn(
     config: Any, decoder: nn.Module, stock: Callable[[], object], scaled: Callable[[], object]
 ) -> bool:
@@ -318,6 +328,17 @@ def rotary_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module
             own = any(key.endswith("inv_freq") for key, _ in child.named_buffers(recurse=False))
             if own or isinstance(child, ScaledRotary):
                 yield parent, name, child
+
+
+def check_has_rotary(model: nn.Module) -> None:
+    """Raise UserError for a model without a rotary embedding."""
+    if next(rotary_modules(model), None) is None:
+        raise UserError(
+            "model",
+            got=f"{type(model).__name__}, which has no rotary embedding",
+            rule="only a model with RoPE can be extended",
+            do=CHOOSE_ROPE,
+        )
 
 
 def stock_frequencies(stock: nn.Module) -> tuple[Tensor, float, str | None]:

@@ -11,11 +11,12 @@ class ModelShape:
     """A decoder as its costs see it.
 
     inner: width between the two halves of an MLP that one token passes, of a mixture that of its chosen experts
-    together. inner_matrices: 3 where the MLP is gated, else 2. windows: of each layer the tokens it sees, None for all.
-    parameters: all of them, tied ones once. layer_parameters: those inside the layers. active: of these the weights of
-    matrices that one token is multiplied with. linear: all weights of matrices inside the layers. adapters: inputs and
-    outputs of the linear layers together, which LoRA's weights are its rank times. attention_norms: values that are
-    normalised between projection and rotation (Qwen3, Gemma 3), a token and layer.
+    together. inner_matrices: 3 where the MLP is gated, else 2. windows: of each layer the tokens it sees, None for all,
+    0 where it is no attention (Mamba, linear attention) and has no keys. parameters: all of them, tied ones once.
+    layer_parameters: those inside the layers. active: of these the weights of matrices that one token is multiplied
+    with. linear: all weights of matrices inside the layers. adapters: inputs and outputs of the linear layers together,
+    which LoRA's weights are its rank times. attention_norms: values that are normalised between projection and rotation
+    (Qwen3, Gemma 3), a token and layer.
     """
 
     name: str
@@ -65,9 +66,14 @@ class ModelShape:
         """Weights of a layer's largest product."""
         return self.hidden * max(self.inner, self.queries)
 
+    @property
+    def attending(self) -> int:
+        """How many layers are attention, and have keys."""
+        return sum(window != 0 for window in self.windows)
+
     def local_layers(self, tokens: int) -> int:
-        """How many layers see less than all of a text of so many tokens."""
-        return sum(window is not None and window < tokens for window in self.windows)
+        """How many layers of attention see less than all of a text of so many tokens."""
+        return sum(window is not None and 0 < window < tokens for window in self.windows)
 
     def cached_tokens(self, tokens: int) -> int:
         """Tokens that the caches of all layers hold after a text, summed over layers."""

@@ -291,7 +291,8 @@ def _prefill(shape: ModelShape, length: int, machine: Machine, settings: Setting
     advice = ""
     if not fits:
         found = []
-        offloaded = any(on(devices, 2 / shape.layers).peak <= machine.bytes_each for devices in _devices(machine))
+        two = min(1.0, 2 / max(1, shape.attending))  # layers whose keys are on the device at once
+        offloaded = any(on(devices, two).peak <= machine.bytes_each for devices in _devices(machine))
         if machine.kind == "cuda" and offloaded:
             found.append("--cache offloaded")
         if any(on(devices, 1 / p.compute).peak <= machine.bytes_each for devices in _devices(machine)):

@@ -12,13 +12,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from longrope.checkpoint import LoadOptions, read_rope
 from longrope.doctor.examine import files_of, read_config
-from longrope.errors import UserError
-from longrope.model import LoadedModel, decoder_of
-from longrope.patch import has_local_layers
+from longrope.errors import UserError, shown
+from longrope.model import LoadedModel, decoder_of, local_alone, without_rope
+from longrope.patch import check_has_rotary, has_local_layers, said_to_turn_globally
 from longrope.planning.shape import ModelShape
 from longrope.search.backward import decoder_layers
 
 logger = logging.getLogger(__name__)
+
+# Types of layers that are no attention: they have a state of one size, or none, and no keys
+_WITHOUT_KEYS = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
+_SIZES = ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
 
 
 def subject(model: str, options: LoadOptions) -> LoadedModel:
@@ -36,6 +40,7 @@ def subject(model: str, options: LoadOptions) -> LoadedModel:
     try:
         # Infinity, which JSON has no number for, is written as an object
         config: Any = AutoConfig.for_model(family, **PreTrainedConfig._decode_special_floats(given))
+        _check_can_be(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
         # What transformers makes of the file is the certain form: defaults of a class are in it.
         rope, own, table = read_rope(model, str(path.parent), config, options)
         with torch.device("meta"):
@@ -46,6 +51,7 @@ def subject(model: str, options: LoadOptions) -> LoadedModel:
         said = " ".join(str(error).split())[:200]
         got, rule = f"{model} ({type(error).__name__}: {said})", f"it describes a {family}"
         raise UserError("config", got=got, rule=rule, do="correct config.json; longrope doctor finds more") from None
+    check_has_rotary(built)
     return LoadedModel(
         name=model,
         model=built,
@@ -56,6 +62,19 @@ def subject(model: str, options: LoadOptions) -> LoadedModel:
         fingerprint="no weights",
         options=options,
     )
+
+
+def _check_can_be(config: Any, name: str) -> None:
+    """Raise UserError for sizes that no model has, and for a class, by its name, that rotates no layer to extend."""
+    text = config.get_text_config()
+    for key in _SIZES:
+        size = getattr(text, key, None)
+        if isinstance(size, int) and size < 1:
+            raise UserError(f"config: {key}", got=shown(size), rule="it is at least 1", do="correct config.json")
+    if not said_to_turn_globally(text.to_dict()):
+        raise local_alone(name)
+    if getattr(text, "alibi", False):
+        raise without_rope(name)
 
 
 def shape_of(model: Any, name: str = "") -> ModelShape:
@@ -110,11 +129,15 @@ def _inner(config: Any, chosen: int) -> int:
 
 
 def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
-    """What each layer sees once the model is extended: a window that all of them have is widened, local layers stay."""
-    window = getattr(config, "sliding_window", None)
-    if not window or not has_local_layers(config):
+    """What each layer sees once the model is extended: a window that all of them have is widened, local layers stay.
+
+    Nothing where a layer is no attention.
+    """
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    if len(kinds) != layers:
         return (None,) * layers
-    return tuple(int(window) if "sliding" in kind else None for kind in config.layer_types)
+    window = (getattr(config, "sliding_window", None) if has_local_layers(config) else None) or None
+    return tuple(0 if kind in _WITHOUT_KEYS else window if "sliding" in kind else None for kind in kinds)
 
 
 def _first(config: Any, *names: str) -> int | None:
