@@ -137,8 +137,8 @@ def _begin(
         return run.metrics(), None
     run.save_factors(table)
     last = last_whole(run.path / STATE, of)
-    check_kind(last, sharded=sharded)
     check_shards(last)
+    check_kind(last, sharded=sharded)
     keep_losses(run.path / LOSSES, last)
     return None, None if last is None else str(last)
 
