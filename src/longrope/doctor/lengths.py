@@ -19,8 +19,7 @@ def _original_from_table(view: View) -> None:
 
 @check("original-missing", "error", "write the length that the model was trained on", _original_from_table)
 def _original_missing(view: View) -> Iterator[str]:
-    places = (view.text, view.used)
-    if view.kind == "longrope" and all(place.get("original_max_position_embeddings") is None for place in places):
+    if view.kind == "longrope" and view.original is None:
         yield "no original_max_position_embeddings: it becomes max_position_embeddings, and long factors are never used"
 
 
