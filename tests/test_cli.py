@@ -460,6 +460,15 @@ def test_documents_that_cannot_be_read_are_refused(here: Path, name: str, data: 
         assert refused(*command) == f"documents: {message}"
 
 
+def test_a_text_that_is_there_with_a_prompt_too_is_measured_once_by_a_stride(here: Path) -> None:
+    text = "The quick brown fox says something. " * 20
+    rows = [{"text": text}, {"prompt": text[:50], "completion": text[50:]}, {"text": text[::-1]}]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ran = longrope("evaluate", "perplexity", "model", "--lengths", 96, "--stride", 48, "-d", "rows.jsonl", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["results"][0]["tokens"] == 2 * len(text), "two texts, each token but BOS"
+
+
 def test_documents_says_what_it_leaves_out(here: Path) -> None:
     folder = here / "mixed"
     folder.mkdir()

@@ -217,6 +217,9 @@ def test_a_sliding_window_is_widened_in_the_configuration_and_not_in_the_model_a
     out = export(loaded, table_for(loaded), tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["sliding_window"] == LONG
     assert f"In config.json: sliding window widened from 24 to {LONG} tokens." in (out / "README.md").read_text()
+    short = export(loaded, table_for(loaded), tmp_path / "short", window="short")
+    assert json.loads((short / "config.json").read_text())["sliding_window"] == 24
+    assert "widened" not in (short / "README.md").read_text()
     assert loaded.model.config.sliding_window == 24
 
 

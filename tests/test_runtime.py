@@ -650,6 +650,14 @@ def test_a_copy_of_a_model_has_factors_of_its_own(family: str) -> None:
     assert torch.equal(other(ids).logits, stock(ids).logits)
 
 
+def test_factors_are_put_on_a_model_in_half_precision_of_a_large_base() -> None:
+    """Its slowest frequencies are among float16's coarsest numbers."""
+    rope = {"rope_type": "default", "rope_theta": 5e6}
+    model: Any = build("llama", head_dim=128, rope_parameters=rope)
+    model = model.half()
+    longrope.apply(model, table_of(model)).undo()
+
+
 # What cannot be extended
 
 

@@ -278,7 +278,7 @@ def whole_documents(loaded: LoadedModel, documents: Sequence[Document], length: 
     """
     bos = bos_of(loaded.tokenizer)
     found: list[Window] = []
-    for document in sorted(documents, key=lambda each: each.text_sha256):
+    for document in sorted(distinct(documents, text_alone=True), key=lambda each: each.text_sha256):
         if count is not None and len(found) == count:
             break
         if _most_tokens(document.text) + len(bos) >= length:

@@ -87,7 +87,7 @@ def export(
         costs = measured_costs(loaded.name, table, parts.served, engine, window, documents, options)
     served = parts.served
     widened = None
-    if engine != "gguf":
+    if engine != "gguf" and served.rows[-1].up_to > loaded.rope.original_length:
         widened, as_before = widen_window(loaded.model, served.rows[-1].up_to)
         as_before()
     if engine != "transformers":  # so that `verify` knows whose rules hold
