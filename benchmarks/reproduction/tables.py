@@ -120,6 +120,9 @@ def retrieval_target(setting: Setting, state: State) -> None:
 def _far(setting: Setting, state: State, first: int, last: int) -> None:
     tries = max(1, setting.size.tries // 2)
     measured = _retrieved(setting, state, first, last, tries)
+    if not measured:  # of a short plan there is no length between
+        state.table("passkeys of other prompts found", [])
+        return
     tell_passkeys(setting, state, "passkeys of other prompts", f"{tries} tries a length", measured)
 
 
