@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,12 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that a test runs by another way than `commands.longrope` would keep what follows from `caplog`."""
+    monkeypatch.setattr(logging.getLogger("longrope"), "propagate", True)
 
 
 @pytest.fixture(scope="module")
