@@ -21,9 +21,11 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def _logs_are_seen() -> None:
     """A command that a test runs by another way than `commands.longrope` would keep what follows from `caplog`."""
-    monkeypatch.setattr(logging.getLogger("longrope"), "propagate", True)
+    logger = logging.getLogger("longrope")
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
