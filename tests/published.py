@@ -24,6 +24,7 @@ _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 _PHI3 = {"original_max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": 262144}
 _MSCALE = su_attention_factor(32, 4096)
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+_MROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
 _MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 
 # Name -> configuration, and the errors and warnings that are true of it
@@ -37,7 +38,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], set[str]]] = {
     "Llama-4-Scout": (
         {"model_type": "llama4", "text_config": _model(
             "llama4_text", 5120, 40, 10485760, head_dim=128, rope_theta=5e5, no_rope_layers=[],
-            rope_scaling={"rope_type": "llama3", **_LLAMA3})}, set()),
+            rope_scaling={"rope_type": "llama3", **_LLAMA3, "high_freq_factor": 1.0})}, set()),
     "Mistral-7B-v0.1": (_model("mistral", 4096, 32, 32768, rope_theta=1e4, sliding_window=4096), set()),
     "Mistral-7B-v0.3": (_model("mistral", 4096, 32, 32768, rope_theta=1e6, sliding_window=None), set()),
     "Qwen2.5-7B with YaRN as its card says": (
@@ -75,5 +76,31 @@ PUBLISHED: dict[str, tuple[dict[str, Any], set[str]]] = {
     "MiniCPM3-4B": (
         _model("minicpm3", 2560, 40, 32768, rope_theta=1e4, **_MLA,
                **_longrope(32, 1.0, original_max_position_embeddings=32768)), set()),
+    "Falcon-7B": ({"model_type": "falcon", "hidden_size": 4544, "num_attention_heads": 71, "alibi": False}, set()),
+    "Falcon-RW-1B": ({"model_type": "falcon", "hidden_size": 2048, "num_attention_heads": 32, "alibi": True}, set()),
+    "EXAONE-4.0-1.2B": (
+        _model("exaone4", 2048, 32, 65536, head_dim=64, rope_theta=1e6, sliding_window=None,
+               layer_types=["full_attention"] * 4, rope_scaling={"rope_type": "llama3", **_LLAMA3}), set()),
+    "EXAONE-4.0-32B": (
+        _model("exaone4", 5120, 40, 131072, head_dim=128, rope_theta=1e6, sliding_window=4096,
+               layer_types=["sliding_attention", "full_attention"], rope_scaling={"rope_type": "llama3", **_LLAMA3}),
+        set()),
+    "K-EXAONE-236B": (
+        _model("exaone_moe", 6144, 64, 262144, head_dim=128, rope_theta=1e6, sliding_window=128,
+               layer_types=["sliding_attention", "full_attention"]), set()),
+    "Qwen2-VL-7B": (_model("qwen2_vl", 3584, 28, 32768, rope_theta=1e6, rope_scaling=_MROPE), set()),
+    "Qwen2.5-VL-7B": (_model("qwen2_5_vl", 3584, 28, 128000, rope_theta=1e6, rope_scaling=_MROPE), set()),
+    "Qwen3-VL-8B": (
+        {"model_type": "qwen3_vl", "text_config": _model(
+            "qwen3_vl_text", 4096, 32, 262144, head_dim=128, rope_theta=5e6,
+            rope_scaling={"mrope_section": [24, 20, 20], "rope_type": "default"})}, set()),
+    "Nemotron-H-8B": (_model("nemotron_h", 4096, 32, 8192, head_dim=128), set()),
+    "Jamba-v0.1": (_model("jamba", 4096, 32, 262144, rope_theta=None), set()),
+    "Granite-4.0-H-1B": (
+        _model("granitemoehybrid", 1536, 12, 131072, rope_theta=1e4, position_embedding_type="nope"), set()),
+    "Zamba2-2.7B": (_model("zamba2", 2560, 32, 4096, attention_head_dim=160, use_mem_rope=False), set()),
 }  # fmt: skip
-NOT_SUPPORTED = ("Llama-4-Scout", "DeepSeek-V3", "MiniCPM3-4B")
+NOT_SUPPORTED = (
+    "Llama-4-Scout", "DeepSeek-V3", "MiniCPM3-4B", "Falcon-RW-1B", "EXAONE-4.0-32B", "K-EXAONE-236B", "Qwen2-VL-7B",
+    "Qwen2.5-VL-7B", "Qwen3-VL-8B", "Nemotron-H-8B", "Jamba-v0.1", "Granite-4.0-H-1B", "Zamba2-2.7B",
+)  # fmt: skip

@@ -94,6 +94,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn, mscale alone": {"rope_type": "yarn", "mscale": 0.7},
     "yarn, mscale zero": {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 0.0},
     "llama3": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "llama3, no band between": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 1.0},
     "llama3, other bands": {"rope_type": "llama3", "low_freq_factor": 2.0, "high_freq_factor": 32.0},
 }
 
@@ -281,7 +282,7 @@ def test_of_a_config_per_layer_type_the_global_layers_are_taken() -> None:
 
 ONES, NUMBER = [1.0] * 16, "it is a finite, positive number; correct config.json"
 LISTS: dict[str, Any] = {"rope_type": "longrope", "short_factor": ONES, "long_factor": ONES, "factor": 4.0}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 5.0, "high_freq_factor": 4.0}
 NEEDED = "this RoPE needs it; complete config.json"
 
 
@@ -308,7 +309,7 @@ NEEDED = "this RoPE needs it; complete config.json"
         ({"rope_scaling": {"rope_type": "dynamic"}}, f"config: got no factor; {NEEDED}"),
         ({"rope_scaling": {"rope_type": "yarn"}}, f"config: got no factor; {NEEDED}"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, f"config: got no low_freq_factor; {NEEDED}"),
-        ({"rope_scaling": LLAMA3}, "low_freq_factor: got 4; it is below high_freq_factor 4"),
+        ({"rope_scaling": LLAMA3}, "low_freq_factor: got 5; it is at most high_freq_factor, 4"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "8"}}, f"factor: got '8'; {NUMBER}"),
         ({"rope_scaling": {"rope_type": "linear", "factor": True}}, f"factor: got True; {NUMBER}"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "factor: got 1000"),

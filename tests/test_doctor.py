@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from commands import contents, longrope, refused, table, write_checkpoint
 from longrope.baselines import su_attention_factor
@@ -126,6 +126,9 @@ SICK: dict[str, tuple[Callable[[Config], object], Folder]] = {
     "table-differs": (put(), Folder(TABLE)),
     "table-not-served": (plain, Folder(TABLE)),
     "not-supported": (put(kv_lora_rank=8), Folder()),
+    "scaling-values": (both(put(attention_factor=0.0)), Folder()),
+    "original-null": (put(original_max_position_embeddings=None), Folder()),
+    "theta-values": (lambda config: (put(rope_theta=-500.0)(config), both(put(rope_theta=-500.0))(config)), Folder()),
 }  # fmt: skip
 MENDED = sorted(each.name for each in CHECKS if each.mend is not None)
 
@@ -168,6 +171,108 @@ def test_a_window_that_was_not_extended_has_nothing_wrong() -> None:
     for key in ("rope_parameters", "rope_scaling"):
         short[key] |= {"factor": 1.0}
     assert {"not-longer", "sliding-window"} & names(short) == set()
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+NAN = float("nan")
+
+
+def scaled(**rope: Any) -> Config:
+    """The healthy configuration with another scaling, in both places."""
+    return healthy() | {key: {"rope_theta": 500.0, **rope} for key in ("rope_parameters", "rope_scaling")}
+
+
+def errors(config: Config) -> dict[str, str]:
+    return {finding.name: finding.what for finding in examine(config) if finding.severity == "error"}
+
+
+def stock_fails(described: Config) -> bool:
+    """Whether transformers makes no model of a configuration, or one that does not run, or rotates by no numbers."""
+    sizes = {"vocab_size": 64, "num_hidden_layers": 1, "intermediate_size": 32, "num_key_value_heads": 1}
+    given = copy.deepcopy({**described, **sizes, "pad_token_id": 0})
+    try:
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(AutoConfig.for_model(given.pop("model_type"), **given))
+        with torch.no_grad():
+            model(torch.arange(8)[None])
+    except Exception:  # each broken value fails in a way of its own
+        return True
+    return not bool(torch.isfinite(model.model.rotary_emb.inv_freq).all())
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3"])
+@pytest.mark.parametrize("factor", [-4.0, 0, NAN, float("inf")])
+def test_a_factor_that_is_no_positive_number_is_an_error(rope_type: str, factor: float) -> None:
+    told = errors(scaled(**{**LLAMA3, "rope_type": rope_type, "factor": factor}))
+    assert set(told) == {"scaling-values"}
+    assert told["scaling-values"].startswith(f"{rope_type} cannot be computed: factor: {factor}; it is a finite")
+
+
+@pytest.mark.parametrize(
+    ("rope", "what"),
+    [
+        ({"rope_type": "linear"}, "no factor; this RoPE needs it"),
+        ({"rope_type": "llama3", "factor": 8.0}, "no low_freq_factor; this RoPE needs it"),
+        ({**LLAMA3, "low_freq_factor": 8.0}, "low_freq_factor: 8; it is at most high_freq_factor, 4"),
+        ({**YARN, "beta_fast": NAN}, "beta_fast: nan; it is a finite, positive number"),
+        ({**YARN, "attention_factor": -1.0}, "attention_factor: -1.0; it is a finite, positive number"),
+        ({**YARN, "original_max_position_embeddings": 64.5}, "original_max_position_embeddings: 64.5; it is a whole"),
+    ],
+)
+def test_a_scaling_that_cannot_be_computed_is_an_error(rope: Config, what: str) -> None:
+    told = errors(scaled(**rope))
+    assert set(told) == {"scaling-values"}
+    assert f"{rope['rope_type']} cannot be computed: {what}" in told["scaling-values"]
+
+
+def test_what_is_wrong_with_a_scaling_is_told_once_and_of_every_model() -> None:
+    """Not beside the check of a list, nor only of models that longrope can extend."""
+    for name in ("list-missing", "list-length", "factor-values", "mscale-phimoe", "original-missing"):
+        assert set(errors(sick(name))) == {name}
+    broken = scaled(**{**YARN, "factor": 0}) | {"kv_lora_rank": 8}
+    assert "scaling-values" in errors(broken)
+
+
+@pytest.mark.parametrize("rope", [YARN, LLAMA3, healthy()["rope_scaling"], {"rope_type": "linear", "factor": 4.0}])
+def test_a_null_original_length_is_an_error_where_transformers_fails_on_it(rope: Config) -> None:
+    described = scaled(**rope)
+    assert "original-null" not in errors(described)
+    assert not stock_fails(described)
+    described["original_max_position_embeddings"] = None
+    assert ("original-null" in errors(described)) == stock_fails(described) == (rope["rope_type"] != "linear")
+    assert not stock_fails(mended(described))
+
+
+@pytest.mark.parametrize("theta", [0, -500.0, NAN, None])
+def test_a_base_that_is_no_positive_number_is_an_error(theta: float | None) -> None:
+    described = {**healthy(), "rope_theta": theta}
+    del described["rope_parameters"], described["rope_scaling"]
+    assert set(errors(described)) == {"theta-values"}
+    assert stock_fails(described)
+    lost = healthy()
+    lose_theta(lost)
+    assert "theta-values" not in errors(lost)
+
+
+@pytest.mark.parametrize(("inside", "severity"), [(True, "warning"), (False, "error")])
+def test_su_is_an_error_where_transformers_fails_on_it(inside: bool, severity: str) -> None:
+    lists = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    original = {"original_max_position_embeddings": ORIGINAL}
+    scaling = {"type": "su", **lists, **(original if inside else {})}
+    described = {
+        "model_type": "phi3", "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 4 * ORIGINAL,
+        "rope_theta": 500.0, **original, "rope_scaling": scaling,
+    }  # fmt: skip
+    assert [each.severity for each in examine(described) if each.name == "su-name"] == [severity]
+    assert stock_fails(described) == (severity == "error")
+    assert not stock_fails(mended(described))
+
+
+def test_mrope_is_no_name_that_other_classes_know() -> None:
+    rope = {"rope_type": "mrope", "mrope_section": [2, 3, 3]}
+    assert "unknown-type" in errors(scaled(**rope))
+    assert "unknown-type" not in errors(scaled(**rope) | {"model_type": "qwen2_vl"})
 
 
 def test_every_finding_is_tested() -> None:

@@ -138,9 +138,12 @@ def yarn_critical(shape: RopeShape, ratio: float, dimension: float | None = None
 
 
 def llama3(shape: RopeShape, ratio: float, low: float = 1.0, high: float = 4.0) -> Vector:
-    """Llama 3.1's scaling: short periods kept, long ones interpolated, linear in turns between `high` and `low`."""
+    """Llama 3.1's scaling: short periods kept, long ones interpolated, linear in turns between `high` and `low`.
+
+    Where these are equal, as in Llama 4 Scout, there is nothing between.
+    """
     turns = shape.original_length / shape.periods
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else (turns > low).astype(np.float64)
     return _blend(smooth, ratio)
 
 

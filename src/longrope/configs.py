@@ -259,8 +259,8 @@ def _yarn_attention(source: _Source, factor: float) -> float:
 
 def _llama3(source: _Source) -> tuple[RopeFactors, ...]:
     factor, low, high = source.number("factor"), source.number("low_freq_factor"), source.number("high_freq_factor")
-    if low >= high:
-        _bad("low_freq_factor", f"{low:g}", f"it is below high_freq_factor {high:g}")
+    if low > high:
+        _bad("low_freq_factor", f"{low:g}", f"it is at most high_freq_factor, {high:g}")
     return source.every_length(baselines.llama3(source.shape, factor, low, high), factor)
 
 

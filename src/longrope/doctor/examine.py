@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # Importing them registers their checks.
-from longrope.doctor import engines, lengths, lists, places  # noqa: F401
+from longrope.doctor import engines, lengths, lists, places, scalings  # noqa: F401
 from longrope.doctor.view import CHECKS, Folder, View
 from longrope.errors import UserError
 from longrope.factors import FACTORS, FactorTable

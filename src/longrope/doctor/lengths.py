@@ -19,7 +19,8 @@ def _original_from_table(view: View) -> None:
 
 @check("original-missing", "error", "write the length that the model was trained on", _original_from_table)
 def _original_missing(view: View) -> Iterator[str]:
-    if view.kind == "longrope" and view.original is None:
+    places = (view.text, view.used)
+    if view.kind == "longrope" and all(place.get("original_max_position_embeddings") is None for place in places):
         yield "no original_max_position_embeddings: it becomes max_position_embeddings, and long factors are never used"
 
 

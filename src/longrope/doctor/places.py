@@ -9,14 +9,8 @@ from longrope.doctor.view import BY_TYPE, View, check
 
 # Rope types that transformers knows
 _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-
-
-def _by_type(view: View) -> bool:
-    """Whether each type of layer has a RoPE of its own."""
-    value = view.text.get("rope_parameters")
-    if isinstance(value, dict):
-        return isinstance(value.get("full_attention"), dict)
-    return view.family in BY_TYPE
+# Classes that know another name of the default one
+_MROPE = ("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")
 
 
 def _rename_su(view: View) -> None:
@@ -24,10 +18,18 @@ def _rename_su(view: View) -> None:
         rope |= {key: "longrope" for key in ("rope_type", "type") if rope.get(key) == "su"}
 
 
-@check("su-name", lambda view: "warning" if view.family == "phi3" else "error", "call it longrope", _rename_su)
+def _su_is_known(view: View) -> bool:
+    """Whether transformers renames it: for Phi3, after it has looked for the original length of a longrope."""
+    return view.family == "phi3" and view.used.get("original_max_position_embeddings") is not None
+
+
+@check("su-name", lambda view: "warning" if _su_is_known(view) else "error", "call it longrope", _rename_su)
 def _su(view: View) -> Iterator[str]:
     if any("su" in (rope.get("rope_type"), rope.get("type")) for _, rope in view.ropes):
-        yield "the type is called su: transformers renames it for Phi3 alone, and fails on it elsewhere"
+        if view.family == "phi3" and not _su_is_known(view):
+            yield "the type is called su: transformers then reads no original length at the top level, and fails"
+        else:
+            yield "the type is called su: transformers renames it for Phi3 alone, and fails on it elsewhere"
 
 
 def _same_names(view: View) -> None:
@@ -52,7 +54,8 @@ def _type_old(view: View) -> Iterator[str]:
 
 @check("unknown-type", "error", f"use one of {', '.join(_KINDS)}")
 def _unknown(view: View) -> Iterator[str]:
-    if view.ropes and view.kind not in _KINDS:
+    known = view.kind in _KINDS or (view.kind == "mrope" and view.family in _MROPE)
+    if view.ropes and not known:
         yield f"rope_type {view.kind!r} is none that transformers knows"
 
 
@@ -61,22 +64,26 @@ def _write_both(view: View) -> None:
     theta = used.get("rope_theta", view.text.get("rope_theta"))
     if theta is not None:
         used["rope_theta"] = view.text["rope_theta"] = theta
-    if not _by_type(view):
+    if not view.by_type:
         view.text |= {"rope_parameters": used, "rope_scaling": dict(used)}
 
 
 @check("one-place", "warning", "write it to rope_scaling and rope_parameters", _write_both)
 def _one_place(view: View) -> Iterator[str]:
     # The other way round is no trap: every engine still reads rope_scaling
-    if view.kind != "default" and [key for key, _ in view.ropes] == ["rope_parameters"] and not _by_type(view):
+    if view.kind != "default" and [key for key, _ in view.ropes] == ["rope_parameters"] and not view.by_type:
         yield "the scaling is in rope_parameters alone: mlx-lm, SGLang and transformers 4 read rope_scaling"
+
+
+def _alike(one: object, other: object) -> bool:
+    return one == other or repr(one) == repr(other)  # as NaN is
 
 
 @check("places-differ", "error", "make them equal", _write_both)
 def _places_differ(view: View) -> Iterator[str]:
-    if len(view.ropes) == 2 and not _by_type(view):
+    if len(view.ropes) == 2 and not view.by_type:
         old, new = ({key: value for key, value in rope.items() if value is not None} for _, rope in view.ropes)
-        if different := sorted(key for key in old.keys() & new.keys() if old[key] != new[key]):
+        if different := sorted(key for key in old.keys() & new.keys() if not _alike(old[key], new[key])):
             told = ", ".join(different)
             yield f"rope_scaling and rope_parameters differ in {told}: transformers takes the first, vLLM the second"
 
@@ -86,14 +93,15 @@ def _theta_lost(view: View) -> Iterator[str]:
     places = [rope.get("rope_theta") for _, rope in view.ropes]
     places += [view.text.get(key) for key in ("rope_theta", "rotary_emb_base")]
     own = view.family in BY_TYPE and view.text is not view.config  # Gemma 3 as it is published: its class has them
-    if view.ropes and not own and all(value is None for value in places):
+    lost = all(value is None for value in places) and not view.null_theta
+    if view.ropes and not own and lost:
         yield "no rope_theta anywhere: each engine takes a default of its own, silently"
 
 
 @check("theta-below", "warning", "write it at the top level, too", _write_both)
 def _theta_below(view: View) -> Iterator[str]:
     inner = any(rope.get("rope_theta") is not None for _, rope in view.ropes)
-    if view.kind != "default" and inner and view.text.get("rope_theta") is None and not _by_type(view):
+    if view.kind != "default" and inner and view.text.get("rope_theta") is None and not view.by_type:
         yield "rope_theta is not at the top level: mlx-lm then uses 10000, older SGLang finds none"
 
 
@@ -108,7 +116,7 @@ def _one_theta(view: View) -> None:
 @check("theta-differs", "error", "keep the one that was trained with; the mend keeps that of the scaling", _one_theta)
 def _theta_differs(view: View) -> Iterator[str]:
     places = [rope.get("rope_theta") for _, rope in view.ropes]
-    places += [] if _by_type(view) else [view.text.get("rope_theta")]
+    places += [] if view.by_type else [view.text.get("rope_theta")]
     values = {float(value) for value in places if isinstance(value, int | float)}
     if len(values) > 1:
         yield f"rope_theta is {' and '.join(f'{value:g}' for value in sorted(values))} in different places"
@@ -133,7 +141,7 @@ def _head_dim(view: View) -> Iterator[str]:
 
 @check("local-layers", lambda view: "note" if view.family == "gemma2" else "error", "extend the global layers alone")
 def _local(view: View) -> Iterator[str]:
-    if view.kind != "default" and view.family in BY_TYPE and not _by_type(view):
+    if view.kind != "default" and view.family in BY_TYPE and not view.by_type:
         yield f"{view.family} has a RoPE for each type of layer, and the scaling is flat, for none of them by name"
     elif view.kind != "default" and view.family == "gemma2":
         yield "gemma2 has one RoPE for all layers: local ones are rescaled with the global ones"

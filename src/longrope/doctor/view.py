@@ -64,6 +64,22 @@ class View:
         return "longrope" if kind == "su" else str(kind)
 
     @property
+    def by_type(self) -> bool:
+        """Whether each type of layer has a RoPE of its own."""
+        value = self.text.get("rope_parameters")
+        if isinstance(value, dict):
+            return isinstance(value.get("full_attention"), dict)
+        return self.family in BY_TYPE
+
+    @property
+    def null_theta(self) -> bool:
+        """Whether the base that transformers takes is there, and null. GPT-NeoX's class reads another key."""
+        if self.family == "gpt_neox":
+            return False
+        place = self.used if "rope_theta" in self.used else self.text
+        return place.get("rope_theta", 0) is None
+
+    @property
     def family(self) -> str:
         """The model_type."""
         return str(self.text.get("model_type") or self.config.get("model_type") or "")
@@ -132,7 +148,7 @@ def without_scaling(text: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         value = text.get(key)
         inner = value.get("full_attention", value) if isinstance(value, dict) else {}
-        for name in ("partial_rotary_factor", "rope_theta"):
+        for name in ("partial_rotary_factor", "rope_theta", "mrope_section"):
             if isinstance(inner, dict) and inner.get(name) is not None:
                 shape[name] = inner[name]
     kept |= {"rope_parameters": {"rope_type": "default", **shape}}
