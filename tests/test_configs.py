@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from numpy.typing import NDArray
 from transformers import (
+    AutoConfig,
     Gemma3Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
@@ -30,6 +32,7 @@ from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYu
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
+from longrope import configs
 from longrope.baselines import yarn_attention_factor
 from longrope.configs import RopeConfig, rope_config, table_from_config
 from longrope.convert import read_factors, to_transformers_config
@@ -253,6 +256,23 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 def test_a_config_file_is_read_under_old_and_new_names(keys: dict[str, Any], expected: RopeConfig) -> None:
     assert rope_config(BASE | keys) == expected
     assert rope_config({"text_config": BASE | keys, "max_position_embeddings": 7, "hidden_size": 9}) == expected
+
+
+@pytest.mark.parametrize("family", sorted({*configs._THETAS, *configs._SHARES}))
+@pytest.mark.parametrize("scaling", [{}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}])
+def test_what_a_config_file_leaves_out_is_what_its_class_takes(family: str, scaling: dict[str, Any]) -> None:
+    if family == "phimoe" and scaling:
+        pytest.skip("its class knows longrope alone")
+    raw = {"model_type": family, "hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, **scaling}
+    raw |= {"max_position_embeddings": 4096, "num_hidden_layers": 2}
+    described = AutoConfig.for_model(**copy.deepcopy(raw)).to_dict()
+    assert rope_config(raw) == rope_config(described)
+
+
+def test_the_base_of_the_global_layers_has_a_name_of_its_own_in_modernbert() -> None:
+    raw: dict[str, Any] = BASE | {"model_type": "modernbert-decoder", "global_rope_theta": 7e4, "local_rope_theta": 9e3}
+    described = AutoConfig.for_model(**raw).to_dict()
+    assert rope_config(raw).rope_theta == rope_config(described).rope_theta == 7e4
 
 
 def test_the_original_length_of_a_class_that_scales_queries_by_it_stays() -> None:

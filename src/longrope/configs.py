@@ -21,6 +21,25 @@ SCALING_KEYS = frozenset(
 """Of rope_parameters: what a scaling, or the base, is made of. A class may keep others there that are of its own."""
 _DEFAULT_THETA = 10000.0
 _LARGEST_HEAD = 2**16
+# What a class of transformers takes where a config.json says nothing, of classes that do not take 10000 and 1
+_THETAS = {
+    family: theta
+    for theta, families in {
+        1e5: "helium",
+        1.6e5: "modernbert-decoder",
+        5e5: "bitnet cohere ernie4_5 ernie4_5_moe exaone flex_olmo llama4_text mllama_text_model olmo3",
+        1e6: "emu3_text_model gemma3_text gemma3n_text lfm2 lfm2_moe minimax mixtral phimoe solar_open",
+        2e6: "smollm3",
+        5e6: "minimax_m2 minimax_m3_vl_text",
+        8e6: "sarvam_moe",
+        11158840.0: "hy_v3",
+    }.items()
+    for family in families.split()
+}
+_SHARES = {
+    **dict.fromkeys("gpt_neox stablelm qwen3_5_text qwen3_5_moe_text qwen3_next".split(), 0.25),
+    **dict.fromkeys("bamba glm glm4 nemotron persimmon phi".split(), 0.5),
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +66,8 @@ def rope_config(config: Mapping[str, Any], *, original_length: int | None = None
     """The RoPE of a parsed config.json, or of `PretrainedConfig.to_dict()`, under old and new key names.
 
     The original length is the argument, else `original_max_position_embeddings`, else `max_position_embeddings`.
-    A missing rope_theta is 10000, a missing partial_rotary_factor 1 (0.25 for gpt_neox). A few classes have other
-    defaults: where a config.json leaves these out, `to_dict()` is the certain form.
+    A missing rope_theta or partial_rotary_factor is what the class of its `model_type` takes, 10000 and 1 for most.
+    Where a config.json leaves out more than these, `to_dict()` is the certain form.
     Raises UserError when there is no such RoPE, or one that cannot be extended.
     """
     return _parse(config, original_length).rope
@@ -107,7 +126,7 @@ def _parse(config: Mapping[str, Any], original_length: int | None) -> _Source:
         rule = f"its class scales queries by the original length that its configuration says, {trained}"
         raise UserError("--original-length", got=original_length, rule=rule, do="leave it out")
     rope = RopeConfig(
-        rope_theta=_number(parameters, "rope_theta", _DEFAULT_THETA),
+        rope_theta=_number(parameters, "rope_theta", _THETAS.get(str(text.get("model_type")), _DEFAULT_THETA)),
         rotary_dim=_rotary_dim(text, parameters),
         original_length=trained if original_length is None else original_length,
         max_length=max_length,
@@ -130,7 +149,7 @@ def _rope_parameters(text: Mapping[str, Any]) -> dict[str, Any]:
     # Where each layer type has its own RoPE, a flat legacy dict updates that of the global layers.
     parameters = {**new, **old} if nested else dict(old or new)
     beside = {
-        "rope_theta": _first(text, "rotary_emb_base", "rope_theta"),
+        "rope_theta": _first(text, "rotary_emb_base", "global_rope_theta", "rope_theta"),
         "partial_rotary_factor": _first(text, "partial_rotary_factor", "rotary_pct"),
     }
     for key, value in beside.items():
@@ -188,10 +207,8 @@ def _scaling_name(parameters: Mapping[str, Any]) -> str:
 
 def _rotary_dim(text: Mapping[str, Any], parameters: Mapping[str, Any]) -> int:
     head = _head_dim(text)
-    # Released MiniMax-M2 checkpoints say rotary_dim, GPT-NeoX rotates a quarter unless it says otherwise.
-    default = _number(text, "rotary_dim", head) / head
-    if text.get("model_type") == "gpt_neox":
-        default = 0.25
+    # Released MiniMax-M2 checkpoints say rotary_dim.
+    default = _SHARES.get(str(text.get("model_type")), _number(text, "rotary_dim", head) / head)
     share = _number(parameters, "partial_rotary_factor", default)
     rotary = int(head * share)
     if head > _LARGEST_HEAD:
