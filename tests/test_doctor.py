@@ -234,6 +234,15 @@ def test_what_is_wrong_with_a_scaling_is_told_once_and_of_every_model() -> None:
     assert "scaling-values" in errors(broken)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "stablelm", "phi", "nemotron", "glm"])
+def test_a_class_that_rotates_a_share_of_its_own_has_a_scaling_that_can_be_computed(family: str) -> None:
+    described = healthy() | {"model_type": family}
+    assert "scaling-values" not in names(described)
+    del described["rope_parameters"]["factor"], described["rope_scaling"]["factor"]
+    assert "scaling-values" not in names(described)
+    assert "scaling-values" in errors(scaled(**{**YARN, "factor": 0}) | {"model_type": family})
+
+
 @pytest.mark.parametrize("rope", [YARN, LLAMA3, healthy()["rope_scaling"], {"rope_type": "linear", "factor": 4.0}])
 def test_a_null_original_length_is_an_error_where_transformers_fails_on_it(rope: Config) -> None:
     described = scaled(**rope)

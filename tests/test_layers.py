@@ -19,7 +19,7 @@ LAYERS = [
     ["factors", "folders"],
     ["runs"],
     ["baselines"],
-    ["configs", "convert"],
+    ["configs", "convert", "rotating"],
     ["guard"],
     ["doctor"],
     ["modes", "rope"],
@@ -58,7 +58,7 @@ LAYERS = [
     ["__main__"],
 ]
 WITHOUT_TORCH = (
-    "watch errors lengths seals files room factors runs baselines configs convert search.tasks search.space "
+    "watch errors lengths seals files room factors runs baselines configs convert rotating search.tasks search.space "
     "search.critical "
     "search.archive search.loop search.racing search.descent ray_cluster launched report console console_tables "
     "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend "

@@ -52,10 +52,6 @@ CHOOSE_ROPE = "choose a RoPE model (Llama, Mistral, Qwen, Phi, Gemma, OLMo, GPT-
 EXTENDED_LAYERS = "full_attention"
 _LOCAL_LAYERS = ("sliding_attention", "chunked_attention")
 
-# Classes whose local layers alone rotate; of some every layer does where they have no window
-_WITHOUT_WINDOW_ALL_TURN = ("exaone4", "exaone_moe", "kolibri1")
-_GLOBAL_UNTURNED = ("llama4_text", "cohere2", "cohere2_moe", "afmoe", "flint", "lara_mini", *_WITHOUT_WINDOW_ALL_TURN)
-
 
 @dataclass
 class Chosen:
@@ -263,18 +259,6 @@ def _give_window(holders: list[Any], width: int | None) -> None:
 
 def _as_it_is() -> None:
     """Nothing to take back."""
-
-
-def said_to_turn_globally(text: Mapping[str, Any]) -> bool:
-    """Whether, as far as its class is known, the layers of a text config that see the whole text rotate.
-
-    text: a parsed config.json, or `to_dict()` of a configuration. `global_layers_turn` measures it where there are
-    weights.
-    """
-    family, kept = text.get("model_type"), text.get("no_rope_layers")
-    if family in _WITHOUT_WINDOW_ALL_TURN and text.get("sliding_window", 0) is None:
-        return True
-    return family not in _GLOBAL_UNTURNED or (isinstance(kept, list) and bool(kept) and all(kept))
 
 
 def global_layers_turn(

@@ -7,14 +7,9 @@ from collections.abc import Iterator
 
 from longrope.configs import language_part, rope_config
 from longrope.doctor.view import SWITCHING, View, check, positive, without_scaling
-from longrope.errors import UserError, shown
+from longrope.errors import UserError
+from longrope.rotating import never_turned, said_to_turn_globally
 
-# Classes whose local layers alone rotate, unless their configuration says otherwise
-_GLOBAL_UNTURNED = ("llama4_text", "cohere2", "exaone4", "exaone_moe")
-# Of these, classes whose layers all rotate where sliding_window is null
-_TURNED_WITHOUT_WINDOW = ("exaone4", "exaone_moe")
-# Classes of which no layer rotates
-_NEVER_TURNED = ("nemotron_h", "jamba")
 # Architectures of transformers whose llama.cpp graphs pass rescale factors to the rotation
 _IN_LLAMA_CPP = (
     "llama mistral mixtral phi3 phimoe minicpm minicpm3 granite granitemoe apertus".split()
@@ -76,7 +71,10 @@ def _not_served(view: View) -> Iterator[str]:
 
 @check("not-supported", "note", "choose a model with ordinary RoPE, or complete config.json")
 def _not_supported(view: View) -> Iterator[str]:
-    if why := never_turned(view) or _global_unturned(view):
+    why = never_turned(view.text)
+    if not why and not said_to_turn_globally(view.text):
+        why = f"the layers of {view.family} that see the whole text do not rotate"
+    if why:
         yield f"longrope cannot extend it: {why}"
         return
     text = without_scaling(language_part(view.config))
@@ -89,29 +87,3 @@ def _not_supported(view: View) -> Iterator[str]:
             "no "
         ):  # a nested one leaves out what its class has
             yield f"longrope cannot extend it: {error.what}: {error.got}; {error.rule}"
-
-
-def never_turned(view: View) -> str:
-    """Why no layer rotates; empty where some do."""
-    text, family = view.text, view.family
-    if family in _NEVER_TURNED:
-        return f"no layer of {family} rotates"
-    position = text.get("position_embedding_type")
-    if family == "granitemoehybrid" and position != "rope":
-        return f"no layer of {family} rotates with position_embedding_type {shown(position)}"
-    if family == "zamba2" and not text.get("use_mem_rope"):
-        return f"no layer of {family} rotates without use_mem_rope"
-    if family == "falcon" and text.get("alibi"):
-        return f"no layer of {family} rotates with alibi"
-    return ""
-
-
-def _global_unturned(view: View) -> str:
-    """Why none of the layers that see the whole text rotates; empty where they do."""
-    text, family = view.text, view.family
-    kept = text.get("no_rope_layers")
-    all_kept = isinstance(kept, list) and bool(kept) and all(kept)
-    all_turned = family in _TURNED_WITHOUT_WINDOW and text.get("sliding_window", 0) is None
-    if family in _GLOBAL_UNTURNED and not all_kept and not all_turned:
-        return f"the layers of {family} that see the whole text do not rotate"
-    return ""

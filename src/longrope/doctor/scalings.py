@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from longrope.configs import SCALINGS, table_from_config
-from longrope.doctor.engines import never_turned
 from longrope.doctor.view import View, check, positive
 from longrope.errors import UserError
+from longrope.rotating import never_turned
 
 # What a scaling is computed with where the configuration does not say it, or says what another check tells of
 _LENGTH, _THETA, _PAIRS = 4096, 10000.0, 8
@@ -23,8 +23,8 @@ def _alone(view: View) -> dict[str, Any]:
     pairs = view.pairs or _PAIRS
     theta = view.used.get("rope_theta", view.text.get("rope_theta"))
     for _, rope in alone.ropes:
-        for key in ("partial_rotary_factor", "mrope_section"):
-            rope.pop(key, None)
+        rope.pop("mrope_section", None)
+        rope["partial_rotary_factor"] = 1.0  # the class of model_type may take another where none is said
         rope["rope_theta"] = theta if positive(theta) and theta > 1 else _THETA
         if alone.kind == "longrope":
             rope |= {"short_factor": [1.0] * pairs, "long_factor": [1.0] * pairs}
@@ -61,5 +61,5 @@ def _theta(view: View) -> Iterator[str]:
     for name, value in places:
         if value is not None and not positive(value):
             yield f"{name} is {value:g}: the base of a RoPE is a finite, positive number"
-    if view.null_theta and not never_turned(view):
+    if view.null_theta and not never_turned(view.text):
         yield "rope_theta is null: transformers takes it for the base, and fails"

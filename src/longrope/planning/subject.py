@@ -14,8 +14,9 @@ from longrope.checkpoint import LoadOptions, read_rope
 from longrope.doctor.examine import files_of, read_config
 from longrope.errors import UserError, shown
 from longrope.model import LoadedModel, decoder_of, local_alone, without_rope
-from longrope.patch import check_has_rotary, has_local_layers, said_to_turn_globally
+from longrope.patch import check_has_rotary, has_local_layers
 from longrope.planning.shape import ModelShape
+from longrope.rotating import said_to_turn_globally
 from longrope.search.backward import decoder_layers
 
 logger = logging.getLogger(__name__)
