@@ -26,6 +26,7 @@ from longrope import documents as module
 from longrope.documents import (
     Document,
     hold_out,
+    others,
     read_sources,
 )
 from longrope.errors import UserError
@@ -693,6 +694,13 @@ def test_of_a_single_document_the_last_quarter_is_held_out() -> None:
     assert search.text + unseen.text == whole.text
     assert len(unseen.text) == len(whole.text) // 4
     assert (search.name, unseen.name) == ("a.txt (first 3/4)", "a.txt (last 1/4)")
+
+
+def test_what_is_held_out_is_left_out_of_other_documents() -> None:
+    numbered = [Document(f"{number}.txt", f"text {number}") for number in range(20)]
+    _, held = hold_out(numbered)
+    left = others([*numbered, Document("other.txt", "other", 2)], held)
+    assert set(texts(left)) == {"other", *texts(numbered)} - set(texts(held))
 
 
 @pytest.mark.parametrize(("prompt", "first", "last"), [(None, None, None), (50, 50, 0), (75, 75, 0), (90, 75, 15)])

@@ -189,6 +189,11 @@ def test_mixed_windows_keep_a_row_for_short_sequences() -> None:
     [
         ((), "Fine-tuned: all weights, 12 steps of 2 windows of 192 tokens, learning rate 0.0005 (cosine), seed 0."),
         (("--lora", 2, "--merge"), "Fine-tuned: adapters (LoRA, rank 2), merged, 12 steps of 2 windows"),
+        (
+            ("--lora", 2, "--merge", "--embeddings", "--norms"),
+            "(LoRA, rank 2), merged, and all embeddings and norms, 12",
+        ),
+        (("--steps", 1, "--batch", 1), "Fine-tuned: all weights, 1 step of 1 window of 192 tokens"),
         (("--mixed", 0.5), "Of the windows a share of 0.5 was packed of short documents"),
     ],
 )

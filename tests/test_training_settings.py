@@ -233,7 +233,23 @@ def test_what_is_held_out_is_held_out_of_short_documents_too(here: Path) -> None
     train(hold_out=True, mixed=0.5, short_documents=["texts"])
     read = json.loads((here / "run" / "config.json").read_text())["documents"]["train"]
     assert {each["sha256"] for each in read} == {each.sha256 for each in searched}
-    assert unseen
+    rows = [json.dumps({"text": each.text}) + "\n" for each in unseen]
+    Path("held.jsonl").write_text("".join(rows))
+    train(out="others", hold_out=True, mixed=0.5, short_documents=["held.jsonl", "texts"])
+    read = json.loads((here / "others" / "config.json").read_text())["documents"]["train"]
+    assert not {each["sha256"] for each in read} & {each.sha256 for each in unseen}
+    expected = (
+        "^--short-documents: got only documents that are held out; what --hold-out leaves out of --documents is not"
+    )
+    with pytest.raises(UserError, match=expected):
+        train(out="held", hold_out=True, mixed=0.5, short_documents=["held.jsonl"])
+
+
+def test_a_model_that_is_given_is_trained_with_its_own_table_and_tokenizer(here: Path) -> None:
+    loaded = load_model(str(here / "model"), FLOAT32)
+    loaded.table = table()
+    losses = train(cast(Any, loaded), options=None, factors=None, steps=1)["losses"]
+    assert losses == train(str(here / "model"), "named", steps=1)["losses"]
 
 
 # Memory

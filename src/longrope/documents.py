@@ -451,3 +451,9 @@ def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Docume
         unseen.remove(hashes[-1])
     searched = [each for each in kept if each.text_sha256 not in unseen]
     return searched, [each for each in kept if each.text_sha256 in unseen]
+
+
+def others(documents: Sequence[Document], used: Sequence[Document]) -> list[Document]:
+    """Those documents whose text is of none that is used elsewhere."""
+    texts = {each.text_sha256 for each in used}
+    return [each for each in documents if each.text_sha256 not in texts]

@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 NO_TARGET = -100
 """In place of a token whose loss does not count, as torch's cross-entropy has it."""
 # What a configuration says of where and by what it was read; a run resumes after a move or an upgrade.
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_attn_implementation_internal")
 _TURN = 3.0  # further than what a checkpoint rotates by itself
 _LOADING = threading.Lock()  # transformers switches the initialisation of weights off and on for all threads
-_NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_attn_implementation_internal")
 # Logits of one chunk stay near this many numbers. On a CPU few, which stay in its cache and are not paged in anew for
 # every chunk (measured: a quarter of an evaluation's time at a vocabulary of 32,000); elsewhere 256 MiB in float32.
 _CHUNK_LOGITS = {"cpu": 2**22}

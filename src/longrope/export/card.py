@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.doctor.view import SWITCHING
-from longrope.errors import UserError, one_line
+from longrope.errors import UserError, one_line, plural
 from longrope.factors import FactorTable
 from longrope.files import read_text
 from longrope.lengths import format_length
@@ -109,9 +109,14 @@ def training_card(name: str, table: FactorTable, trained: Mapping[str, Any], abo
     trained: `settings` of the run's config.json. about: the front matter of what was trained.
     """
     lora, mixed = trained.get("lora"), trained.get("mixed")
-    what = "adapters (LoRA, rank {}), merged".format(lora["rank"]) if lora else "all weights"
+    what = "all weights"
+    if lora:
+        what = f"adapters (LoRA, rank {lora['rank']}), merged"
+        if beside := [key for key in ("embeddings", "norms") if lora.get(key)]:
+            what += f", and all {' and '.join(beside)}"
+    steps, windows = plural(trained["steps"], "step"), plural(trained["batch"], "window")
     weights = (
-        f"Fine-tuned: {what}, {trained['steps']} steps of {trained['batch']} windows of {trained['length']} tokens, "
+        f"Fine-tuned: {what}, {steps} of {windows} of {trained['length']} tokens, "
         f"learning rate {trained['learning_rate']:g} ({trained['schedule']}), seed {trained['seed']}."
     )
     if mixed is not None:

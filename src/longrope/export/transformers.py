@@ -68,7 +68,8 @@ def extended_config(config: Mapping[str, Any], keys: Mapping[str, Any], loaded: 
         text["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     window, target = getattr(known, "sliding_window", None), keys["max_position_embeddings"]
     if window is not None and not has_local_layers(known) and target > loaded.rope.original_length:
-        text["sliding_window"] = max(window, target)  # also where config.json names none: the class may have its own
+        # Also where config.json names none (the class may have its own) and no layer has it (an engine may not ask).
+        text["sliding_window"] = max(window, target)
     if getattr(known, "head_dim", 0) is None:  # Mixtral's class computes no scaling without one
         text["head_dim"] = known.hidden_size // known.num_attention_heads
     if extended.get("text_config"):

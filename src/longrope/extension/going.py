@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from longrope.checkpoint import LoadOptions
-from longrope.documents import Document, hold_out, read_sources
+from longrope.documents import Document, hold_out, others, read_sources
 from longrope.errors import UserError, first_line, plural
 from longrope.extension.done import Done, digest
 from longrope.extension.plan import Plan, Stage, measured_lengths, search_settings
@@ -132,8 +132,7 @@ def texts_of(
     else:
         kept, held = hold_out(read)
         return Texts(tuple(documents), True, kept, kept, held)
-    used = {document.text_sha256 for document in (*read, *searched)}
-    left = [document for document in held if document.text_sha256 not in used]
+    left = others(held, [*read, *searched])
     if not left:
         got, rule = (
             f"{plural(len(held), 'document')}, all of them used before",

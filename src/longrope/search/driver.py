@@ -15,7 +15,7 @@ from longrope import __version__
 from longrope.baselines import attention_factor
 from longrope.checkpoint import LoadOptions, load_options, taken
 from longrope.describe import describe_model, describe_options, describe_windows, metrics
-from longrope.documents import Document, as_sources, read_sources
+from longrope.documents import Document, as_sources, others, read_sources
 from longrope.errors import UserError, plural
 from longrope.evaluate.methods import Result, outdone
 from longrope.evaluate.recorded import measure_methods
@@ -109,8 +109,7 @@ def prepared(loaded: LoadedModel, settings: SearchSettings) -> LoadedModel:
 
 def without(held: Sequence[Document], searched: Sequence[Document]) -> list[Document]:
     """The held-out documents that are none of those searched on. Raises UserError when none is left."""
-    seen = {document.text_sha256 for document in searched}
-    left = [document for document in held if document.text_sha256 not in seen]
+    left = others(held, searched)
     if not left:
         got = f"{plural(len(held), 'document')}, all of them also in --documents"
         raise UserError("--unseen", got=got, rule="the search does not see them", do="give other documents")

@@ -147,8 +147,8 @@ def windows_at_once(
     """Windows of a pass, the first of `sizes` that fits, and whether layers are computed twice.
 
     Fewer of them at once cost less than that; preferred: those sizes that are tried before it. room: bytes for them.
-    half: whether products are computed in bfloat16. Raises UserError when one window does not fit
-    even so, with what would.
+    half: whether products are computed in bfloat16. Raises UserError when one window does not fit even so, with what
+    would.
     """
     config = loaded.model.config.get_text_config()
     kept = [_kept(loaded, trained, given.length, half=half)]

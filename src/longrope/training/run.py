@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from longrope import __version__
 from longrope.checkpoint import LoadOptions
 from longrope.convert import as_table
 from longrope.describe import describe_documents, describe_options, describe_trained
-from longrope.documents import Document, hold_out, read_sources
+from longrope.documents import Document, hold_out, others, read_sources
 from longrope.errors import UserError, first_line, plural
 from longrope.evaluate.perplexity import out_of_memory
 from longrope.factors import FACTORS, FactorTable
@@ -66,14 +66,15 @@ def finetune(
 ) -> dict[str, Any]:
     """Train a model on windows of `length` tokens under its factors; what metrics.json holds.
 
-    model: MODEL as every command takes it; one from load_model is loaded again with its options, and stays as it is.
-    factors: a table or its file, by default those beside the weights; windows get the row of their length. Writes the
-    run `out` (runs/finetune-MODEL-LENGTH by default): checkpoint/, a transformers folder with its factors.json, or, of
-    LoRA that is not merged, adapter/. Resumes a run that is there from its last whole checkpoint, and ends in the same
-    weights. recipe: one of RECIPES by name. lora: the rank of adapters, by default all weights are trained. on_progress
-    is called after each step. options: LoadOptions as one object. keywords: the fields of Recipe, Training,
-    LoraSettings (embeddings, norms, merge) and LoadOptions. Raises UserError for bad input, for a window that does not
-    fit into memory, and for a loss that is no number.
+    model: MODEL as every command takes it. One from load_model stays as it is: its weights are read again, with its
+    options; its tokenizer and its table are those that it has. factors: a table or its file, by default those beside
+    the weights; windows get the row of their length. Writes the run `out` (runs/finetune-MODEL-LENGTH by default):
+    checkpoint/, a transformers folder with its factors.json, or, of LoRA that is not merged, adapter/. Resumes a run
+    that is there from its last whole checkpoint, and ends in the same weights. recipe: one of RECIPES by name. lora:
+    the rank of adapters, by default all weights are trained. on_progress is called after each step. options:
+    LoadOptions as one object. keywords: the fields of Recipe, Training, LoraSettings (embeddings, norms, merge) and
+    LoadOptions. Raises UserError for bad input, for a window that does not fit into memory, and for a loss that is no
+    number.
     """
     if isinstance(model, LoadedModel):
         options = options or model.options
@@ -87,7 +88,7 @@ def finetune(
     # Anew, also where one is given: that would be another model afterwards, under the same name.
     loaded = load_model(model.name if isinstance(model, LoadedModel) else model, options)
     if isinstance(model, LoadedModel):
-        loaded.batch_tokens = model.batch_tokens
+        loaded.batch_tokens, loaded.tokenizer, loaded.table = model.batch_tokens, model.tokenizer, model.table
     table = loaded.table if factors is None else as_table(factors)
     if table is None:
         rule = "a model is trained with the factors of the longer window"
@@ -169,8 +170,9 @@ def served_table(table: FactorTable, given: Training, original_length: int) -> F
 def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[LongWindows | MixedWindows, list[Document]]:
     assert recipe.steps is not None, "checked with the recipe"
     documents = read_sources(given.documents, share="search", tokenizer=loaded.tokenizer)
+    held: list[Document] = []
     if given.hold_out:
-        documents, _ = hold_out(documents)
+        documents, held = hold_out(documents)
     long = LongWindows(
         documents, loaded.tokenizer, length=given.length, count=recipe.steps * recipe.batch, seed=given.seed
     )
@@ -187,7 +189,7 @@ def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[Long
     if given.short_documents:
         short = read_sources(given.short_documents, share="search", tokenizer=loaded.tokenizer)
         if given.hold_out:
-            short, _ = hold_out(short)
+            short = _held_out_of(short, held)
         documents = [*documents, *short]
     original = loaded.rope.original_length
     with loaded.looking():
@@ -199,6 +201,17 @@ def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[Long
         what = plural(mixed.left_out, "prompt")
         logger.info("%s with completions left out of packed windows: longer than %d tokens", what, original)
     return mixed, documents
+
+
+def _held_out_of(short: Sequence[Document], held: Sequence[Document]) -> list[Document]:
+    """The short documents to train on. Raises UserError where all were held out of the long ones."""
+    left = others(short, held)
+    # Of a single document a quarter is held out, which a copy of the whole has, too.
+    left = [each for each in left if len(held) > 1 or held[0].text not in each.text]
+    if not left:
+        rule = "what --hold-out leaves out of --documents is not trained on as a short document either"
+        raise UserError("--short-documents", got="only documents that are held out", rule=rule, do="give others")
+    return hold_out(left)[0]
 
 
 def _train(
