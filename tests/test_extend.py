@@ -35,6 +35,7 @@ from longrope.factors import FactorTable
 from longrope.files import as_line, read_lines
 from longrope.model import load_model
 from longrope.search.driver import choose_search_windows
+from longrope.training.run import finetune
 from longrope.windows import windows_of
 from models import ORIGINAL, tokens
 
@@ -627,11 +628,16 @@ def test_the_default_stages_follow_from_the_ratio(ratio: int, stages: list[str])
 
 
 def test_the_plans_of_the_papers_are_the_default_stages_and_one_with_mixed_windows() -> None:
-    assert read_plan("longrope", 4096).stages == default_plan(4096, 512 * 4096).stages
+    plan = read_plan("longrope", 4096)
+    assert plan.stages == default_plan(4096, 512 * 4096).stages
     second = read_plan("longrope2", 8192)
     assert [stage.do for stage in second.stages] == ["search", "finetune"]
     assert second.stages[1].settings["mixed"] == 0.3
-    assert set(PLANS) == {"longrope", "longrope2"}
+    mistral = read_plan("longrope-mistral", 4096)
+    assert [(stage.do, stage.to) for stage in mistral.stages] == [(stage.do, stage.to) for stage in plan.stages]
+    trained = [stage for stage in mistral.stages if stage.do == "finetune"]
+    assert [(stage.window, stage.settings["recipe"]) for stage in trained] == [(16384, "longrope-mistral")] * 2
+    assert set(PLANS) == {"longrope", "longrope-mistral", "longrope2"}
 
 
 def plan_of(*stages: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -671,6 +677,13 @@ TRAIN = {"do": "finetune", "to": "4x", "steps": 2}
             plan_of(SEARCH, TRAIN | {"short_documents": ["x"]}),
             "stage 2: short_documents: got no mixed; they are what windows of mixed are packed of",
         ),
+        (
+            plan_of(SEARCH, TRAIN | {"window_length": "5x"}),
+            "stage 2 (finetune): window_length: got 240; it is above the original length of 48, and at most 192, whose",
+        ),
+        (plan_of(SEARCH, TRAIN | {"window_length": 48}), "stage 2 (finetune): window_length: got 48; it is above"),
+        (plan_of(SEARCH, TRAIN | {"window_length": True}), "stage 2: window_length: got True; it is a length such as"),
+        (plan_of(SEARCH | {"window_length": "2x"}), "stage 1: got window_length; its keys are"),
         (plan_of(TRAIN), "stage 1 (finetune): got no search for 192 before it; a fine-tuning uses"),
         (plan_of({"do": "search", "to": "1x"}), "stage 1 (search): got 48; a search goes beyond the original length"),
         (plan_of(SEARCH, {"do": "second", "to": "8x"}), "stage 2 (second): got no fine-tuning before it; "),
@@ -907,7 +920,9 @@ MIXED = PLAN.partition('[[stages]]\ndo = "second"')[0].replace(
 
 def test_short_documents_of_a_stage_are_what_its_windows_are_packed_of(here: Path) -> None:
     write_documents(here / "short", count=3, characters=90)
-    Path("plan.toml").write_text(MIXED + "[measure]\nwindows = 1\npasskey = 0\n")
+    Path("plan.toml").write_text(
+        MIXED.replace("mixed =", 'window_length = "3x"\nmixed =') + "[measure]\nwindows = 1\npasskey = 0\n"
+    )
     words = command("--stages", "plan.toml", to=TARGET)
     told = refused(*words)
     assert told.startswith(f"--unseen: got documents of its own in 02-finetune-{TARGET}; then what is held out has to")
@@ -928,6 +943,7 @@ def test_short_documents_of_a_stage_are_what_its_windows_are_packed_of(here: Pat
         assert ran.code == 0, ran.err
     launched = json.loads(Path("words.json").read_text())
     flags = [launched[at + 1] for at, word in enumerate(launched) if word == "--short-documents"]
+    assert launched[launched.index("--length") + 1] == str(3 * ORIGINAL), "of its windows"
     assert flags == ["short/0.txt", "short/1.txt"]
     stages = [Path(run, f"02-finetune-{TARGET}") for run in ("run", "launched")]
     for stage in stages:
@@ -938,6 +954,33 @@ def test_short_documents_of_a_stage_are_what_its_windows_are_packed_of(here: Pat
     assert losses == others
     whole = json.loads(Path("run/config.json").read_text())["settings"]["stages"][f"02-finetune-{TARGET}"]
     assert whole["short_documents"] == flags
+
+
+def test_windows_of_a_stage_may_be_shorter_than_the_length_whose_factors_they_have(here: Path) -> None:
+    """As the paper trains Mistral: on 16k tokens under the factors of 128k."""
+    short = 2 * ORIGINAL
+    Path("plan.toml").write_text(PLAN.replace("steps = 6", 'steps = 6\nwindow_length = "2x"'))
+    write_documents(here / "held", characters=3000, count=9)
+    words = command("--stages", "plan.toml", "--unseen", "held/8.txt")
+    asked = longrope(*words, "--dry-run", "--json")
+    assert asked.code == 0, asked.err
+    [cost] = [each for each in asked.document["results"] if each["method"] == f"02-finetune-{TARGET}"]
+    assert (cost["length"], cost["tokens"]) == (short, 6 * 2 * 3 * short)
+    write_documents(here / "short", characters=short + 20, count=3)
+    assert "have windows of" not in longrope(*words, "--dry-run", "-d", "short").err
+    ran = longrope(*words, "-q")
+    assert ran.code == 0, ran.err
+    stage = Path(f"run/02-finetune-{TARGET}")
+    assert json.loads((stage / "config.json").read_text())["settings"]["length"] == short
+    assert [row.up_to for row in FactorTable.load(stage / "factors.json").rows] == [TARGET]
+    assert json.loads((stage / "checkpoint" / "config.json").read_text())["max_position_embeddings"] == TARGET
+    by_hand = finetune(
+        "model", length=short, factors=f"run/01-search-{TARGET}/factors.json", documents="texts", steps=6, batch=2,
+        learning_rate=1e-3, tracker="none", options=FLOAT32, out="by-hand",
+    )  # fmt: skip
+    assert [line["loss"] for line in read_lines(stage / "training.jsonl")] == by_hand["losses"]
+    reached = [row.up_to for row in FactorTable.load("run/factors.json").rows]
+    assert reached == [ORIGINAL, 2 * ORIGINAL, TARGET, FAR], "the second interpolation begins at the factors' length"
 
 
 @pytest.mark.usefixtures("here")

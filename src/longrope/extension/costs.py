@@ -79,9 +79,9 @@ def costs(loaded: LoadedModel, plan: Plan) -> list[Cost]:
         if stage.do == "finetune":
             steps, batch = _steps(stage)
             reached, known = stage.to, [stage.to]
-            made_of = f"{steps} steps of {batch} windows of {stage.to:,} tokens, three passes each"
-            trained = (Work("train", stage.to, steps * batch),)
-            found.append(Cost(stage.name, stage.to, made_of, trained, batch, stage.settings.get("lora") or 0))
+            made_of = f"{steps} steps of {batch} windows of {stage.window:,} tokens, three passes each"
+            trained = (Work("train", stage.window, steps * batch),)
+            found.append(Cost(stage.name, stage.window, made_of, trained, batch, stage.settings.get("lora") or 0))
         else:
             work, made_of = _searched(loaded, stage, reached, known)
             settings = search_settings(stage, 0)

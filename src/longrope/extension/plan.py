@@ -20,7 +20,7 @@ from longrope.search.settings import SearchSettings, is_number
 from longrope.training.recipes import RECIPES, SAVED, Recipe, recipe_of
 from longrope.windows import LEAST
 
-PLANS = ("longrope", "longrope2")
+PLANS = ("longrope", "longrope-mistral", "longrope2")
 """Plans of ours by name: the two papers'."""
 _KINDS = ("search", "finetune", "second", "recovery")
 WITHOUT_TRAINING = 8
@@ -29,7 +29,7 @@ _FIRST, _LAST = 32, 64  # ratios of the two fine-tunings
 _OF_SEARCH = {each.name for each in fields(SearchSettings)} - {"to", "stage", "seed"}
 _OF_TRAINING = {each.name for each in fields(Recipe)} | {
     *("documents", "short_documents", "recipe", "mixed", "lora", "embeddings", "norms", "gradient_checkpointing"),
-    *("save_every", "keep", "save_dtype"),
+    *("save_every", "keep", "save_dtype", "window_length"),
 }
 _LISTS = {
     "documents": "it is a list of further documents of this stage",
@@ -67,6 +67,11 @@ class Stage:
     def name(self) -> str:
         """The name of its folder in the run."""
         return f"{self.number:02}-{self.do}-{format_length(self.to)}"
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window of a fine-tuning: its length, unless it says shorter ones under the same factors."""
+        return int(self.settings.get("window_length", self.to))
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it."""
@@ -190,8 +195,9 @@ def _stages(data: Mapping[str, Any], number: int, original_length: int) -> list[
     for name in _LISTS:  # or one alone
         if isinstance(settings.get(name), str):
             settings[name] = [settings[name]]
-    if "search_length" in settings:
-        settings["search_length"] = _length(settings["search_length"], f"{where}: search_length", original_length)
+    for name in ("search_length", "window_length"):
+        if name in settings:
+            settings[name] = _length(settings[name], f"{where}: {name}", original_length)
     if do == "finetune":
         _check_training(settings, where)
     else:
@@ -245,6 +251,9 @@ def _check_order(stages: Sequence[Stage], original_length: int) -> None:
                 raise _wrong(where, f"no search for {to} before it", "a fine-tuning uses factors of its length")
             if trained is not None and stage.to < trained:
                 raise _wrong(where, to, f"a later fine-tuning is not shorter than the one before, {trained}")
+            if not original_length < stage.window <= stage.to:
+                rule = f"it is above the original length of {original_length}, and at most {to}, whose factors it has"
+                raise _wrong(f"{where}: window_length", stage.window, rule)
             trained = reached = stage.to
         elif trained is None:
             raise _wrong(where, "no fine-tuning before it", "it is a search on the fine-tuned model")

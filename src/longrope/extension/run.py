@@ -275,14 +275,14 @@ def _train(going: Extension, stage: Stage, model: str, folder: Path) -> None:
     if going.launcher:
         _launch(going, stage, model, factors, folder)
         return
-    settings = dict(stage.settings)
+    settings = {name: value for name, value in stage.settings.items() if name != "window_length"}
     documents = [*going.texts.training, *settings.pop("documents", [])]
     if settings.get("lora") is not None:
         settings["merge"] = True  # the next stage searches on the weights
     with going.watching.training() as on_progress:
         finetune(
             model,
-            length=stage.to,
+            length=stage.window,
             factors=factors,
             documents=documents,
             hold_out=going.texts.hold_out,
@@ -297,13 +297,14 @@ def _train(going: Extension, stage: Stage, model: str, folder: Path) -> None:
 
 def _launch(going: Extension, stage: Stage, model: str, factors: Path, folder: Path) -> None:
     """Fine-tune by a command that starts several processes."""
-    words = [*going.launcher, "-m", "longrope", "finetune", model, "--length", str(stage.to), "--factors", str(factors)]
+    words = [*going.launcher, "-m", "longrope", "finetune", model]
+    words += ["--length", str(stage.window), "--factors", str(factors)]
     for source in [*going.texts.training, *stage.settings.get("documents", [])]:
         words += ["--documents", source]
     words += ["--hold-out"] if going.texts.hold_out else []
     words += ["--merge"] if stage.settings.get("lora") is not None else []
     for name, value in stage.settings.items():
-        if name == "documents":
+        if name in ("documents", "window_length"):
             continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, list):
