@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import trainer
 from transformers.masking_utils import create_causal_mask
@@ -303,6 +304,10 @@ def test_the_configurations_are_what_they_say(
 
     path = CONFIGURATIONS / f"{name}.yaml"
     assert "finetune MODEL" in path.read_text()
+    described = yaml.safe_load(path.read_text())
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    for part in ("fsdp_config", "parallelism_config"):  # accelerate reads over what it does not know in these
+        assert set(described.get(part, {})) <= set(known)
     more = ["--machine_rank", "0", "--main_process_ip", "first"] if processes > 8 else []
     given = launch_command_parser().parse_args(["--config_file", str(path), *more, "script.py"])
     with monkeypatch.context() as context:  # it looks for as many GPUs as it is to use
