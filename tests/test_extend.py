@@ -34,9 +34,11 @@ from longrope.extension.run import extend
 from longrope.factors import FactorTable
 from longrope.files import as_line, read_lines
 from longrope.model import load_model
-from longrope.search.driver import choose_search_windows
+from longrope.search import driver
+from longrope.search.driver import choose_search_windows, search
 from longrope.training.run import finetune
 from longrope.windows import windows_of
+from longrope.workers import open_workers
 from models import ORIGINAL, tokens
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32", threads=1)
@@ -491,6 +493,56 @@ def test_searches_without_a_training_leave_a_row_each(here: Path) -> None:
     assert table.provenance == {"command": "extend", "stages": names, "longrope": __version__}
 
 
+def test_a_second_fine_tuning_goes_on_with_the_first_ones_weights_under_factors_of_its_own_length(here: Path) -> None:
+    """Progressive extension: both lengths are searched on the base, and the weights go from one to the next."""
+    near, few = 2 * ORIGINAL, {"windows": 2, "evaluations": 4}
+    trained = {"steps": 3, "batch": 2, "learning_rate": 1e-3}
+    stages = (
+        Stage(1, "search", near, "base", few),
+        Stage(2, "search", TARGET, "base", few),
+        Stage(3, "finetune", near, settings=trained),
+        Stage(4, "search", FAR, "last", few),
+        Stage(5, "finetune", TARGET, settings=trained),
+        Stage(6, "finetune", FAR, settings=trained | {"steps": 1}),
+    )
+    whole = Plan(stages, Measures(windows=1, passkey=0))
+    given: dict[str, Any] = {"unseen": "held/8.txt", "stages": whole, "options": FLOAT32, "tracker": "none"}
+    write_documents(here / "held", characters=3000, count=9)
+    extend("model", to=FAR, documents="texts", out="steps", **given)
+    made = [here / "steps" / stage.name for stage in stages]
+    model = "model"
+    for at, factors in ((2, 0), (4, 1), (5, 3)):
+        by_hand = finetune(
+            model, length=stages[at].to, factors=made[factors] / "factors.json", documents="texts", tracker="none",
+            options=FLOAT32, out=f"by-hand-{at}", **stages[at].settings,
+        )  # fmt: skip
+        assert [line["loss"] for line in read_lines(made[at] / "training.jsonl")] == by_hand["losses"]
+        model = f"by-hand-{at}/checkpoint"
+    weights = [(here / folder / "checkpoint/model.safetensors").read_bytes() for folder in ("steps", "by-hand-5")]
+    assert weights[0] == weights[1]
+    search("model", to=TARGET, documents="texts", out="on-base", options=FLOAT32, windows=2, evaluations=4)
+    search("by-hand-2/checkpoint", to=FAR, documents="texts", out="on-last", options=FLOAT32, windows=2, evaluations=4)
+    for out, at in (("on-base", 1), ("on-last", 3)):
+        assert FactorTable.load(f"{out}/factors.json").rows == FactorTable.load(made[at] / "factors.json").rows
+
+
+def test_workers_of_an_extension_are_those_of_its_searches(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan((Stage(1, "search", TARGET, "base", {"windows": 2, "evaluations": 6}),), Measures(windows=1, passkey=0))
+    asked: list[str | None] = []
+
+    def opened(workers: str | None, *given: Any) -> Any:
+        asked.append(workers)
+        return open_workers(workers, *given)
+
+    monkeypatch.setattr(driver, "open_workers", opened)
+    found = []
+    for workers, out in ((None, "alone"), (2, "together")):
+        extend("model", to=TARGET, documents="texts", out=out, stages=plan, options=FLOAT32, workers=workers)
+        found.append(FactorTable.load(here / out / "factors.json").rows)
+    assert found[0] == found[1]
+    assert asked == [None, "2"]
+
+
 def test_a_recovery_begins_with_the_scaling_that_the_base_had(here: Path) -> None:
     scaled = write_checkpoint(here / "scaled")
     config = json.loads((scaled / "config.json").read_text())
@@ -859,15 +911,15 @@ def test_documents_are_refused_before_any_stage_exactly_where_a_stage_or_the_end
     for size in range(300, 3900, 190):
         texts = read_sources([str(write_documents(here / f"of-{size}", count=1, characters=size))])
         other = read_sources([str(write_documents(here / "long", count=2, characters=6000))])
-        for search, unseen in ((texts, other), (other, texts)):
-            begun = partial(check_documents, loaded, plan, Texts(("any",), False, other, search, unseen), 0)
+        for searched, unseen in ((texts, other), (other, texts)):
+            begun = partial(check_documents, loaded, plan, Texts(("any",), False, other, searched, unseen), 0)
             searches = [search_settings(stage, 0) for stage in plan.stages if stage.do != "finetune"]
             later: list[Callable[[], object]] = [
-                partial(choose_search_windows, loaded, settings, search) for settings in searches
+                partial(choose_search_windows, loaded, settings, searched) for settings in searches
             ]
             later += [partial(windows_of, loaded, unseen, length, None, 0) for length in lengths]
             settled.append(any(map(is_refused, later)))
-            assert is_refused(begun) == settled[-1], (size, len(search))
+            assert is_refused(begun) == settled[-1], (size, len(searched))
     assert {True, False} == set(settled[::2]) == set(settled[1::2]), "of those to search on, and of those unseen"
 
 
@@ -921,7 +973,8 @@ MIXED = PLAN.partition('[[stages]]\ndo = "second"')[0].replace(
 def test_short_documents_of_a_stage_are_what_its_windows_are_packed_of(here: Path) -> None:
     write_documents(here / "short", count=3, characters=90)
     Path("plan.toml").write_text(
-        MIXED.replace("mixed =", 'window_length = "3x"\nmixed =') + "[measure]\nwindows = 1\npasskey = 0\n"
+        MIXED.replace("mixed =", 'window_length = "3x"\nlora = 2\nnorms = true\nembeddings = false\nmixed =')
+        + "[measure]\nwindows = 1\npasskey = 0\n"
     )
     words = command("--stages", "plan.toml", to=TARGET)
     told = refused(*words)
@@ -952,6 +1005,8 @@ def test_short_documents_of_a_stage_are_what_its_windows_are_packed_of(here: Pat
         assert {"0.txt", "1.txt"} <= {each["name"] for each in config["documents"]["train"][-2:]}
     losses, others = ((stage / "training.jsonl").read_bytes() for stage in stages)
     assert losses == others
+    weights = [(stage / "checkpoint" / "model.safetensors").read_bytes() for stage in stages]
+    assert weights[0] == weights[1], "adapters are merged, and trained beside the same others"
     whole = json.loads(Path("run/config.json").read_text())["settings"]["stages"][f"02-finetune-{TARGET}"]
     assert whole["short_documents"] == flags
 

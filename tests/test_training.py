@@ -47,9 +47,15 @@ def train(here: Path, out: str = "run", **more: Any) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_it_is_what_a_plain_loop_of_torch_does(here: Path, schedule: str) -> None:
-    found = train(here, schedule=schedule, weight_decay=0.1)
+@pytest.mark.parametrize(("schedule", "betas", "clip"), [("linear", (0.9, 0.95), 1.0), ("constant", (0.5, 0.7), 0.05)])
+def test_it_is_what_a_plain_loop_of_torch_does(
+    here: Path, schedule: str, betas: tuple[float, float], clip: float
+) -> None:
+    beta1, beta2 = betas
+    given: dict[str, Any] = (
+        {} if schedule == "linear" else {"beta1": beta1, "beta2": beta2, "clip": clip}
+    )  # else the recipe's
+    found = train(here, schedule=schedule, weight_decay=0.1, **given)
     loaded = load_model(str(here / "model"), FLOAT32)
     made = LongWindows(_documents(here), loaded.tokenizer, length=TARGET, count=8, seed=0)
     model: Any = loaded.model.requires_grad_(True).train()
@@ -58,7 +64,7 @@ def test_it_is_what_a_plain_loop_of_torch_does(here: Path, schedule: str) -> Non
         {"params": [each for name, each in model.named_parameters() if name not in kept], "weight_decay": 0.1},
         {"params": [each for name, each in model.named_parameters() if name in kept], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=betas, eps=1e-8)
     expected = []
     with loaded.patch() as patch:
         patch.install(table().rows[-1])
@@ -68,7 +74,7 @@ def test_it_is_what_a_plain_loop_of_torch_does(here: Path, schedule: str) -> Non
             ids = torch.stack([made[2 * step + index]["input_ids"] for index in range(2)])
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
             expected.append(float(loss.detach()))

@@ -32,7 +32,8 @@ def extend(
     stages: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="A plan in TOML, or longrope, longrope2; by default what the ratio asks for."
+            metavar="FILE",
+            help="A plan in TOML, or longrope, longrope-mistral, longrope2; by default what the ratio asks for.",
         ),
     ] = None,
     no_finetune: Annotated[bool, typer.Option("--no-finetune", help="One search, no training.")] = False,

@@ -72,6 +72,11 @@ def describe_documents(documents: Sequence[Document]) -> list[dict[str, str]]:
     return [{"name": document.name, "sha256": document.sha256} for document in documents]
 
 
+def versions(*more: str) -> dict[str, str]:
+    """Of this package and of those that a result depends on."""
+    return {"longrope": __version__} | {name: version(name) for name in ("torch", "transformers", *more)}
+
+
 def metrics(
     command: str,
     loaded: LoadedModel,
@@ -91,7 +96,7 @@ def metrics(
         "fingerprint": loaded.fingerprint,
         "settings": dict(settings),
         "documents": fingerprint(documents) if documents else None,
-        "versions": {"longrope": __version__} | {name: version(name) for name in ("torch", "transformers")},
+        "versions": versions(),
         "measure": measure,
         **({"items": dict(items)} if items else {}),
         "results": [result.to_dict() for result in results],

@@ -73,8 +73,8 @@ def extend(
 ) -> dict[str, Any]:
     """Extend a model to `to` tokens by the stages of a plan; what metrics.json holds.
 
-    Without `stages` (a TOML file, `longrope` or `longrope2`) they follow from the ratio, see `default_plan`. Trains and
-    searches on `documents`, of which a part is held out to measure on unless `unseen` names others; searches on
+    Without `stages` (a TOML file, or one of PLANS) they follow from the ratio, see `default_plan`. Trains and searches
+    on `documents`, of which a part is held out to measure on unless `unseen` names others; searches on
     `search_documents` where these are given. train=False leaves out everything that needs training. launcher: a command
     such as `torchrun --nproc-per-node 8` that runs the fine-tuning on several devices. The run `out`
     (runs/extend-MODEL-LENGTH by default) has a run for each stage; the same call goes on with what is not done. It ends

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback
 from longrope import __version__
 from longrope.checkpoint import LoadOptions
 from longrope.convert import as_table
-from longrope.describe import describe_documents, describe_options, describe_trained
+from longrope.describe import describe_documents, describe_options, describe_trained, versions
 from longrope.documents import Document, hold_out, others, read_sources
 from longrope.errors import UserError, first_line, plural
 from longrope.evaluate.perplexity import out_of_memory
@@ -125,6 +125,7 @@ def finetune(
         losses = _train(loaded, served, given, chosen, windows, path, world, last, watch)
         result = {"method": "training", "length": given.length, "value": losses[-1], "tokens": None, "ci": None}
         told: dict[str, Any] = {"command": "finetune", "model": loaded.name, "settings": settings, "measure": "loss"}
+        told |= {"versions": versions("accelerate", *(["peft"] if given.lora else []))}
         told |= {"results": [result], "losses": losses}
         return world.first(lambda: _end(run, told))
 
