@@ -17,9 +17,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import trainer
+from transformers import AutoModelForCausalLM, trainer
 from transformers.masking_utils import create_causal_mask
 
+from architectures_small import small_config
 from commands import TARGET, Ran, contents, table, unfinish_training
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
@@ -29,7 +30,7 @@ from longrope.training.run import finetune, served_table
 from longrope.training.settings import Training
 from longrope.training.windows import collate_shared
 from longrope.training.world import World
-from models import ORIGINAL
+from models import ORIGINAL, save
 
 CONFIGURATIONS = Path(__file__).parents[1] / "examples" / "accelerate"
 FSDP = """
@@ -119,6 +120,19 @@ def test_mixed_windows_are_the_same_for_two_processes(here: Path, launcher: list
     ran = launch(here, launcher, "--mixed", 0.5)
     assert ran.code == 0, ran.err
     assert_same(here / "run", here / "mixed")
+
+
+def test_weights_that_get_no_gradient_do_not_end_a_training_of_two_processes(here: Path) -> None:
+    """Ernie 4.5 corrects its choice of experts by biases that no gradient reaches."""
+    torch.manual_seed(0)
+    save(AutoModelForCausalLM.from_config(small_config("ernie4_5_moe")), here / "model")  # type: ignore[no-untyped-call]
+    shape = load_model(str(here / "model"), LoadOptions(device="cpu", dtype="float32", threads=1)).rope.shape
+    rows = (unscaled(shape.pairs, ORIGINAL), unscaled(shape.pairs, TARGET))
+    FactorTable(shape.rope_theta, shape.rotary_dim, ORIGINAL, rows).save(here / "good.json")
+    assert launch(here, [sys.executable], out="alone").code == 0
+    ran = launch(here, TORCHRUN)
+    assert ran.code == 0, ran.err
+    assert losses(here / "run") == pytest.approx(losses(here / "alone"), rel=1e-4)
 
 
 def test_shards_in_bfloat16_have_the_losses_of_one_process(here: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate.big_modeling import _attach_context_parallel_hooks
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
@@ -38,7 +39,7 @@ from longrope.training import arguments
 from longrope.training.apart import check_shareable, documents_are_apart
 from longrope.training.arguments import on_one_device, room_for_windows, windows_at_once
 from longrope.training.lora import LoraSettings, with_lora
-from longrope.training.loss import chunked_loss
+from longrope.training.loss import chunked_loss, loss_bytes, mean_of
 from longrope.training.recipes import RECIPES
 from longrope.training.run import finetune
 from longrope.training.settings import Training
@@ -252,7 +253,88 @@ def test_a_model_that_is_given_is_trained_with_its_own_table_and_tokenizer(here:
     assert losses == train(str(here / "model"), "named", steps=1)["losses"]
 
 
+def test_parts_of_what_a_single_document_holds_out_are_no_short_documents_either(here: Path) -> None:
+    chapters = [f"Chapter {number}. " + f"So goes the tale of {number}. " * 20 for number in range(8)]
+    Path("book.txt").write_text("\n".join(chapters))
+    Path("chapters.jsonl").write_text("".join(json.dumps({"text": each + "\n"}) + "\n" for each in chapters))
+    train(documents=["book.txt"], short_documents=["chapters.jsonl"], mixed=0.5, hold_out=True, steps=1)
+    read = json.loads((here / "run" / "config.json").read_text())["documents"]["train"]
+    _, (held,) = hold_out(read_sources(["book.txt"]))
+    parts = [each for each in read_sources(["chapters.jsonl"]) if each.text.strip() in held.text]
+    assert len(parts) == 2
+    assert not {each["sha256"] for each in read} & {each.sha256 for each in parts}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"lora": 2, "dtype": "float16"},
+            "--dtype: got float16; the gradient of one token among those of a step rounds",
+        ),
+        (
+            {"seed": 2**32},
+            "--seed: got 4294967296; it is from 0 to below 2^32 where something is trained; take another",
+        ),
+    ],
+)
+def test_what_no_gradient_and_no_generator_takes_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        train(options=None, device="cpu", **given)
+    assert not Path("run").exists()
+
+
+def test_a_mean_is_where_trainer_wants_it_whatever_devices_a_model_is_on() -> None:
+    with FakeTensorMode():
+        total, count = torch.ones((), device="cuda:1"), torch.ones((), dtype=torch.int64, device="cuda:0")
+        assert mean_of(total, count, count.device).device == count.device
+    assert float(mean_of(torch.tensor(6.0), 4, torch.device("cpu"))) == 1.5
+
+
+@pytest.mark.usefixtures("here")
+def test_a_tracker_that_fails_is_no_damaged_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = train(save_every=1)["losses"]
+    unfinish_training(Path("run"))
+    shutil.rmtree("run/checkpoints/checkpoint-3")
+
+    class Unreachable(TrainerCallback):
+        def on_train_begin(self, *given: Any, **more: Any) -> None:
+            raise RuntimeError("the tracker cannot be reached")
+
+    monkeypatch.setitem(integrations.integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Unreachable)
+    with pytest.raises(RuntimeError, match="the tracker cannot be reached"):
+        train(save_every=1, tracker="tensorboard")
+    assert train(save_every=1)["losses"] == losses, "nothing was lost"
+
+
 # Memory
+
+
+def test_logits_that_are_gone_before_the_backward_pass_are_not_counted_as_kept(tmp_path: Path) -> None:
+    estimates = []
+    for vocabulary in (300, 30000):
+        made = save(build("llama", vocab_size=vocabulary), tmp_path / str(vocabulary))
+        loaded = load_model(str(made), FLOAT32)
+        loaded.model.requires_grad_(True)
+        with chunked_loss(loaded.model):
+            estimates.append(arguments._kept(loaded, loaded.model, TARGET, half=False))
+    assert estimates[1].linear == pytest.approx(estimates[0].linear, rel=0.01)
+
+
+def test_weights_that_autocast_keeps_in_the_forward_pass_are_counted_where_layers_are_computed_twice(
+    here: Path,
+) -> None:
+    loaded = load_model(str(here / "model"), FLOAT32)
+    loaded.model.requires_grad_(True)
+    copies = 2 * sum(each.numel() for name, each in loaded.model.named_parameters() if "proj" in name)
+    given = Training(length=TARGET, gradient_checkpointing=True)
+    beside = loss_bytes(loaded.model.config.vocab_size, "cpu", TARGET)
+    with loaded.patch() as patch:
+        patch.install(table().rows[-1])
+        expected = "^memory: got windows of 192 tokens, of which one takes "
+        with pytest.raises(UserError, match=expected):
+            windows_at_once(loaded, loaded.model, given, [1], beside + copies, half=True)
 
 
 @pytest.mark.usefixtures("here")
@@ -267,7 +349,8 @@ def test_fewer_windows_are_run_together_where_more_do_not_fit(monkeypatch: pytes
             loaded.model.requires_grad_(True)
             room = room_for_windows(loaded, loaded.model, World())
             given = Training(length=TARGET)
-            sizes[free], _ = windows_at_once(loaded, loaded.model, given, [4, 2, 1], room, half=False)
+            with chunked_loss(loaded.model):
+                sizes[free], _ = windows_at_once(loaded, loaded.model, given, [4, 2, 1], room, half=False)
     assert sizes[10**9] == 4
     assert sizes[18 * 10**5] < 4
     assert train(out="few", batch=4)["losses"] == pytest.approx(expected, rel=1e-5)
@@ -279,10 +362,13 @@ def test_fewer_windows_at_once_come_before_layers_computed_twice_but_not_where_a
     with loaded.patch() as patch:
         patch.install(table().rows[-1])
         loaded.model.requires_grad_(True)
-        one = arguments._kept(loaded, loaded.model, TARGET, half=False)(TARGET)
+        with chunked_loss(loaded.model):
+            one = arguments._kept(loaded, loaded.model, TARGET, half=False)(TARGET)
+        one += loss_bytes(loaded.model.config.vocab_size, "cpu", TARGET)
 
         def found(room: float, **more: Any) -> tuple[int, bool]:
-            return windows_at_once(loaded, loaded.model, given, [4, 2, 1], room, half=False, **more)
+            with chunked_loss(loaded.model):
+                return windows_at_once(loaded, loaded.model, given, [4, 2, 1], room, half=False, **more)
 
         assert found(4 * one / 0.59) == (4, False)
         assert found(4 * one / 0.61) == (2, False)

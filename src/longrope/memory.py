@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from longrope.room import free_host_memory
+
+_PASSING: ContextVar[bool] = ContextVar("passing", default=False)
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """What is kept in this block is gone when the forward pass ends: `Kept.measured` leaves it out."""
+    token = _PASSING.set(True)
+    try:
+        yield
+    finally:
+        _PASSING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Kept:
 
             def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
                 storage = tensor.untyped_storage()
-                if storage.data_ptr() not in own:
+                if not _PASSING.get() and storage.data_ptr() not in own:
                     storages[storage.data_ptr()] = storage.nbytes()
                 return tensor
 

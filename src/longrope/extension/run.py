@@ -42,6 +42,7 @@ from longrope.runs import CHECKPOINT, CONFIG, FACTORS, RESULTS, RunFolder, comma
 from longrope.search.driver import choose_search_windows, search_windows
 from longrope.training.arguments import trackers
 from longrope.training.run import finetune
+from longrope.training.settings import check_seed
 from longrope.training.world import check_first_device
 from longrope.workers import options_for
 
@@ -96,6 +97,7 @@ def extend(
     warn(plan, loaded.rope.original_length)
     if any(stage.do == "finetune" for stage in plan.stages):  # what it would refuse after the searches
         trackers(tracker)
+        check_seed(seed)
         if launcher is None:
             check_first_device(options.device)
     texts = texts_of(loaded, documents, unseen, search_documents)
@@ -312,7 +314,10 @@ def _launch(going: Extension, stage: Stage, model: str, factors: Path, folder: P
             continue
         words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
     options = going.options
-    words += ["--device", options.device, "--dtype", options.dtype, "--attention", options.attention]
+    # A search may be on a device of its choice, or on all; each process of a training has its own.
+    words += ["--device", options.device if options.device in ("cpu", "mps") else "auto"]
+    words += ["--dtype", options.dtype, "--attention", options.attention]
+    words += ["--quantize", options.quantize] if options.quantize else []
     words += ["--original-length", str(options.original_length)] if options.original_length else []
     words += ["--threads", str(options.threads)] if options.threads else []
     words += ["--rope-precision", options.rope_precision, *(["--trust-remote-code"] * options.trust_remote_code)]

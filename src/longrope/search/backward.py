@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from longrope.errors import UserError
 from longrope.evaluate.perplexity import run_if_it_fits, window_too_long
 from longrope.factors import RopeFactors
-from longrope.memory import Kept, free_memory
+from longrope.memory import Kept, free_memory, passing
 from longrope.model import NO_TARGET, LoadedModel, with_forward
 from longrope.patch import Patch
 from longrope.windows import Window
@@ -82,16 +82,17 @@ def _one(
             if not hidden.requires_grad:
                 raise _no_derivative(loaded)
             by_hidden = torch.empty_like(hidden)
-            for start, piece, logits in loaded.tail(outputs, ids):
-                end = start + piece.shape[1]
-                wanted = targets[:, start:end].flatten().to(logits.device)
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1).float(), wanted, ignore_index=NO_TARGET, reduction="sum"
-                )
-                total += float(loss.detach())
-                # The chunk's logits are done with here, so that those of two chunks are never in memory.
-                by_hidden[:, start:end] = torch.autograd.grad(loss, piece)[0]
-                del loss, logits
+            with passing():
+                for start, piece, logits in loaded.tail(outputs, ids):
+                    end = start + piece.shape[1]
+                    wanted = targets[:, start:end].flatten().to(logits.device)
+                    loss = torch.nn.functional.cross_entropy(
+                        logits.flatten(0, 1).float(), wanted, ignore_index=NO_TARGET, reduction="sum"
+                    )
+                    total += float(loss.detach())
+                    # The chunk's logits are done with here, so that those of two chunks are never in memory.
+                    by_hidden[:, start:end] = torch.autograd.grad(loss, piece)[0]
+                    del loss, logits
             by_rescale, by_scale = torch.autograd.grad(hidden, (rescale, scale), by_hidden)
     finally:
         patch.install(factors)  # lets go of the graph

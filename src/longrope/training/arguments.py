@@ -18,6 +18,7 @@ from longrope.errors import UserError
 from longrope.lengths import format_length
 from longrope.memory import Kept, free_memory
 from longrope.model import LoadedModel
+from longrope.training.loss import loss_bytes
 from longrope.training.recipes import Recipe
 from longrope.training.settings import DEFAULT_TRACKER, Training
 from longrope.training.state import windows_of_a_pass
@@ -89,7 +90,8 @@ def arguments_of(
         disable_tqdm=True,
         use_cpu=loaded.device.type == "cpu",
         dataloader_pin_memory=on_cuda,
-        ddp_find_unused_parameters=False if world.size > 1 else None,
+        # Some classes have weights that get no gradient in a pass: what an expert is given depends on the text.
+        ddp_find_unused_parameters=world.size > 1,
         # Between reductions FSDP would keep the gradient of all weights on every device, in bfloat16.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if world.sharded else None,
     )
@@ -131,7 +133,9 @@ def room_for_windows(loaded: LoadedModel, trained: Any, world: World) -> float:
     weights = sum(each.numel() for each in trained.parameters() if each.requires_grad)
     beside = (_OPTIMIZER_BYTES + (_REDUCTION_BYTES if world.size > 1 else 0)) * weights
     processes = world.local_size if loaded.device.type == "cpu" else 1
-    return world.least(free_memory(loaded.device) / processes - beside)
+    # Of a model over several devices each has a share of the layers.
+    devices = {each.device for each in trained.parameters()}
+    return world.least(len(devices) * min(map(free_memory, devices)) / processes - beside)
 
 
 def windows_at_once(
@@ -155,26 +159,30 @@ def windows_at_once(
     if given.mixed is not None:
         kept.append(_of_rows(_kept(loaded, trained, given.length, half=half, packed=True), loaded.rope.original_length))
     layers = config.num_hidden_layers
-    # One layer's activations, and what each layer is given.
+    # What each layer is given; beside it weights under autocast in the forward pass, one layer's activations after it.
     beside = 4 * layers * config.hidden_size
-    twice = [Kept(one.constant / layers, one.linear / layers + beside, one.quadratic / layers) for one in kept]
+    twice = [Kept(one.constant, beside, 0.0) for one in kept]
+    twice += [Kept(one.constant / layers, one.linear / layers + beside, one.quadratic / layers) for one in kept]
     wanted = given.gradient_checkpointing
     again = wanted is not False
 
-    def needed(estimates: list[Kept]) -> float:
-        return max(one(given.length) for one in estimates)
+    def of_loss(windows: int) -> int:
+        return loss_bytes(config.vocab_size, loaded.device.type, windows * given.length)
+
+    def needed(windows: int, estimates: list[Kept]) -> float:
+        return windows * max(one(given.length) for one in estimates) + of_loss(windows)
 
     for together in (sizes if preferred is None else preferred) if wanted is None else ():
-        if together * needed(kept) <= 0.6 * room:
+        if needed(together, kept) <= 0.6 * room:
             return together, False
-    for together in sizes:
-        if together * needed(twice if again else kept) <= room:
-            return together, again
     estimates = twice if again else kept
-    longest = max(0, min(one.tokens(room) for one in estimates))
+    for together in sizes:
+        if needed(together, estimates) <= room:
+            return together, again
+    longest = max(0, min(one.tokens(room - of_loss(1)) for one in estimates))
     raise UserError(
         "memory",
-        got=f"windows of {given.length} tokens, of which one takes {needed(estimates) / 2**30:.1f} GiB",
+        got=f"windows of {given.length} tokens, of which one takes {needed(1, estimates) / 2**30:.1f} GiB",
         rule=f"there are {max(0, room) / 2**30:.1f} GiB beside the weights, their gradients and Adam's moments",
         do=f"use at most {format_length(longest)} tokens here, --lora, a larger device, or several",
     )

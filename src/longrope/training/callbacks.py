@@ -43,11 +43,6 @@ class Watch(TrainerCallback):
         """The loss of every step so far."""
         return [float(line["loss"]) for line in read_lines(self.path)]
 
-    @property
-    def begun(self) -> bool:
-        """Whether everything is loaded and the first step is next, or done."""
-        return self._begun is not None
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

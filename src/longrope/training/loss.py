@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
 from longrope.errors import UserError
+from longrope.memory import passing
 from longrope.model import NO_TARGET, answering, cast_once, chunk_rows, decoder_of, own_rows, with_forward
 
 # Fewer rows wait for the output projection and for its gradient, which is as large, rather than compute.
@@ -60,7 +61,7 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
         if targets is None:
             targets = torch.nn.functional.pad(cast(Tensor, labels)[:, 1:], (0, 1), value=NO_TARGET)
         hidden: Tensor = outputs.last_hidden_state
-        targets = targets.to(hidden.device)
+        given, targets = targets.device, targets.to(hidden.device)
 
         def logits_of(piece: Tensor, start: int) -> Tensor:
             outputs.last_hidden_state = piece
@@ -69,12 +70,12 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
                 return cast(Tensor, own(input_ids=ids, use_cache=False).logits)
 
         head = _head(model)
-        rows = max(1, max(_LEAST_ROWS, chunk_rows(vocabulary, hidden.device.type)) // hidden.shape[0])
+        rows = max(1, _chunk(vocabulary, hidden.device.type) // hidden.shape[0])
         with _called_once(model, head, hidden) as plain:
             trained = (*_trained(plain), *_beside(model, decoder, plain))
             total = _ChunkedLoss.apply(hidden, targets, logits_of, rows, plain, *trained)  # type: ignore[no-untyped-call]
         count = (targets != NO_TARGET).sum() if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutput(loss=total / count)
+        return CausalLMOutput(loss=mean_of(total, count, given))
 
     with _prepared_anew(model), _told_of_the_step(model), with_forward(model, forward):
         yield
@@ -110,6 +111,23 @@ def _prepared_anew(model: nn.Module) -> Iterator[None]:
         for name in names:
             vars(model).pop(name, None)
         vars(model).update(before)
+
+
+def _chunk(vocabulary: int, device: str) -> int:
+    return max(_LEAST_ROWS, chunk_rows(vocabulary, device))
+
+
+def loss_bytes(vocabulary: int, device: str, tokens: int) -> int:
+    """About what the loss takes while it is computed: the logits of a chunk in float32, their softmax and gradient."""
+    return 3 * 4 * vocabulary * min(tokens, _chunk(vocabulary, device))
+
+
+def mean_of(total: Tensor, count: Tensor | int, device: torch.device) -> Tensor:
+    """A sum over tokens by their number, on the device of what the model was given.
+
+    Of a model over several devices the sum is on the last; Trainer counts on the first, and wants the loss there.
+    """
+    return (total / (count.to(total.device) if isinstance(count, Tensor) else count)).to(device)
 
 
 def _head(model: Any) -> nn.Module:
@@ -205,7 +223,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for place, each in enumerate(parameters)
         ]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        with torch.set_grad_enabled(wanted), cast_once(head):
+        with torch.set_grad_enabled(wanted), cast_once(head), passing():
             used = (*_trained(head), *parameters[of_head:])
             for start in range(0, hidden.shape[1], rows):
                 chosen = targets[:, start : start + rows]

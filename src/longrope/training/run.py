@@ -9,10 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
@@ -39,7 +37,7 @@ from longrope.training.recipes import Recipe
 from longrope.training.settings import DEFAULT_TRACKER, Training, described, settings_of
 from longrope.training.sharded import check_kind, check_shards
 from longrope.training.state import damaged, keep_losses, last_whole
-from longrope.training.trainer import ResumingTrainer, ShardingTrainer, gathered
+from longrope.training.trainer import ResumingTrainer, ShardingTrainer, UnreadableError, failures_of_shards, gathered
 from longrope.training.windows import LongWindows, MixedWindows, collate_shared, collate_to_learned
 from longrope.training.world import World
 from longrope.training.written import write_checkpoint
@@ -207,8 +205,10 @@ def _windows(loaded: LoadedModel, given: Training, recipe: Recipe) -> tuple[Long
 def _held_out_of(short: Sequence[Document], held: Sequence[Document]) -> list[Document]:
     """The short documents to train on. Raises UserError where all were held out of the long ones."""
     left = others(short, held)
-    # Of a single document a quarter is held out, which a copy of the whole has, too.
-    left = [each for each in left if len(held) > 1 or held[0].text not in each.text]
+    # Of a single document a quarter is held out, which a copy of the whole has, too, and another may be a part of.
+    if len(held) == 1:
+        cut = held[0].text
+        left = [each for each in left if cut not in each.text and each.text.strip() not in cut]
     if not left:
         rule = "what --hold-out leaves out of --documents is not trained on as a short document either"
         raise UserError("--short-documents", got="only documents that are held out", rule=rule, do="give others")
@@ -253,7 +253,7 @@ def _train(
                 )
             for callback in (PrinterCallback, ProgressCallback):  # stdout is for our JSON
                 trainer.remove_callback(callback)
-            with _failures_told(path, given, last, watch):
+            with _failures_told(path, given, last):
                 trainer.train(resume_from_checkpoint=last)
             # Of shards the whole is gathered, for which all processes are needed.
             whole = gathered(trainer.model) if world.sharded else None
@@ -276,20 +276,10 @@ def _train(
 
 
 @contextmanager
-def _failures_of_shards() -> Iterator[None]:
-    """Raise what went wrong in some process with shards; torch's own is no Exception, and its text a traceback."""
-    try:
-        yield
-    except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        raise (causes[0] if causes else RuntimeError("torch could not write or read shards")) from None
-
-
-@contextmanager
-def _failures_told(path: Path, given: Training, last: str | None, watch: Watch) -> Iterator[None]:
+def _failures_told(path: Path, given: Training, last: str | None) -> Iterator[None]:
     """What goes wrong in Trainer that is not ours: memory, disks, checkpoints that cannot be read."""
     try:
-        with disk_errors(path), _failures_of_shards(), warnings.catch_warnings():
+        with disk_errors(path), failures_of_shards(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a file that torch then refuses
             yield
     except UserError:
@@ -299,7 +289,6 @@ def _failures_told(path: Path, given: Training, last: str | None, watch: Watch) 
         if isinstance(error, RuntimeError) and out_of_memory(error):
             rule, do = "a step fits into the device's memory", "use a shorter --length, or --lora"
             raise UserError("memory", got=f"windows of {given.length} tokens", rule=rule, do=do) from None
-        # Whatever it was, it was reading that; the random state is read once the training has begun.
-        if last is not None and (not watch.begun or isinstance(error, UnpicklingError)):
+        if last is not None and isinstance(error, UnreadableError):
             raise damaged(Path(last), said) from None
         raise

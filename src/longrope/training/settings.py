@@ -74,11 +74,23 @@ def settings_of(
     if given.save_dtype not in (None, *SAVED):
         rule, do = f"it is one of {', '.join(SAVED)}", "choose one of them, or leave it out"
         raise UserError("--save-dtype", got=repr(given.save_dtype), rule=rule, do=do)
+    check_seed(given.seed)
     options = load_options(options, keywords)
+    if adapters is not None and options.dtype == "float16":
+        rule = "the gradient of one token among those of a step rounds to nothing in it"
+        raise UserError("--dtype", got="float16", rule=rule, do="give bfloat16 or float32")
     if options.quantize is not None and adapters is None:
         rule = "weights of so few bits are not trained"
         raise UserError("--quantize", got=f"{options.quantize} without --lora", rule=rule, do="give --lora RANK")
     return given, chosen, options if adapters is not None else _of_all_weights(options)
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that Trainer's generators do not take."""
+    if not 0 <= seed < 2**32:
+        raise UserError(
+            "--seed", got=seed, rule="it is from 0 to below 2^32 where something is trained", do="take another"
+        )
 
 
 def _of_all_weights(options: LoadOptions) -> LoadOptions:

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from errno import ENOENT
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from accelerate.utils.dataclasses import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, Trainer
+
+from longrope.errors import first_line
+from longrope.evaluate.perplexity import out_of_memory
+
+
+class UnreadableError(Exception):
+    """What went wrong while a checkpoint was read."""
+
+
+@contextmanager
+def failures_of_shards() -> Iterator[None]:
+    """Raise what went wrong in some process with shards; torch's own is no Exception, and its text a traceback."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise (causes[0] if causes else RuntimeError("torch could not write or read shards")) from None
+
+
+def _reading(read: Callable[..., None]) -> Callable[..., None]:
+    """A method of Trainer that reads a part of a checkpoint; but for memory and disks it raises UnreadableError."""
+
+    @wraps(read)
+    def told(self: Trainer, checkpoint: str | None, *given: Any) -> None:
+        try:
+            with failures_of_shards():
+                read(self, checkpoint, *given)
+        except OSError as error:
+            if error.errno not in (None, ENOENT):  # the disk's own
+                raise
+            raise UnreadableError(first_line(error)) from error
+        except Exception as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            raise UnreadableError(first_line(error)) from error
+
+    return told
 
 
 class ResumingTrainer(Trainer):
@@ -19,6 +60,11 @@ class ResumingTrainer(Trainer):
     experts, and of many others, these are not those of its modules. Trainer would go on without what it does not find,
     with the weights of the base.
     """
+
+    _load_from_checkpoint = _reading(Trainer._load_from_checkpoint)
+    _load_optimizer_and_scheduler = _reading(Trainer._load_optimizer_and_scheduler)
+    _load_scaler = _reading(Trainer._load_scaler)
+    _load_rng_state = _reading(Trainer._load_rng_state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
