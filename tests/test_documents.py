@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -583,6 +584,18 @@ def test_a_text_that_is_no_string_is_refused(tmp_path: Path) -> None:
     assert "line 1: got a field `text` of type list; `text` is a string" in refusal(rows)
     table = write_table(tmp_path / "a.parquet", {"text": [b"x"]})
     assert "row 1: got a field `text` of type bytes; `text` is a string" in refusal(table)
+
+
+def test_a_template_that_writes_todays_date_writes_the_same_text_tomorrow(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chat_tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: " + TEMPLATE
+    rows = [{"messages": [{"role": "user", "content": "hello"}]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [document] = read_sources([str(tmp_path / "a.jsonl")], tokenizer=chat_tokenizer)
+    assert document.text.startswith("01 Jan 2025: ")
+    whole = chat_tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
+    assert str(whole).startswith(f"{datetime.now():%d %b %Y}: "), "as everywhere else"
 
 
 def test_messages_without_a_chat_template_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

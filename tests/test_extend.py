@@ -28,7 +28,7 @@ from longrope.checkpoint import LoadOptions
 from longrope.documents import read_sources
 from longrope.errors import UserError
 from longrope.extension.finish import as_trained
-from longrope.extension.going import Texts, check_documents
+from longrope.extension.going import Texts, Watching, check_documents
 from longrope.extension.plan import PLANS, Measures, Plan, Stage, default_plan, make_plan, read_plan, search_settings
 from longrope.extension.run import extend
 from longrope.factors import FactorTable
@@ -564,6 +564,24 @@ def test_a_recovery_begins_with_the_scaling_that_the_base_had(here: Path) -> Non
     tried = [line for line in lines if line["origin"].startswith("init")]
     assert tried
     assert any(line["rescale"] == pytest.approx(own.rescale, rel=1e-5) for line in tried)
+
+
+def test_documents_that_change_while_it_runs_are_told_before_they_are_trained_on(here: Path) -> None:
+    """What is held out is named by all texts: one more of them would be trained on what is measured on."""
+    plan = read_plan("plan.toml", ORIGINAL)
+    given: dict[str, Any] = {"documents": "texts", "stages": plan, "options": FLOAT32, "tracker": "none", "out": "run"}
+
+    def add(stage: str) -> None:
+        if stage == f"02-finetune-{TARGET} begins":
+            write_documents(here / "more", count=20, characters=3000)
+            shutil.move(here / "more" / "19.txt", here / "texts" / "another.txt")
+
+    with pytest.raises(UserError, match=r"^--documents: got other texts than when this began; all stages are made of"):
+        extend("model", to=FAR, watching=Watching(stage=add), **given)
+    assert not Path(f"run/02-finetune-{TARGET}").exists()
+    Path("texts/another.txt").unlink()
+    extend("model", to=FAR, at_most=1, **given)
+    assert Path(f"run/02-finetune-{TARGET}/DONE").exists()
 
 
 def test_a_launcher_trains_the_stage(here: Path, made: Path) -> None:

@@ -27,6 +27,7 @@ from transformers import (
     integrations,
 )
 
+from architectures_small import small_config
 from commands import SHAPE, TARGET, longrope, refused, table, unfinish_training, write_checkpoint
 from longrope.checkpoint import LoadOptions
 from longrope.documents import hold_out, read_sources
@@ -274,6 +275,11 @@ def test_parts_of_what_a_single_document_holds_out_are_no_short_documents_either
             "--dtype: got float16; the gradient of one token among those of a step rounds",
         ),
         (
+            {"lora": 2, "save_dtype": "float16"},
+            "--save-dtype: got float16 without --merge; it is of the checkpoint with merged adapters; give --merge",
+        ),
+        ({"learning_rate": 1e300}, "--learning-rate: got 1e+300; it is above 0, and at most 1; give another value"),
+        (
             {"seed": 2**32},
             "--seed: got 4294967296; it is from 0 to below 2^32 where something is trained; take another",
         ),
@@ -306,6 +312,52 @@ def test_a_tracker_that_fails_is_no_damaged_checkpoint(monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="the tracker cannot be reached"):
         train(save_every=1, tracker="tensorboard")
     assert train(save_every=1)["losses"] == losses, "nothing was lost"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_file_that_is_named_like_a_checkpoint_is_none() -> None:
+    losses = train(save_every=1)["losses"]
+    unfinish_training(Path("run"))
+    Path("run/checkpoints/checkpoint-9").write_text("a stray file")
+    assert train(save_every=1)["losses"] == losses
+
+
+@pytest.mark.usefixtures("here")
+def test_a_checkpoint_that_is_a_link_to_another_disk_stays_one() -> None:
+    losses = train(save_every=1)["losses"]
+    unfinish_training(Path("run"))
+    Path("elsewhere").mkdir()
+    Path("run/checkpoint").symlink_to(Path("elsewhere").resolve())
+    assert train(save_every=1)["losses"] == losses
+    assert Path("run/checkpoint").is_symlink()
+    assert FactorTable.load("elsewhere/factors.json").rows == table().rows[-1:]
+
+
+@pytest.mark.usefixtures("here")
+def test_mixed_windows_of_any_length_are_estimated() -> None:
+    assert len(train(length=ORIGINAL * 2 + 4, mixed=0.5, steps=1)["losses"]) == 1
+
+
+def test_tied_embeddings_are_trained_as_one_whatever_they_are_called() -> None:
+    """Falcon's are word_embeddings, which PEFT does not tie by that name."""
+    model: Any = build("falcon", tie_word_embeddings=True)
+    made = with_lora(model, LoraSettings(2, embeddings=True), 0)
+    trained = [name for name, each in made.named_parameters() if each.requires_grad and "embeddings" in name]
+    assert len(trained) == 1
+    assert made.get_base_model().lm_head.weight is made.get_base_model().transformer.word_embeddings.weight
+
+
+def test_linear_layers_without_adapters_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    own: Any = AutoModelForCausalLM
+    dots = own.from_config(small_config("dots1"))
+    with caplog.at_level("INFO"):
+        with_lora(dots, LoraSettings(2), 0)
+    assert "no adapters on 6 linear layers, such as model.layers.0.mlp.down_proj" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        with_lora(build("llama"), LoraSettings(2), 0)
+    assert "no adapters" not in caplog.text
 
 
 # Memory

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from longrope.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_THAT_DAY = datetime(2025, 1, 1, tzinfo=UTC)
+"""What templates that write today's date write in documents: a run that goes on tomorrow reads the same texts."""
 
 
 def conversation(messages: object, tools: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -74,14 +80,24 @@ def _written(
             rule, do = "they are a list of functions, or its JSON", "correct the row, or take it out"
             raise UserError(where, got="`tools` that are no JSON", rule=rule, do=do) from None
     try:
+        template, tools = dated_template(tokenizer, declared or None), declared or None
         text = tokenizer.apply_chat_template(
-            present, tools=declared or None, tokenize=False, add_generation_prompt=asking
+            present, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=asking
         )
     except Exception as error:  # a template is a program, and it comes with the model
         do = "correct the row, or take it out"
         rule = f"the model's chat template refuses it ({first_line(error)})"
         raise UserError(where, got=f"`{field}`", rule=rule, do=do) from error
     return _without_ends(str(text), tokenizer.bos_token, tokenizer.eos_token)
+
+
+def dated_template(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
+    """The tokenizer's chat template with a fixed date where it asks for today's.
+
+    Raises ValueError where the tokenizer has none, or several and none for this.
+    """
+    template = str(tokenizer.get_chat_template(tools=tools))
+    return _TODAY.sub(lambda asked: json.dumps(_THAT_DAY.strftime(asked[2])), template)
 
 
 def _shared_start(first: str, second: str) -> int:

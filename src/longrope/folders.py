@@ -63,6 +63,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     For folders inside a run, whose lock this process holds. Raises UserError as the disk refuses.
     """
+    folder = folder.resolve()  # a link to where there is room stays one
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     with disk_errors(folder):
         shutil.rmtree(unfinished, ignore_errors=True)

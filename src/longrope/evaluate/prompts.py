@@ -10,6 +10,7 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
+from longrope.conversations import dated_template
 from longrope.errors import UserError, first_line, shown
 from longrope.windows import bos_of, shared_start, token_ids
 
@@ -113,8 +114,9 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     turn = [{"role": "user", "content": _CONTENT}]
     try:
         # Templates of models that think before they answer know the last keyword; others ignore it.
+        template = dated_template(tokenizer)  # the same prompts tomorrow
         rendered = tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            turn, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
     except Exception as error:  # a template is a program, and it comes with the model
         rendered, reason = "", first_line(error)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from longrope import __version__
 from longrope.checkpoint import LoadOptions, load_options, load_tokenizer
 from longrope.describe import describe_documents, describe_options, describe_trained
-from longrope.documents import as_sources, read_sources
+from longrope.documents import as_sources, hold_out, read_sources
 from longrope.errors import UserError
 from longrope.extension.costs import Cost, costs, scaling_of
 from longrope.extension.done import DOCUMENTS, Done
@@ -272,6 +272,7 @@ def _rows_about(going: Extension, stage: Stage) -> FactorTable | None:
 
 
 def _train(going: Extension, stage: Stage, model: str, folder: Path) -> None:
+    _check_unchanged(going)
     going.forget()
     factors = going.run / f"{_searched(going.plan, stage.to).name}" / FACTORS
     if going.launcher:
@@ -295,6 +296,17 @@ def _train(going: Extension, stage: Stage, model: str, folder: Path) -> None:
             on_progress=on_progress,
             **settings,
         )
+
+
+def _check_unchanged(going: Extension) -> None:
+    """Raise UserError for documents that are no longer those of the run: a training reads them for itself."""
+    tokenizer = load_tokenizer(going.base, trust_remote_code=going.options.trust_remote_code)
+    read = read_sources(going.texts.training, share="search", tokenizer=tokenizer)
+    now = hold_out(read)[0] if going.texts.hold_out else read
+    if sorted(each.sha256 for each in now) != sorted(each.sha256 for each in going.texts.trained):
+        got, rule = "other texts than when this began", "all stages are made of the same ones, and measured on others"
+        do = "put them back, and the same command goes on; or extend with these into another --out"
+        raise UserError("--documents", got=got, rule=rule, do=do)
 
 
 def _launch(going: Extension, stage: Stage, model: str, factors: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 
-from longrope.errors import UserError
+from longrope.errors import UserError, plural
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,11 @@ def with_lora(model: Any, settings: LoraSettings, seed: int, *, quantized: bool 
         do = 'install it with: pip install "longrope[lora]"'
         raise UserError("--lora", got=f"no PEFT here ({error})", rule="adapters are PEFT's", do=do) from None
     whole = []
+    tied = settings.embeddings and model.config.get_text_config().tie_word_embeddings is True
     if settings.embeddings:
         whole.append(_name_of(model, model.get_input_embeddings()))
+    if tied:  # PEFT knows embeddings by their names: by either of the two it trains both as one
+        whole.append(_name_of(model, model.get_output_embeddings()))
     if settings.norms:
         names = {
             name.rpartition(".")[2] for name, module in model.named_modules() if "norm" in type(module).__name__.lower()
@@ -54,14 +60,21 @@ def with_lora(model: Any, settings: LoraSettings, seed: int, *, quantized: bool 
         modules_to_save=whole or None,
         task_type="CAUSAL_LM",
         # Else the copy that is trained would no longer be the output projection.
-        ensure_weight_tying=settings.embeddings and model.config.get_text_config().tie_word_embeddings is True,
+        ensure_weight_tying=tied,
     )
     if quantized:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)  # PEFT draws from torch's own generator
         warnings.simplefilter("ignore", FutureWarning)  # of names in transformers that PEFT still uses
+        warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")  # which it made itself
         made = peft.get_peft_model(model, config)
+    if tied and not made.peft_config["default"].modules_to_tie:
+        rule = "embeddings that are also the output projection are trained as one"
+        got = f"{type(model).__name__}, whose tied embeddings have names that PEFT does not know"
+        raise UserError("--embeddings", got=got, rule=rule, do="leave it out")
+    if left := _without_adapters(made):
+        logger.info("no adapters on %s, such as %s", plural(len(left), "linear layer"), left[0])
     for weight in made.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # PEFT does so for adapters alone
@@ -100,6 +113,16 @@ def _routers(model: Any) -> list[str]:
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _without_adapters(made: Any) -> list[str]:
+    """Linear layers that have none: PEFT leaves out dense and shared parts of some mixtures of experts."""
+    base = made.get_base_model()
+    head = base.get_output_embeddings()
+    alone = {name for name, each in base.named_modules() if isinstance(each, torch.nn.Linear) and each is not head}
+    inside = (".base_layer", ".default", ".original_module")
+    made_by_peft = {name for name in alone if name.endswith(inside) or "lora_" in name or "modules_to_save" in name}
+    return sorted(alone - made_by_peft)
 
 
 def _name_of(model: Any, wanted: Any) -> str:

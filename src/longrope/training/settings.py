@@ -74,6 +74,9 @@ def settings_of(
     if given.save_dtype not in (None, *SAVED):
         rule, do = f"it is one of {', '.join(SAVED)}", "choose one of them, or leave it out"
         raise UserError("--save-dtype", got=repr(given.save_dtype), rule=rule, do=do)
+    if given.save_dtype is not None and adapters is not None and not adapters.merge:
+        rule, do = "it is of the checkpoint with merged adapters", "give --merge, too, or leave it out"
+        raise UserError("--save-dtype", got=f"{given.save_dtype} without --merge", rule=rule, do=do)
     check_seed(given.seed)
     options = load_options(options, keywords)
     if adapters is not None and options.dtype == "float16":

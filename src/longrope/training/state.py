@@ -32,7 +32,8 @@ def mark_whole(checkpoint: Path, of: str) -> None:
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoints in a folder by step, in order, whole or not."""
-    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    found = {int(match[1]): path for path in folders if (match := _NAME.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
 
