@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from architectures_small import small_config
-from commands import SHAPE, TARGET, longrope, refused, table, unfinish_training, write_checkpoint
+from commands import SHAPE, TARGET, contents, longrope, refused, table, unfinish_training, write_checkpoint
 from longrope.checkpoint import LoadOptions
 from longrope.documents import hold_out, read_sources
 from longrope.errors import UserError
@@ -312,6 +312,21 @@ def test_a_tracker_that_fails_is_no_damaged_checkpoint(monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="the tracker cannot be reached"):
         train(save_every=1, tracker="tensorboard")
     assert train(save_every=1)["losses"] == losses, "nothing was lost"
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("lora", "folder"), [(None, "checkpoint"), (2, "adapter")])
+def test_a_finished_training_without_what_it_made_is_told(lora: int | None, folder: str) -> None:
+    whole = train(lora=lora)
+    weights = contents(Path("run") / folder)
+    shutil.rmtree(Path("run") / folder)
+    with pytest.raises(
+        UserError, match=f"^run: got run, finished, without its {folder}/; that is what it made; put it"
+    ):
+        train(lora=lora)
+    Path("run/DONE").unlink()
+    assert train(lora=lora) == whole
+    assert contents(Path("run") / folder) == weights
 
 
 @pytest.mark.usefixtures("here")

@@ -139,6 +139,13 @@ class RunFolder:
             raise UserError("measurements of the run", got=self.path / METRICS, rule=rule, do=do)
         return found
 
+    def finished_with(self, folder: str) -> dict[str, Any]:
+        """The metrics of a finished run that made a folder. Raises UserError, too, when that is not there any more."""
+        if not (self.path / folder).is_dir():
+            got, rule = f"{self.path}, finished, without its {folder}/", "that is what it made"
+            raise UserError("run", got=got, rule=rule, do=f"put it back, or remove {DONE} there, and it is made again")
+        return self.metrics()
+
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Append a candidate evaluation to evaluations.jsonl."""
         append_line(self.path / EVALUATIONS, record)

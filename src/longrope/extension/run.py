@@ -110,7 +110,7 @@ def extend(
             done.check_documents(stage.name, _own_documents(stage, loaded.tokenizer))
         if run.finished:
             watching.stage(f"{path} is finished")
-            return run.metrics()
+            return run.finished_with(CHECKPOINT)
         going = Extension(
             run=path,
             plan=plan,

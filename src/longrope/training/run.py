@@ -107,9 +107,10 @@ def finetune(
         "ignored": {"command_line": command_line()},
     }
     path = Path(out) if out is not None else default_run_path("finetune", loaded.name, given.length)
+    made = CHECKPOINT if given.lora is None or given.lora.merge else ADAPTER
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.open(path, config)) if world.main else None
-        before, last = world.first(lambda: _begin(run, served, identity(config), sharded=world.sharded))
+        before, last = world.first(lambda: _begin(run, served, identity(config), made, sharded=world.sharded))
         if before is not None:
             logger.info("%s is finished: its measurements are in %s", path, path / METRICS)
             return before
@@ -129,12 +130,15 @@ def finetune(
 
 
 def _begin(
-    run: RunFolder | None, table: FactorTable, of: str, *, sharded: bool
+    run: RunFolder | None, table: FactorTable, of: str, made: str, *, sharded: bool
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """What the main process finds in a run: its metrics where it is finished, else the checkpoint to go on from."""
+    """What the main process finds in a run: its metrics where it is finished, else the checkpoint to go on from.
+
+    made: the folder that it ends with.
+    """
     assert run is not None, "the main process opened it"
     if run.finished:
-        return run.metrics(), None
+        return run.finished_with(made), None
     run.save_factors(table)
     last = last_whole(run.path / STATE, of)
     check_shards(last)
