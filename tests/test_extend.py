@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from commands import SHAPE, TARGET, Ran, contents, longrope, refused, start, write_checkpoint, write_documents
 from longrope import __version__
 from longrope.checkpoint import LoadOptions
-from longrope.documents import read_sources
+from longrope.documents import hold_out, read_sources
 from longrope.errors import UserError
 from longrope.extension.finish import as_trained
 from longrope.extension.going import Texts, Watching, check_documents
@@ -478,7 +478,8 @@ def test_without_training_it_is_one_search_and_says_what_that_costs() -> None:
     assert "passkey" in Path("run/report.html").read_text()
 
 
-def test_searches_without_a_training_leave_a_row_each(here: Path) -> None:
+def test_searches_without_a_training_leave_a_row_each(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     stages = tuple(
         Stage(number, "search", to, "base", {"windows": 2, "evaluations": 2})
         for number, to in ((1, 2 * ORIGINAL), (2, TARGET))
@@ -487,6 +488,9 @@ def test_searches_without_a_training_leave_a_row_each(here: Path) -> None:
     extend("model", to=TARGET, documents="texts", out="rows", stages=plan, options=FLOAT32)
     table = FactorTable.load(here / "rows" / "factors.json")
     assert table.lengths == [ORIGINAL, 2 * ORIGINAL, TARGET]
+    trained, held = hold_out(read_sources(["texts"]))
+    of = f"{len(held)} of {len(trained) + len(held)} documents are held out of all stages and measured on, such as "
+    assert f"{of}{held[0].name}" in caplog.messages
     for row, stage in zip(table.rows[1:], stages, strict=True):
         assert row == FactorTable.load(here / "rows" / stage.name / "factors.json").row_for(stage.to)
     names = f"01-search-{2 * ORIGINAL}, 02-search-{TARGET}"

@@ -111,6 +111,9 @@ def extend(
         if run.finished:
             watching.stage(f"{path} is finished")
             return run.finished_with(CHECKPOINT)
+        if texts.hold_out:
+            held, read, name = len(texts.unseen), len(texts.unseen) + len(texts.trained), texts.unseen[0].name
+            logger.info("%d of %d documents are held out of all stages and measured on, such as %s", held, read, name)
         going = Extension(
             run=path,
             plan=plan,
