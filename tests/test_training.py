@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM, Gemma4UnifiedConfig
 
 from commands import TARGET, contents, longrope, refused, start, table, unfinish_training, write_checkpoint
+from longrope.api import load
 from longrope.checkpoint import LoadOptions
 from longrope.errors import UserError
 from longrope.factors import FactorTable
@@ -253,6 +254,28 @@ def test_lora_trains_its_adapters_alone_and_merged_is_the_same_model(here: Path)
     # The merged folder's own RoPE is the long one: both are asked under none.
     merged.model.rotary_emb, merged.config = untouched.model.rotary_emb, untouched.config
     assert torch.allclose(merged(ids).logits, adapted_logits, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
+def test_adapters_alone_have_the_factors_that_they_were_trained_under(here: Path) -> None:
+    from peft import PeftModel
+
+    train(here, lora=4, learning_rate=1e-2)
+    folder = here / "run" / "adapter"
+    card = (folder / "README.md").read_text()
+    assert "Fine-tuned: adapters (LoRA, rank 4), 4 steps" in card
+    assert "library_name: peft" in card.partition("\n# model, extended to")[0], "what the Hub reads"
+    base: Any = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32)
+    load(base, folder)
+    adapted = PeftModel.from_pretrained(base, str(folder))
+    ids = tokens(TARGET - 2)
+    with torch.no_grad():
+        found = adapted(ids).logits
+    train(here, "merged", lora=4, learning_rate=1e-2, merge=True)
+    loaded = load_model(str(here / "merged" / "checkpoint"), FLOAT32)
+    with torch.no_grad(), loaded.patch() as patch:
+        patch.install(table().rows[-1])
+        assert torch.allclose(loaded.model(ids).logits, found, atol=1e-4)
 
 
 def test_lora_with_norms_and_embeddings_trains_them(here: Path) -> None:

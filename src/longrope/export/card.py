@@ -37,6 +37,15 @@ _MADE_AGAIN = (
 )
 
 
+_OF_CHECKPOINT = (
+    "factors.json is the whole table, which longrope reads by itself. Where config.json can express it, it has it, "
+    "too; otherwise it has the window of the base, and `longrope export` writes a folder for an engine."
+)
+_OF_ADAPTERS = (
+    "These are adapters alone, of the base that adapter_config.json names, trained under factors.json: without these "
+    'factors they are of no use. `longrope.load(base, "path/of/this/folder")` puts the factors on the base, and then '
+    '`PeftModel.from_pretrained(base, "path/of/this/folder")` the adapters.'
+)
 _FRONT = re.compile(r"---\r?\n.*?^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
 
 
@@ -103,15 +112,18 @@ def extension_card(name: str, table: FactorTable, stages: Sequence[Mapping[str, 
     return _checkpoint_card(name, table, weights, about, "; ".join(str(stage["stage"]) for stage in stages))
 
 
-def training_card(name: str, table: FactorTable, trained: Mapping[str, Any], about: str = "") -> str:
+def training_card(
+    name: str, table: FactorTable, trained: Mapping[str, Any], about: str = "", *, apart: bool = False
+) -> str:
     """Markdown of the checkpoint of a fine-tuning: what was trained, and which factors it has by length.
 
-    trained: `settings` of the run's config.json. about: the front matter of what was trained.
+    trained: `settings` of the run's config.json. about: the front matter of what was trained. apart: of a folder with
+    the adapters alone.
     """
     lora, mixed = trained.get("lora"), trained.get("mixed")
     what = "all weights"
     if lora:
-        what = f"adapters (LoRA, rank {lora['rank']}), merged"
+        what = f"adapters (LoRA, rank {lora['rank']})" + ("" if apart else ", merged")
         if beside := [key for key in ("embeddings", "norms") if lora.get(key)]:
             what += f", and all {' and '.join(beside)}"
     steps, windows = plural(trained["steps"], "step"), plural(trained["batch"], "window")
@@ -121,17 +133,18 @@ def training_card(name: str, table: FactorTable, trained: Mapping[str, Any], abo
     )
     if mixed is not None:
         weights += f" Of the windows a share of {mixed:g} was packed of short documents under their own row."
-    return _checkpoint_card(name, table, weights, about)
+    return _checkpoint_card(name, table, weights, about, use=_OF_ADAPTERS if apart else _OF_CHECKPOINT)
 
 
-def _checkpoint_card(name: str, table: FactorTable, weights: str, about: str, stages: str = "") -> str:
+def _checkpoint_card(
+    name: str, table: FactorTable, weights: str, about: str, stages: str = "", use: str = _OF_CHECKPOINT
+) -> str:
     """The card of a folder with the whole table; weights: what became of them, in a sentence."""
     lines = [
         *_opening(name, table, about),
         weights,
         "",
-        "factors.json is the whole table, which longrope reads by itself. Where config.json can express it, it has it, "
-        "too; otherwise it has the window of the base, and `longrope export` writes a folder for an engine.",
+        use,
         "",
         *([f"Stages: {stages}.", ""] if stages else []),
         *_rows(table),

@@ -40,7 +40,7 @@ from longrope.training.state import damaged, keep_losses, last_whole
 from longrope.training.trainer import ResumingTrainer, ShardingTrainer, UnreadableError, failures_of_shards, gathered
 from longrope.training.windows import LongWindows, MixedWindows, collate_shared, collate_to_learned
 from longrope.training.world import World
-from longrope.training.written import write_checkpoint
+from longrope.training.written import write_beside_adapters, write_checkpoint
 from longrope.vocabulary import check_end
 
 logger = logging.getLogger(__name__)
@@ -265,6 +265,7 @@ def _train(
         if given.lora is not None and world.main:
             with replaced_folder(path / ADAPTER) as folder:
                 trained.save_pretrained(folder, state_dict=whole)
+                write_beside_adapters(folder, loaded, table, described(given, recipe))
     if given.lora is not None and given.lora.merge and world.main:
         # Into shards and weights of few bits nothing can be merged: a model that is loaded anew takes what was saved.
         anew = world.sharded or loaded.options.quantize is not None

@@ -49,6 +49,13 @@ def write_checkpoint(
     write_atomically(folder / "README.md", card)
 
 
+def write_beside_adapters(folder: Path, loaded: LoadedModel, table: FactorTable, trained: Mapping[str, Any]) -> None:
+    """The factors and the model card of a folder into which PEFT has written adapters."""
+    table.to_be_given_away().save(folder / FACTORS)
+    card = training_card(loaded.name, table, trained, front_matter(folder), apart=True)
+    write_atomically(folder / "README.md", card)
+
+
 def _cast(weights: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Weights in another dtype; what shares its memory with another one, as tied embeddings do, still does."""
     made: dict[tuple[int, torch.Size], Any] = {}
