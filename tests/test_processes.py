@@ -122,15 +122,19 @@ def test_mixed_windows_are_the_same_for_two_processes(here: Path, launcher: list
     assert_same(here / "run", here / "mixed")
 
 
-def test_weights_that_get_no_gradient_do_not_end_a_training_of_two_processes(here: Path) -> None:
-    """Ernie 4.5 corrects its choice of experts by biases that no gradient reaches."""
+@pytest.mark.parametrize(("family", "launcher"), [("ernie4_5_moe", TORCHRUN), ("gemma3", SHARDED)])
+def test_classes_with_parts_that_take_no_part_train_in_two_processes(
+    family: str, launcher: list[str], here: Path
+) -> None:
+    """Ernie 4.5 chooses experts by biases that no gradient reaches, Gemma 3 names layers of a tower that it has not."""
     torch.manual_seed(0)
-    save(AutoModelForCausalLM.from_config(small_config("ernie4_5_moe")), here / "model")  # type: ignore[no-untyped-call]
+    own: Any = AutoModelForCausalLM
+    save(own.from_config(small_config(family)), here / "model")
     shape = load_model(str(here / "model"), LoadOptions(device="cpu", dtype="float32", threads=1)).rope.shape
     rows = (unscaled(shape.pairs, ORIGINAL), unscaled(shape.pairs, TARGET))
     FactorTable(shape.rope_theta, shape.rotary_dim, ORIGINAL, rows).save(here / "good.json")
     assert launch(here, [sys.executable], out="alone").code == 0
-    ran = launch(here, TORCHRUN)
+    ran = launch(here, launcher)
     assert ran.code == 0, ran.err
     assert losses(here / "run") == pytest.approx(losses(here / "alone"), rel=1e-4)
 

@@ -105,6 +105,12 @@ class ShardingTrainer(ResumingTrainer):
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
             self.is_fsdp_enabled = True
         plugin = state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is None:
+            # A class may name layers of parts that it has not (Gemma 3 another tower's), which accelerate refuses.
+            named = getattr(self.model, "_no_split_modules", None) or ()
+            assert self.model is not None, "Trainer has it before it makes this"
+            there = {type(each).__name__ for each in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(there.intersection(named)) or None
         if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
             plugin.mixed_precision_policy = policy
