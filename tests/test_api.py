@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,58 @@ def test_one_length_and_one_source_need_no_list(ground: Path) -> None:
         model, to=TARGET, documents=texts, evaluations=2, windows=1, options=FLOAT32, out=ground / "searched"
     )
     assert made.lengths[-1] == TARGET
+
+
+ON_A_PATH: dict[str, Callable[[Path, Path, Path], object]] = {
+    "load": lambda model, ground, out: longrope.load(model, ground / "factors.json", dtype="float32"),
+    "search": lambda model, ground, out: longrope.search(
+        model, to=TARGET, documents=ground / "texts", evaluations=2, windows=1, options=FLOAT32, out=out
+    ),
+    "finetune": lambda model, ground, out: longrope.finetune(
+        model, length=TARGET, factors=ground, documents=ground / "texts", steps=1, batch=1, options=FLOAT32, out=out
+    ),
+    "extend": lambda model, ground, out: longrope.extend(
+        model, to=TARGET, documents=ground / "texts", stages=ground / "plan.toml", options=FLOAT32, out=out
+    ),
+    "evaluate": lambda model, ground, out: longrope.evaluate(
+        "passkey", model, lengths=TARGET, tries=1, options=FLOAT32, out=out
+    ),
+    "compare": lambda model, ground, out: longrope.compare(
+        model, lengths=TARGET, methods=["pi"], documents=ground / "texts", windows=1, options=FLOAT32, out=out
+    ),
+    "export": lambda model, ground, out: longrope.export(model, ground, out, options=FLOAT32),
+    "verify": lambda model, ground, out: longrope.verify(
+        longrope.export(str(model), ground, out, options=FLOAT32), against=model
+    ),
+    "plan": lambda model, ground, out: longrope.plan(model, to=TARGET, gpus="1x24GB"),
+    "doctor": lambda model, ground, out: longrope.doctor(model),
+}
+TAKES_NO_MODEL_BY_NAME = {"apply"}
+
+
+def test_every_public_function_is_given_a_path_below() -> None:
+    functions = {name for name in dir(longrope) if inspect.isfunction(getattr(longrope, name))}
+    assert functions - TAKES_NO_MODEL_BY_NAME == set(ON_A_PATH)
+
+
+@pytest.mark.parametrize("name", ON_A_PATH)
+def test_a_model_may_be_a_path(name: str, ground: Path, tmp_path: Path) -> None:
+    (ground / "plan.toml").write_text(
+        '[[stages]]\ndo = "search"\nto = "4x"\nwindows = 1\nevaluations = 2\n[measure]\nwindows = 1\npasskey = 1\n'
+    )
+    ON_A_PATH[name](ground / "model", ground, tmp_path / "out")
+
+
+def test_a_path_that_reads_tiny_is_a_folder_as_it_is_in_a_command(
+    ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pathlib drops the ./ by which a command tells the folder from the embedded model."""
+    (tmp_path / "tiny").symlink_to(ground / "model")
+    monkeypatch.chdir(tmp_path)
+    loaded = longrope.load(Path("./tiny"), ground / "factors.json", dtype="float32")
+    assert loaded.config.rope_parameters["rope_theta"] == SHAPE.rope_theta
+    exported = longrope.export(Path("./tiny"), ground / "factors.json", tmp_path / "out", options=FLOAT32)
+    assert longrope.FactorTable.load(exported / "factors.json").rope_theta == SHAPE.rope_theta
 
 
 def test_importing_longrope_and_naming_what_it_has_imports_no_torch() -> None:

@@ -103,7 +103,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def load(
-    model: str | PreTrainedModel,
+    model: str | Path | PreTrainedModel,
     factors: Factors | None = None,
     *,
     policy: str = "exact",
@@ -125,7 +125,7 @@ def load(
             raise TypeError(f"a model already loaded takes no {sorted(options)[0]!r}")
         apply(model, wanted, policy=policy, chunk=chunk, original_length=original)
         return model
-    if not isinstance(model, str):
+    if not isinstance(model, str | Path):
         check_class(model)
     loaded = load_model(model, LoadOptions(**options))
     switched(loaded, factors, policy=policy, chunk=chunk)

@@ -111,6 +111,11 @@ def taken(kind: Any, keywords: dict[str, Any]) -> dict[str, Any]:
     return {each.name: keywords.pop(each.name) for each in fields(kind) if each.name in keywords}
 
 
+def as_model(given: str | Path) -> str:
+    """A MODEL as text, which runs and cards name it by; a path that reads `tiny` is a folder, never the word."""
+    return f"./{TINY}" if isinstance(given, Path) and str(given) == TINY else str(given)
+
+
 def model_source(name: str) -> str:
     """What transformers loads for a MODEL: the folder of `tiny`, or the name itself."""
     return str(files("longrope") / "assets" / TINY) if name == TINY else name

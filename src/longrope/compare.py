@@ -25,7 +25,7 @@ from longrope.workers import options_for
 
 @apart
 def compare(
-    model: str | LoadedModel,
+    model: str | Path | LoadedModel,
     *,
     lengths: int | str | Sequence[int | str],
     measure: str = "perplexity",

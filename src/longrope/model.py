@@ -22,6 +22,7 @@ from longrope.checkpoint import (
     AUTOCAST,
     PRECISIONS,
     LoadOptions,
+    as_model,
     load_config,
     load_tokenizer,
     load_weights,
@@ -254,13 +255,13 @@ def cast_once(head: nn.Module | None) -> Iterator[None]:
         head._parameters["weight"] = weight
 
 
-def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
+def load_model(name: str | Path, options: LoadOptions | None = None) -> LoadedModel:
     """Load MODEL: a folder, a Hub id, or `tiny`. Raises UserError for what cannot be loaded or extended."""
     options = (options or LoadOptions()).resolved()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with _LOADING, torch_as_imported():
-        return _load(name, options)
+        return _load(as_model(name), options)
 
 
 def _load(name: str, options: LoadOptions) -> LoadedModel:
@@ -290,7 +291,7 @@ def _load(name: str, options: LoadOptions) -> LoadedModel:
     return loaded
 
 
-def as_loaded(model: str | LoadedModel, options: LoadOptions | None = None) -> LoadedModel:
+def as_loaded(model: str | Path | LoadedModel, options: LoadOptions | None = None) -> LoadedModel:
     """A model that is loaded already as it is, whatever the options, and any other MODEL loaded with them."""
     if not isinstance(model, LoadedModel):
         return load_model(model, options)

@@ -58,7 +58,7 @@ class HarnessSettings:
 
 @apart
 def evaluate_harness(
-    model: str | LoadedModel,
+    model: str | Path | LoadedModel,
     *,
     factors: FactorTable | str | Path | None = None,
     out: str | Path | None = None,

@@ -141,7 +141,7 @@ def check_measure(name: str, given: MeasureSettings, known: Sequence[str] = _MEA
 @apart
 def evaluate(
     measure: str,
-    model: str | LoadedModel,
+    model: str | Path | LoadedModel,
     *,
     lengths: int | str | Sequence[int | str] = (),
     factors: FactorTable | str | Path | None = None,

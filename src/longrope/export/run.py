@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longrope.checkpoint import LoadOptions, load_options
+from longrope.checkpoint import LoadOptions, as_model, load_options
 from longrope.convert import as_table, factors_file, to_transformers_config
 from longrope.errors import UserError
 from longrope.export.card import front_matter, model_card
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @apart
 def export(
-    model: str | LoadedModel,
+    model: str | Path | LoadedModel,
     factors: FactorTable | str | Path | None,
     out: str | Path,
     *,
@@ -71,7 +71,7 @@ def export(
     """
     check_names(engine, window)
     options = load_options(options, load)
-    loaded = model if isinstance(model, LoadedModel) else skeleton(model, options)
+    loaded = model if isinstance(model, LoadedModel) else skeleton(as_model(model), options)
     table = loaded.table if factors is None else as_table(factors)
     if table is None:
         rule = "an export needs factors"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from longrope.checkpoint import LoadOptions
+from longrope.checkpoint import LoadOptions, as_model
 from longrope.configs import language_part, table_from_config
 from longrope.doctor.examine import examine, read_config
 from longrope.errors import UserError
@@ -44,7 +44,11 @@ _IGNORED = {
 
 
 def verify(
-    path: str | Path, *, against: str | None = None, engine: str | None = None, options: LoadOptions | None = None
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    engine: str | None = None,
+    options: LoadOptions | None = None,
 ) -> list[Said]:
     """Read an exported folder or GGUF file back; each thing that was looked at is ok, is not, or only said.
 
@@ -54,6 +58,7 @@ def verify(
     export.
     """
     path, options = Path(path), options or LoadOptions(device="cpu", dtype="float32")
+    against = None if against is None else as_model(against)
     if not path.exists():
         raise UserError("verify", got=f"{path}, which does not exist", rule="it is an export", do="check the path")
     path = path.parent if path.name == "config.json" else path

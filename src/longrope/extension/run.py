@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrope import __version__
-from longrope.checkpoint import LoadOptions, load_options, load_tokenizer
+from longrope.checkpoint import LoadOptions, as_model, load_options, load_tokenizer
 from longrope.describe import describe_documents, describe_options, describe_trained
 from longrope.documents import as_sources, hold_out, read_sources
 from longrope.errors import UserError
@@ -54,12 +54,12 @@ logger = logging.getLogger(__name__)
 
 @apart
 def extend(
-    model: str,
+    model: str | Path,
     *,
     to: int | str,
-    documents: str | Sequence[str],
-    unseen: str | Sequence[str] = (),
-    search_documents: str | Sequence[str] = (),
+    documents: str | Path | Sequence[str | Path],
+    unseen: str | Path | Sequence[str | Path] = (),
+    search_documents: str | Path | Sequence[str | Path] = (),
     stages: str | Path | Plan | None = None,
     train: bool = True,
     out: str | Path | None = None,
@@ -86,7 +86,7 @@ def extend(
     load: its fields. Raises UserError for bad input, and for a stage whose inputs or files have changed since it was
     made.
     """
-    watching = watching or Watching()
+    model, watching = as_model(model), watching or Watching()
     documents, unseen, search_documents = map(as_sources, (documents, unseen, search_documents))
     workers = None if workers is None else str(workers)
     launched = launcher_words(launcher)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from longrope.checkpoint import LoadOptions
+from longrope.checkpoint import LoadOptions, as_model
 from longrope.errors import UserError
 from longrope.extension.costs import costs
 from longrope.extension.run import plan_for
@@ -27,7 +28,7 @@ CPU = "cpu"
 
 @apart
 def plan(
-    model: str,
+    model: str | Path,
     *,
     to: int | str,
     gpus: str = CPU,
@@ -44,7 +45,7 @@ def plan(
     peak: FLOP/s of a device that `gpus` names by its memory alone. original_length: in tokens, where the configuration
     does not say it right. Raises UserError for bad input.
     """
-    to, settings = as_length(to), settings or Settings()
+    model, to, settings = as_model(model), as_length(to), settings or Settings()
     check(settings, peak)
     machine = None if gpus == CPU else machine_of(gpus, peak)
     precision_of(settings.dtype, cuda=machine is not None)

@@ -59,11 +59,11 @@ class SearchWindows:
 
 @apart
 def search(
-    model: str | LoadedModel,
+    model: str | Path | LoadedModel,
     *,
     to: int | str,
-    documents: str | Sequence[str],
-    unseen: str | Sequence[str] = (),
+    documents: str | Path | Sequence[str | Path],
+    unseen: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     init: Sequence[FactorTable] = (),
     workers: str | int | None = None,

@@ -51,7 +51,7 @@ STATE = "checkpoints"
 
 @apart
 def finetune(
-    model: str | LoadedModel,
+    model: str | Path | LoadedModel,
     *,
     length: int | str,
     factors: FactorTable | str | Path | None = None,
