@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+import longrope as public
 from architectures_small import model_types, small_config
 from commands import longrope
 from common import random_llama, random_windows
 from cost_table import PAGE, models, row, stages_of
 from longrope.baselines import baseline
 from longrope.checkpoint import TINY, LoadOptions
+from longrope.cli_plan import plan as command
 from longrope.configs import rope_config
 from longrope.console_tables import plan_table
 from longrope.errors import UserError
@@ -338,6 +341,21 @@ def test_without_a_peak_there_are_no_hours_and_with_one_there_are(tmp_path: Path
     arguments = ["plan", TINY, "--to", "1k", "--gpus", "2x24GB", "--json"]
     assert {each["hours"] for each in longrope(*arguments).document["results"]} == {None}
     assert all(each["hours"] for each in longrope(*arguments, "--flops", "100").document["results"])
+
+
+def test_python_takes_the_commands_words_and_gives_its_document(tmp_path: Path) -> None:
+    words = {*signature(command).parameters} - {"no_finetune", "as_json", "verbose", "quiet"}
+    assert words | {"train"} == {*signature(public.plan).parameters}, "--no-finetune is train=False, as in extend"
+    (tmp_path / "config.json").write_text(json.dumps(models()["Llama-3.1-8B"]))
+    options = ["--flops", "400", "--mfu", "0.5", "--lora", "16", "--quantize", "4bit", "--dtype", "bfloat16"]
+    arguments = ("plan", tmp_path, "--to", "128k", "--gpus", "2x80GB", *options, "--json")
+    given: dict[str, Any] = {"flops": 400, "mfu": 0.5, "lora": 16, "quantize": "4bit", "dtype": "bfloat16"}
+    assert longrope(*arguments).document == public.plan(tmp_path, to="128k", gpus="2x80GB", **given)
+    untrained = public.plan(TINY, to="8k", gpus="1x80GB", train=False)
+    assert untrained == longrope("plan", TINY, "--to", "8k", "--gpus", "1x80GB", "--no-finetune", "--json").document
+    unknown: dict[str, Any] = {"utilisation": 0.5}
+    with pytest.raises(TypeError, match="utilisation"):
+        public.plan(TINY, to="8k", **unknown)
 
 
 def test_this_machine_is_measured() -> None:

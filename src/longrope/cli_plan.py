@@ -50,16 +50,18 @@ def plan(
     from longrope.console import err, print_json
     from longrope.console_tables import plan_table
     from longrope.planning.run import plan as run_plan
-    from longrope.planning.stages import Settings
 
     told = run_plan(
         model,
         to=parse_length(to),
         gpus=gpus,
+        flops=flops,
+        mfu=mfu,
         stages=stages,
         train=not no_finetune,
-        settings=Settings(dtype=dtype, lora=lora, quantize=quantize, utilisation=mfu),
-        peak=None if flops is None else 1e12 * flops,
+        lora=lora,
+        quantize=quantize,
+        dtype=dtype,
         original_length=length_of(original_length),
     )
     if as_json:

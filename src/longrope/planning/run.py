@@ -32,20 +32,26 @@ def plan(
     *,
     to: int | str,
     gpus: str = CPU,
-    stages: str | None = None,
+    flops: float | None = None,
+    mfu: float | None = None,
+    stages: str | Path | None = None,
     train: bool = True,
-    settings: Settings | None = None,
-    peak: float | None = None,
+    lora: int | None = None,
+    quantize: str | None = None,
+    dtype: str = "auto",
     original_length: int | None = None,
 ) -> dict[str, Any]:
     """The document of the command: every stage of an extension to `to` tokens on machines such as `8xH100-80GB`.
 
     model: a folder, a config.json, a Hub id or `tiny`; no weights are read. gpus: `cpu` is this machine, whose rates
-    are measured, a few seconds. stages, train: as in `extend`. settings: dtype, LoRA and quantization of the stages.
-    peak: FLOP/s of a device that `gpus` names by its memory alone. original_length: in tokens, where the configuration
-    does not say it right. Raises UserError for bad input.
+    are measured, a few seconds. flops: TFLOP/s of a device in bf16, which `gpus` may name by its memory alone. mfu: the
+    share of them that is reached, by default 0.3 to 0.4 by stage. stages, train: as in `extend`. lora: rank of
+    adapters, which are trained in place of all weights. quantize: 8bit or 4bit for the base. dtype: of LoadOptions.
+    original_length: in tokens, where the configuration does not say it right. Raises UserError for bad input.
     """
-    model, to, settings = as_model(model), as_length(to), settings or Settings()
+    model, to = as_model(model), as_length(to)
+    settings = Settings(dtype=dtype, lora=lora, quantize=quantize, utilisation=mfu)
+    peak = None if flops is None else 1e12 * flops
     check(settings, peak)
     machine = None if gpus == CPU else machine_of(gpus, peak)
     precision_of(settings.dtype, cuda=machine is not None)
