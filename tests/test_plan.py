@@ -6,6 +6,7 @@ import json
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -49,6 +50,7 @@ from longrope.search.objective import Evaluator
 from longrope.search.tasks import Task
 from longrope.training.lora import LoraSettings, with_lora
 from longrope.training.loss import chunked_loss
+from page_blocks import ROOT, blocks, commands
 
 TOKENS, VOCABULARY, RANK = 512, 250, 8
 
@@ -358,6 +360,23 @@ def test_python_takes_the_commands_words_and_gives_its_document(tmp_path: Path) 
         public.plan(TINY, to="8k", **unknown)
 
 
+def test_the_commands_of_the_page_on_lora_plan_a_training_of_adapters(tmp_path: Path) -> None:
+    """On Llama 3 8B, which is Llama 3.1 8B before it was extended."""
+    (tmp_path / "Llama-3-8B").mkdir()
+    config = models()["Llama-3.1-8B"] | {"rope_scaling": None, "max_position_embeddings": 8192}
+    (tmp_path / "Llama-3-8B" / "config.json").write_text(json.dumps(config))
+    found = list(blocks(ROOT / "docs" / "lora.md"))
+    (stages,) = (block for block in found if block.file is not None)
+    (tmp_path / str(stages.file)).write_text(stages.text)
+    planned = [words[1:] for block in found for words in commands(block) if words[:2] == ["longrope", "plan"]]
+    assert len(planned) == 3
+    for words in planned:
+        with chdir(tmp_path):
+            ran = longrope(*words, "--json")
+        assert ran.code == 0, ran.err
+        assert [each["layout"] for each in ran.document["results"] if "LoRA of rank 16" in each["layout"]]
+
+
 def test_this_machine_is_measured() -> None:
     ran = longrope("plan", TINY, "--to", "1k", "--json")
     assert ran.code == 0, ran.err
@@ -381,6 +400,11 @@ def test_this_machine_is_measured() -> None:
         ((TINY, "--to", "1k", "--gpus", "1xH100-80GB", "--lora", "0"), "--lora: got 0"),
         ((TINY, "--to", "1k", "--gpus", "1xH100-80GB", "--quantize", "2bit"), "--quantize: got '2bit'"),
         ((TINY, "--to", "8k", "--gpus", "1xH100-80GB", "--quantize", "4bit"), "--quantize: got 4bit without --lora"),
+        ((TINY, "--to", "1k", "--gpus", "1xH100-80GB", "--lora", "8"), "--lora: got 8 without a stage that trains"),
+        ((TINY, "--to", "8k", "--gpus", "1xH100-80GB", "--lora", "8", "--no-finetune"), "leave out --no-finetune or"),
+        ((TINY, "--to", "1k", "--flops", "400"), "--flops: got 400 with --gpus cpu; the rates of this machine are"),
+        ((TINY, "--to", "1k", "--mfu", "0.4"), "--mfu: got 0.4 with --gpus cpu"),
+        ((TINY, "--to", "1k", "--gpus", "2x80GB", "--mfu", "0.4"), "--mfu: got 0.4 without a peak"),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments: tuple[str, ...], said: str) -> None:

@@ -54,6 +54,7 @@ def plan(
     peak = None if flops is None else 1e12 * flops
     check(settings, peak)
     machine = None if gpus == CPU else machine_of(gpus, peak)
+    _check_has_a_use(machine, flops=flops, mfu=mfu)
     precision_of(settings.dtype, cuda=machine is not None)
     if machine is None:
         settings = replace(settings, dtype=LoadOptions(device="cpu", dtype=settings.dtype).resolved().dtype)
@@ -61,6 +62,10 @@ def plan(
     chosen = plan_for(loaded.rope.original_length, to, stages, train=train)
     shape = shape_of(loaded.model, model)
     work = costs(loaded, chosen)
+    if lora is not None and not any(each.batch for each in work):
+        got, rule = f"{lora} without a stage that trains", "adapters are trained in fine-tuning stages"
+        do = "give --stages with one, or leave it out" if train else "leave out --no-finetune or --lora"
+        raise UserError("--lora", got=got, rule=rule, do=do)
     if settings.quantize is not None and any(each.batch and not (settings.lora or each.adapters) for each in work):
         rule = "weights of so few bits are not trained"
         got = f"{settings.quantize} without --lora"
@@ -85,6 +90,18 @@ def check(settings: Settings, peak: float | None = None) -> None:
     if settings.quantize is not None and settings.quantize not in QUANTIZED:
         rule = f"it is one of {', '.join(QUANTIZED)}"
         raise UserError("--quantize", got=repr(settings.quantize), rule=rule, do="choose one of them")
+
+
+def _check_has_a_use(machine: Machine | None, *, flops: float | None, mfu: float | None) -> None:
+    """Raise UserError for rates that say nothing about the machine."""
+    if machine is None:
+        for flag, value in (("--flops", flops), ("--mfu", mfu)):
+            if value is not None:
+                rule, do = "the rates of this machine are measured", "name other devices with --gpus, or leave it out"
+                raise UserError(flag, got=f"{value:g} with --gpus {CPU}", rule=rule, do=do)
+    elif machine.peak is None and mfu is not None:
+        rule = "it is a share of a peak, which the memory of a device does not say"
+        raise UserError("--mfu", got=f"{mfu:g} without a peak", rule=rule, do="give --flops, too, or leave it out")
 
 
 def _document(model: str, to: int, machine: Machine, settings: Settings, found: list[StageCost]) -> dict[str, Any]:
