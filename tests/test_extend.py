@@ -667,6 +667,9 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing() -> None:
     assert rows[f"05-recovery-{2 * ORIGINAL}"]["tokens"] == (5 + measured) * 3 * 2 * ORIGINAL
     assert rows[f"06-recovery-{TARGET}"]["tokens"] == (12 * 4 + measured * 2) * TARGET, "two windows of either kind"
     assert rows["perplexity"]["tokens"] == 2 * (ORIGINAL + ORIGINAL + 2 * ORIGINAL + TARGET + FAR), "the base, too"
+    given: dict[str, Any] = {"to": FAR, "documents": "texts", "stages": "plan.toml"}
+    assert extend(Path("model"), **given, options=FLOAT32, dry_run=True, workers=2) == ran.document
+    assert contents(Path()) == before
     told = longrope(*command("--stages", "plan.toml", "--dry-run"))
     assert "token-passes at most" in told.err
     assert "refused" not in told.err

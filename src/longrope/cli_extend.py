@@ -52,24 +52,14 @@ def extend(
     from longrope.console import err, measuring_progress, print_json, resume_with, search_progress, training_progress
     from longrope.console_tables import costs_table, factors_table, results_table
     from longrope.extension.going import Watching
-    from longrope.extension.run import dry
     from longrope.extension.run import extend as run_extend
     from longrope.factors import FactorTable
     from longrope.runs import CHECKPOINT, FACTORS, REPORT, default_run_path
 
-    options = shared.options()
     target = parse_length(to)
-    if dry_run:
-        given = {"documents": documents, "unseen": unseen or [], "search_documents": search_documents or []}
-        planned = dry(model, target, stages, **given, train=not no_finetune, seed=shared.seed, options=options)
-        results = [cost.to_dict() for cost in planned]
-        if shared.as_json:
-            print_json({"command": "extend", "model": model, "settings": {"to": target}, "results": results})
-        else:
-            err.print(costs_table(results))
-        return
     path = out or default_run_path("extend", model, target)
-    resume_with()
+    if not dry_run:
+        resume_with()
     made = run_extend(
         model,
         to=target,
@@ -78,12 +68,13 @@ def extend(
         search_documents=search_documents or [],
         stages=stages,
         train=not no_finetune,
+        dry_run=dry_run,
         out=path,
         workers=workers,
         launcher=launcher,
         tracker=tracker,
         seed=shared.seed,
-        options=options,
+        options=shared.options(),
         watching=Watching(
             stage=(lambda text: None) if shared.quiet else lambda text: err.print(text, soft_wrap=True),
             search=partial(search_progress, shared.quiet),
@@ -93,6 +84,9 @@ def extend(
     )
     if shared.as_json:
         print_json(made)
+        return
+    if dry_run:
+        err.print(costs_table(made["results"]))
         return
     err.print(factors_table(FactorTable.load(path / FACTORS)))
     err.print(results_table(made["results"], title="perplexity on documents that no stage has seen"))

@@ -18,7 +18,7 @@ from longrope.checkpoint import LoadOptions, as_model, load_options, load_tokeni
 from longrope.describe import describe_documents, describe_options, describe_trained
 from longrope.documents import as_sources, hold_out, read_sources
 from longrope.errors import UserError
-from longrope.extension.costs import Cost, costs, scaling_of
+from longrope.extension.costs import costs, scaling_of
 from longrope.extension.done import DOCUMENTS, Done
 from longrope.extension.finish import PASSKEY, measure, write_checkpoint
 from longrope.extension.going import Extension, Texts, Watching, check_documents, launcher_words, texts_of
@@ -62,6 +62,7 @@ def extend(
     search_documents: str | Path | Sequence[str | Path] = (),
     stages: str | Path | Plan | None = None,
     train: bool = True,
+    dry_run: bool = False,
     out: str | Path | None = None,
     workers: str | int | None = None,
     launcher: str | None = None,
@@ -76,7 +77,8 @@ def extend(
 
     Without `stages` (a TOML file, or one of PLANS) they follow from the ratio, see `default_plan`. Trains and searches
     on `documents`, of which a part is held out to measure on unless `unseen` names others; searches on
-    `search_documents` where these are given. train=False leaves out everything that needs training. launcher: a command
+    `search_documents` where these are given. train=False leaves out everything that needs training. dry_run: gives
+    the stages with what each costs at most, as --json prints them, and computes and writes nothing. launcher: a command
     such as `torchrun --nproc-per-node 8` that runs the fine-tuning on several devices. The run `out`
     (runs/extend-MODEL-LENGTH by default) has a run for each stage; the same call goes on with what is not done. It ends
     with factors.json, checkpoint/, metrics.json and report.html. workers: as for `search`. tracker: whatever Trainer
@@ -90,8 +92,12 @@ def extend(
     documents, unseen, search_documents = map(as_sources, (documents, unseen, search_documents))
     workers = None if workers is None else str(workers)
     launched = launcher_words(launcher)
-    options = options_for(workers, load_options(options, load))
+    options = load_options(options, load)
     target = as_length(to)
+    if dry_run:
+        given = {"documents": documents, "unseen": unseen, "search_documents": search_documents}
+        return _dry(model, target, stages, **given, train=train, seed=seed, options=options)
+    options = options_for(workers, options)
     loaded = load_model(model, options)
     plan = plan_for(loaded.rope.original_length, target, stages, train=train)
     warn(plan, loaded.rope.original_length)
@@ -393,29 +399,29 @@ def warn(plan: Plan, original_length: int) -> None:
         logger.warning(told, WITHOUT_TRAINING)
 
 
-def dry(
+def _dry(
     model: str,
     target: int,
-    stages: str | Path | None,
+    stages: str | Path | Plan | None,
     *,
-    documents: Sequence[str] = (),
-    unseen: Sequence[str] = (),
-    search_documents: Sequence[str] = (),
-    train: bool = True,
-    seed: int = 0,
-    options: LoadOptions | None = None,
-) -> list[Cost]:
+    documents: Sequence[str],
+    unseen: Sequence[str],
+    search_documents: Sequence[str],
+    train: bool,
+    seed: int,
+    options: LoadOptions,
+) -> dict[str, Any]:
     """The stages of an extension and what each costs at most; nothing is computed or written.
 
-    Raises UserError for documents, where some are given, that cannot be read; that they are too short is said.
+    Raises UserError for documents that cannot be read; that they are too short is said.
     """
     loaded = load_model(model, options)
     plan = plan_for(loaded.rope.original_length, target, stages, train=train)
     warn(plan, loaded.rope.original_length)
-    if documents:
-        texts = texts_of(loaded, documents, unseen, search_documents)
-        try:
-            check_documents(loaded, plan, texts, seed)
-        except UserError as error:  # what it would cost is what was asked for
-            logger.warning("with these documents it is going to be refused: %s", error)
-    return costs(loaded, plan)
+    texts = texts_of(loaded, documents, unseen, search_documents)
+    try:
+        check_documents(loaded, plan, texts, seed)
+    except UserError as error:  # what it would cost is what was asked for
+        logger.warning("with these documents it is going to be refused: %s", error)
+    results = [cost.to_dict() for cost in costs(loaded, plan)]
+    return {"command": "extend", "model": model, "settings": {"to": target}, "results": results}
