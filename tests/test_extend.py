@@ -683,6 +683,19 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing() -> None:
     assert "'nothing', which does not exist" in refused(*words)
 
 
+@pytest.mark.usefixtures("here")
+def test_stages_of_a_plan_that_need_training_are_named_where_they_are_left_out() -> None:
+    words = command("--no-finetune", "--dry-run")
+    told = longrope(*words, "--stages", "plan.toml").err
+    names = [f"01-search-{TARGET}", f"02-finetune-{TARGET}", f"03-second-{FAR}", f"04-recovery-{ORIGINAL}"]
+    names += [f"05-recovery-{2 * ORIGINAL}", f"06-recovery-{TARGET}"]
+    left_out = f"one search at the target, and leaves out {', '.join(names)} of the plan"
+    assert left_out in " ".join(told.split())
+    assert "leaves out" not in longrope(*words, "--to", 16 * ORIGINAL).err, "of the ratio's own plan it is what it says"
+    Path("search.toml").write_text('[[stages]]\ndo = "search"\nto = "8x"\n')
+    assert "leaves out" not in longrope(*words, "--stages", "search.toml").err
+
+
 @pytest.mark.parametrize(
     ("ratio", "stages"),
     [

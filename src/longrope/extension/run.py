@@ -165,7 +165,19 @@ def plan_for(original_length: int, target: int, stages: str | Path | Plan | None
         if plan.target != target:
             got, rule = f"{format_length(target)}", f"the stages end at {format_length(plan.target)}"
             raise UserError("--to", got=got, rule=rule, do="give that length, or another plan")
-    return plan if train else plan.without_training()
+    if train:
+        return plan
+    search = plan.without_training()
+    _tell_left_out(plan, search, named=stages is not None)
+    return search
+
+
+def _tell_left_out(plan: Plan, search: Plan, *, named: bool) -> None:
+    """Say which stages of a plan that was given are not made without training."""
+    kept = {(stage.do, stage.to) for stage in search.stages}
+    left_out = [stage.name for stage in plan.stages if (stage.do, stage.to) not in kept]
+    if named and left_out:
+        logger.info("--no-finetune is one search at the target, and leaves out %s of the plan", ", ".join(left_out))
 
 
 def _make(going: Extension, stage: Stage) -> bool:
