@@ -109,6 +109,41 @@ def test_a_method_has_the_perplexity_of_stock_transformers(
     assert (result["method"], result["length"], result["tokens"]) == (method, TARGET, 5 * (TARGET - 1))
 
 
+def test_factors_are_a_table_a_path_several_or_several_by_name_and_methods_a_text(
+    ground: Path, small: LoadedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "q4").mkdir()
+    table().save(tmp_path / "q4" / "factors.json")
+    table().save(tmp_path / "other.json")
+    file = tmp_path / "other.json"
+
+    def names(factors: Any, number: int) -> list[str]:
+        common: dict[str, Any] = {"lengths": TARGET, "documents": str(ground / "texts"), "windows": 1}
+        made = compare(small, methods="none, pi", factors=factors, out=tmp_path / str(number), **common)
+        value = {each["method"]: each["value"] for each in made["results"]}
+        found = [name for name in value if name not in ("none", "pi")]
+        assert len(value) == len(found) + 2
+        assert len({value[name] for name in found}) <= 1
+        return found
+
+    cases: list[tuple[Any, list[str]]] = [
+        (str(tmp_path / "q4"), ["q4"]),
+        (tmp_path / "q4", ["q4"]),
+        (table(), ["factors"]),
+        ([tmp_path / "q4", str(tmp_path / "q4" / "factors.json"), file, table()], ["q4", "q4-2", "other", "factors"]),
+        ({"mine": str(tmp_path / "q4"), "yours": table()}, ["mine", "yours"]),
+        ("none", []),
+        (["none"], []),
+        ({}, []),
+    ]
+    for number, (factors, expected) in enumerate(cases):
+        assert sorted(names(factors, number)) == sorted(expected)
+    with pytest.raises(UserError, match=r"^factors file: got .*nothing, which does not exist"):
+        names(tmp_path / "nothing", len(cases))
+    with pytest.raises(UserError, match=r"^factors: got a table named pi; "):
+        names({"pi": file}, len(cases))
+
+
 def test_methods_differ_and_are_measured_on_the_same_windows(ground: Path, small: LoadedModel, tmp_path: Path) -> None:
     methods = ["none", "pi", "ntk", "dynamic-ntk", "yarn", "yarn+su"]
     made = compare(

@@ -26,7 +26,6 @@ from longrope.cli_options import (
     Workers,
     names_of,
     runs_a_model,
-    tables_of,
 )
 from longrope.errors import UserError
 from longrope.lengths import format_length, parse_lengths
@@ -91,8 +90,6 @@ def compare(
     from longrope.evaluate.methods import DEFAULT_METHODS
 
     wanted = parse_lengths(lengths)
-    chosen = DEFAULT_METHODS if methods is None else [part.strip() for part in methods.split(",")]
-    tables = tables_of(factors, taken=[*chosen, "checkpoint"])
     settings = _of_measure(
         measure,
         documents=documents,
@@ -118,8 +115,8 @@ def compare(
             model,
             lengths=wanted,
             measure=measure,
-            methods=chosen,
-            factors=tables,
+            methods=DEFAULT_METHODS if methods is None else methods,
+            factors=factors,
             stage=stage,
             workers=workers,
             out=out,

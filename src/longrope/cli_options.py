@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import Parameter, signature
@@ -14,7 +14,7 @@ import typer
 
 from longrope.errors import UserError
 from longrope.lengths import parse_length
-from longrope.runs import FACTORS, is_first_process
+from longrope.runs import is_first_process
 
 if TYPE_CHECKING:
     from longrope.checkpoint import LoadOptions
@@ -228,32 +228,15 @@ def length_of(text: str | None) -> int | None:
     return None if text is None else parse_length(text)
 
 
-def tables_of(factors: list[str] | None, taken: Collection[str] = ()) -> dict[str, FactorTable] | None:
-    """Factor tables by the name they get in results: the run's folder or the file's stem, with -2, -3, .. if taken.
-
-    None when nothing is asked, so that the checkpoint's own are used; `none` asks for no table at all.
-    """
-    if factors is None or factors == ["none"]:
-        return None if factors is None else {}
-    from longrope.convert import as_table, factors_file
-
-    tables: dict[str, FactorTable] = {}
-    for given in factors:
-        path = factors_file(given)
-        stem = path.absolute().parent.name if path.name == FACTORS else path.stem
-        name, number = stem, 2
-        while name in tables or name in taken:
-            name, number = f"{stem}-{number}", number + 1
-        tables[name] = as_table(path)
-    return tables
-
-
 def one_table(factors: list[str] | None) -> FactorTable | None:
     """The only table given, if any."""
-    tables = list((tables_of(factors) or {}).values())
-    if len(tables) > 1:
-        raise UserError("--factors", got=f"{len(tables)} files", rule="one table is used here", do="give one")
-    return tables[0] if tables else None
+    if not factors or factors == ["none"]:
+        return None
+    if len(factors) > 1:
+        raise UserError("--factors", got=f"{len(factors)} files", rule="one table is used here", do="give one")
+    from longrope.convert import as_table
+
+    return as_table(factors[0])
 
 
 def one_or_none(factors: list[str] | None) -> FactorTable | str | None:

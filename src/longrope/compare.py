@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from longrope.checkpoint import LoadOptions, load_options, taken
+from longrope.convert import as_table, factors_file
 from longrope.describe import describe_options
 from longrope.errors import UserError
 from longrope.evaluate.execute import OnStep, Rows
@@ -15,12 +16,15 @@ from longrope.evaluate.harness_run import HarnessSettings, harness_run
 from longrope.evaluate.methods import DEFAULT_METHODS, method_factors, rows_of
 from longrope.evaluate.recorded import measure_run
 from longrope.evaluate.run import COMPARED, MeasureSettings, check_measure, make_measure
-from longrope.factors import FactorTable
+from longrope.factors import FACTORS, FactorTable
 from longrope.lengths import as_lengths
 from longrope.model import LoadedModel, as_loaded
 from longrope.modes import apart
 from longrope.runs import default_run_path
 from longrope.workers import options_for
+
+Table = FactorTable | str | Path
+"""A table, or what has one: a file of factors, or the folder of a run or a checkpoint."""
 
 
 @apart
@@ -29,8 +33,8 @@ def compare(
     *,
     lengths: int | str | Sequence[int | str],
     measure: str = "perplexity",
-    methods: Sequence[str] = DEFAULT_METHODS,
-    factors: Mapping[str, FactorTable] | None = None,
+    methods: str | Sequence[str] = DEFAULT_METHODS,
+    factors: Table | Sequence[Table] | Mapping[str, Table] | None = None,
     stage: str | None = None,
     out: str | Path | None = None,
     workers: str | int | None = None,
@@ -38,14 +42,16 @@ def compare(
     on_step: OnStep | None = None,
     **keywords: Any,
 ) -> dict[str, Any]:
-    """A `measure` of methods and factor tables (by name) at lengths, on the same items; returns metrics.json's dict.
+    """A `measure` of methods and factor tables at lengths, on the same items; returns metrics.json's dict.
 
-    model: a folder, a Hub id or `tiny`, or one from load_model. lengths: in tokens. options: LoadOptions as one object.
-    workers: as for `search`. on_step is called before each piece.
+    model: a folder, a Hub id or `tiny`, or one from load_model. lengths: in tokens. methods: their names, or one text
+    with commas. factors: a table or its file or run, several, or several by the names that they get in the results; by
+    themselves files are named as the command names them. options: LoadOptions as one object. workers: as for `search`.
+    on_step is called before each piece.
 
     Baselines are set up for the longest length; with stage="second" on top of what the checkpoint was fine-tuned with,
-    as its second interpolation. Without `factors` those beside the weights are compared; an empty
-    mapping ignores them. Writes a run folder `out` (runs/compare-MODEL-LENGTH by default, with the measure in its name
+    as its second interpolation. Without `factors` those beside the weights are compared; an empty mapping ignores them,
+    as does "none". Writes a run folder `out` (runs/compare-MODEL-LENGTH by default, with the measure in its name
     where it is not perplexity) and resumes one that is there; a finished one is read, not measured again. Of `stdlib`
     the unseen share is used. `keywords` are the fields of MeasureSettings (`documents`, `windows`, `seed`, ...) and of
     LoadOptions; the rest is as in `evaluate`. `harness` has the fields of HarnessSettings instead, and gives a prompt
@@ -61,36 +67,67 @@ def compare(
     elif workers is not None:
         raise UserError("--workers", got=workers, rule="one process asks lm-eval's tasks", do="leave it out")
     wanted = as_lengths(lengths)
+    methods = [part.strip() for part in methods.split(",")] if isinstance(methods, str) else list(methods)
+    named = None if factors is None else named_tables(factors, taken=[*methods, "checkpoint"])
     place = None if workers is None else str(workers)
     options = options_for(place, load_options(options, keywords))
-    if factors is not None and not factors:
+    if named == {}:
         options = replace(options, own_factors=False)
     loaded = as_loaded(model, options)
     if stage == "second":
         loaded = _second(loaded, max(wanted, default=0))
-    if factors is None:
+    if named is None:
         beyond = stage == "second" and min(wanted, default=0) > loaded.meaning.rows[-1].up_to
-        factors = {} if loaded.table is None or beyond else {"checkpoint": loaded.table}
-    _check(loaded, wanted, methods, factors)
+        named = {} if loaded.table is None or beyond else {"checkpoint": loaded.table}
+    _check(loaded, wanted, methods, named)
     settings: dict[str, Any] = {
         "lengths": wanted,
-        "methods": list(methods),
+        "methods": methods,
         "stage": stage,
-        "factors": {name: [row.key for row in table.rows] for name, table in factors.items()},
+        "factors": {name: [row.key for row in table.rows] for name, table in named.items()},
     }
     command = "compare" if measure == "perplexity" else f"compare-{measure}"
     out = out if out is not None else default_run_path(command, loaded.name, max(wanted))
-    rows = rows_of(loaded, wanted, methods, factors)
+    rows = rows_of(loaded, wanted, methods, named)
     if suite is not None:
-        for table in factors.values():
+        for table in named.values():
             table.row_for(max(wanted))  # all have the same prompts, as long as the longest of the lengths
-        tables = {method: _table_of(loaded, method, rows) for method in methods} | dict(factors)
+        tables = {method: _table_of(loaded, method, rows) for method in methods} | named
         return harness_run(command, loaded, tables, suite, settings, length=max(wanted), out=out)
     made, documents = make_measure(measure, loaded, wanted, given)
     settings |= {"seed": given.seed, **describe_options(loaded)}
     return measure_run(
         command, loaded, made, rows, settings, documents=documents, out=out, workers=place, on_step=on_step
     )
+
+
+def named_tables(
+    given: Table | Sequence[Table] | Mapping[str, Table], taken: Collection[str] = ()
+) -> dict[str, FactorTable]:
+    """Factor tables by the name they get in results; none at all for the word none.
+
+    Without a name of its own a file gets the run's folder or its stem, and a table `factors`, with -2, -3, .. if taken.
+    """
+    if isinstance(given, Mapping):
+        return {name: as_table(each) for name, each in given.items()}
+    listed = [given] if isinstance(given, FactorTable | str | Path) else list(given)
+    if listed == ["none"]:
+        return {}
+    tables: dict[str, FactorTable] = {}
+    for each in listed:
+        stem, number = _name_of(each), 2
+        name = stem
+        while name in tables or name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        tables[name] = as_table(each)
+    return tables
+
+
+def _name_of(given: Table) -> str:
+    if isinstance(given, FactorTable):
+        return "factors"
+    path = factors_file(given)
+    return path.absolute().parent.name if path.name == FACTORS else path.stem
 
 
 def _second(loaded: LoadedModel, longest: int) -> LoadedModel:
