@@ -197,6 +197,19 @@ def test_a_broken_file_is_refused(content: bytes, message: str, tmp_path: Path) 
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["name,model\n4k,a\n", "1.0,1.5,4.25,8.0\n", "1.0\n"])
+def test_of_a_csv_it_is_told_what_reads_one(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "published.csv"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        FactorTable.load(path)
+    rule = "it is a factors.json, and a CSV does not say its model's RoPE"
+    do = "convert it with longrope factors FILE --to json, and read that"
+    assert str(error.value) == f"factors file: got {path}; {rule}; {do}"
+    path.write_text(example().to_json())
+    assert FactorTable.load(path) == example(), "whatever its name"
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere, which does not exist; it is a file; check the path"):
         FactorTable.load(tmp_path / "nowhere")

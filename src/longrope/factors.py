@@ -231,7 +231,14 @@ class FactorTable:
     @classmethod
     def load(cls, path: str | Path) -> FactorTable:
         """Read a factors.json. Raises UserError when it is missing or not one."""
-        return cls.from_dict(read_json(Path(path), "factors file", unique=True))
+        try:
+            return cls.from_dict(read_json(Path(path), "factors file", unique=True))
+        except UserError as error:
+            if Path(path).suffix.lower() != ".csv" or not Path(path).is_file():
+                raise
+            rule = "it is a factors.json, and a CSV does not say its model's RoPE"
+            do = "convert it with longrope factors FILE --to json, and read that"
+            raise error.changed(what="factors file", got=path, rule=rule, do=do) from None
 
     def save(self, path: str | Path) -> None:
         """Write a factors.json, whole or not at all."""
