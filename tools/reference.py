@@ -31,6 +31,11 @@ COMMANDS = [
     "report",
     "watch",
 ]
+_BEGINNING = """# Commands
+
+What `longrope COMMAND --help` prints. Tables, progress and messages go to stderr; stdout has the one document of
+`--json`, the text of `generate` and `chat`, and what `factors --to` converts ([files](files.md#metricsjson)).
+"""
 PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 
 
@@ -44,7 +49,7 @@ def help_text(command: str) -> str:
 
 def page() -> str:
     """The whole page."""
-    parts = ["# Commands\n\nWhat `longrope COMMAND --help` prints.\n"]
+    parts = [_BEGINNING]
     parts += [f"## longrope {command}\n\n```text\n{help_text(command)}\n```\n" for command in COMMANDS]
     return "\n".join(parts)
 

@@ -31,7 +31,7 @@ Documents = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write; by default under runs/.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; tables are on stderr.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Fixes windows and every random choice.")]
 Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, mps; balanced or sequential over all GPUs.")
