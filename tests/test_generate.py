@@ -180,6 +180,28 @@ def test_chat_answers_lines_until_they_end_and_what_is_refused_ends_nothing(fold
     assert "Traceback" not in done.stderr
 
 
+def test_a_command_that_there_is_not_is_told_and_two_slashes_begin_a_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "short.txt").write_text("a short one")
+    lines = [f"/file {tmp_path / 'short.txt'}", "/Reset", "/flie x", "//tmp and more", "/etc/hosts has", "/ 2", "/exit"]
+    said: list[str] = []
+    say = Conversation.say
+
+    def heard(talk: Conversation, text: str, *rest: Any) -> Any:
+        said.append(text)
+        return say(talk, text, *rest)
+
+    monkeypatch.setattr(Conversation, "say", heard)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    done = longrope("chat", folder, "-n", "2", "--dtype", "float32", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert said == ["a short one\n\n/tmp and more", "/etc/hosts has", "/ 2"]
+    rule = "a command is one of /file PATH, /reset and /exit"
+    for word in ("/Reset", "/flie"):
+        assert f"turn: got '{word}'; {rule}; begin with /{word} to say it\n" in done.err
+
+
 def test_chat_without_a_template_is_refused_at_once(tmp_path: Path) -> None:
     done = longrope("chat", write_checkpoint(tmp_path / "model"), "--device", "cpu")
     assert done.code == 2

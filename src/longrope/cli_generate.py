@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,6 +46,8 @@ CacheKind = Annotated[
 ]
 Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a pass over a long prompt; by default 2048.")]
 
+_COMMANDS = ("/file", "/reset", "/exit")
+"""Of a conversation."""
 _MARK = "\ufeff"
 """The byte order mark, which some programs begin a text with."""
 
@@ -132,11 +135,15 @@ def chat(
             talk.reset()
             document = ""
             continue
+        if _is_mistyped(command):
+            rule, do = "a command is one of /file PATH, /reset and /exit", f"begin with /{command} to say it"
+            err.print(str(UserError("turn", got=repr(command), rule=rule, do=do)), style="red", soft_wrap=True)
+            continue
         try:  # what is wrong with one turn ends no conversation
             if command == "/file":
                 document += _read(argument.strip()) + "\n\n"
             elif line.strip():
-                made = talk.say(document + line, _write)
+                made = talk.say(document + _without_escape(line), _write)
                 document = ""
                 _write("\n")
                 if not shared.quiet:
@@ -145,6 +152,16 @@ def chat(
             left_out = "; the document before it is left out" if document and command != "/file" else ""
             err.print(f"{error}{left_out}", style="red", soft_wrap=True)
             document = document if command == "/file" else ""
+
+
+def _is_mistyped(word: str) -> bool:
+    """Whether a line's first word is a command that there is not. A path, which has more slashes, is text."""
+    return re.fullmatch(r"/[A-Za-z]+", word) is not None and word not in _COMMANDS
+
+
+def _without_escape(line: str) -> str:
+    """The text of a turn, which a second slash lets begin like a command."""
+    return line[1:] if line.startswith("//") else line
 
 
 def _ready(
