@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -279,3 +280,16 @@ def test_a_seed_vector_of_another_model_is_refused_before_anything_is_written(gr
             options=FLOAT32,
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_seed_vectors_are_given_as_tables_files_or_runs(ground: Path, tmp_path: Path) -> None:
+    table().save(tmp_path / "factors.json")
+    found = []
+    ways: list[Any] = [table(), str(tmp_path / "factors.json"), [tmp_path]]
+    for number, init in enumerate(ways):
+        given: dict[str, Any] = {"documents": ground / "texts", "windows": 2, "evaluations": 20, "options": FLOAT32}
+        longrope.search(ground / "model", to=TARGET, init=init, out=tmp_path / f"run-{number}", **given)
+        config = json.loads((tmp_path / f"run-{number}" / "config.json").read_text())
+        found.append(config["settings"]["init"])
+    assert found[0]
+    assert found[0] == found[1] == found[2]

@@ -278,7 +278,7 @@ def test_parts_of_what_a_single_document_holds_out_are_no_short_documents_either
             {"lora": 2, "save_dtype": "float16"},
             "--save-dtype: got float16 without --merge; it is of the checkpoint with merged adapters; give --merge",
         ),
-        ({"learning_rate": 1e300}, "--learning-rate: got 1e+300; it is above 0, and at most 1; give another value"),
+        ({"learning_rate": 1e300}, "--learning-rate: got 1e+300; it is above 0 and a number of float32; give another"),
         (
             {"seed": 2**32},
             "--seed: got 4294967296; it is from 0 to below 2^32 where something is trained; take another",

@@ -14,6 +14,7 @@ import numpy as np
 from longrope import __version__
 from longrope.baselines import attention_factor
 from longrope.checkpoint import LoadOptions, load_options, taken
+from longrope.convert import as_table
 from longrope.describe import describe_model, describe_options, describe_windows, metrics
 from longrope.documents import Document, as_sources, others, read_sources
 from longrope.errors import UserError, plural
@@ -65,7 +66,7 @@ def search(
     documents: str | Path | Sequence[str | Path],
     unseen: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
-    init: Sequence[FactorTable] = (),
+    init: FactorTable | str | Path | Sequence[FactorTable | str | Path] = (),
     workers: str | int | None = None,
     options: LoadOptions | None = None,
     on_progress: OnProgress | None = None,
@@ -74,11 +75,11 @@ def search(
     """Search rescale factors that give `model` a window of `to` tokens, on windows of `documents`.
 
     Writes a run folder `out` (by default runs/search-MODEL-LENGTH) and resumes one that is there; on a finished one it
-    returns its table. `unseen` documents are only measured, at the end. `init` are further seeds. `workers`: a number
-    of Ray workers on this machine, `ray` or `ray:ADDRESS` for a cluster; by default all is done in this process.
-    on_progress is called after each task. options: LoadOptions as one object. `keywords` are the fields of
-    SearchSettings and of LoadOptions, which are the command's words; needle_template may be a file. Returns the table
-    that factors.json holds. Raises UserError for bad input.
+    returns its table. `unseen` documents are only measured, at the end. `init` are further seeds, as tables, files or
+    runs. `workers`: a number of Ray workers on this machine, `ray` or `ray:ADDRESS` for a cluster; by default all is
+    done in this process. on_progress is called after each task. options: LoadOptions as one object. `keywords` are the
+    fields of SearchSettings and of LoadOptions, which are the command's words; needle_template may be a file. Returns
+    the table that factors.json holds. Raises UserError for bad input.
     """
     for name in ("start_tokens", "attention_factor"):  # numbers too, from Python
         if keywords.get(name) is not None:
@@ -92,11 +93,12 @@ def search(
         raise UserError("options", got=", ".join(keywords) or "LoadOptions", rule=rule, do=do)
     options = options_for(workers, load_options(options, keywords))
     chosen.check_words()
+    vectors = [as_table(each) for each in ([init] if isinstance(init, FactorTable | str | Path) else init)]
     loaded = prepared(as_loaded(model, options), chosen)
     searched = read_sources(as_sources(documents), share="search", tokenizer=loaded.tokenizer)
     held = read_sources(as_sources(unseen), share="unseen", tokenizer=loaded.tokenizer) if unseen else []
     windows = choose_search_windows(loaded, chosen, searched, without(held, searched) if held else [])
-    return search_windows(loaded, chosen, windows, out=out, init=init, workers=workers, on_progress=on_progress)
+    return search_windows(loaded, chosen, windows, out=out, init=vectors, workers=workers, on_progress=on_progress)
 
 
 def prepared(loaded: LoadedModel, settings: SearchSettings) -> LoadedModel:

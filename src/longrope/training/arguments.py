@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -166,11 +167,9 @@ def windows_at_once(
     wanted = given.gradient_checkpointing
     again = wanted is not False
 
-    def of_loss(windows: int) -> int:
-        return loss_bytes(config.vocab_size, loaded.device.type, windows * given.length)
-
-    def needed(windows: int, estimates: list[Kept]) -> float:
-        return windows * max(one(given.length) for one in estimates) + of_loss(windows)
+    def needed(windows: int, estimates: list[Kept], length: int = given.length) -> float:
+        of_loss = loss_bytes(config.vocab_size, loaded.device.type, windows * length)
+        return windows * max(one(length) for one in estimates) + of_loss
 
     for together in (sizes if preferred is None else preferred) if wanted is None else ():
         if needed(together, kept) <= 0.6 * room:
@@ -179,7 +178,7 @@ def windows_at_once(
     for together in sizes:
         if needed(together, estimates) <= room:
             return together, again
-    longest = max(0, min(one.tokens(room - of_loss(1)) for one in estimates))
+    longest = max(0, bisect_right(range(given.length), room, key=lambda length: needed(1, estimates, length)) - 1)
     raise UserError(
         "memory",
         got=f"windows of {given.length} tokens, of which one takes {needed(1, estimates) / 2**30:.1f} GiB",

@@ -9,6 +9,7 @@ from typing import Any
 
 from longrope.errors import UserError
 
+_FLOAT32 = 3e38  # torch's scalars of a step end there
 _SCHEDULES = ("linear", "cosine", "constant")
 SAVED = ("float32", "bfloat16", "float16")
 """Dtypes of a written checkpoint."""
@@ -32,7 +33,12 @@ class Recipe:
         """The recipe with what is given (not None) instead. Raises UserError for values that cannot be."""
         made = replace(self, **{name: value for name, value in given.items() if value is not None})
         for flag, value, good, rule in (
-            ("--learning-rate", made.learning_rate, 0 < made.learning_rate <= 1, "it is above 0, and at most 1"),
+            (
+                "--learning-rate",
+                made.learning_rate,
+                0 < made.learning_rate < _FLOAT32,
+                "it is above 0 and a number of float32",
+            ),
             ("--schedule", made.schedule, made.schedule in _SCHEDULES, f"it is one of {', '.join(_SCHEDULES)}"),
             ("--warmup", made.warmup, made.warmup >= 0, "it is not negative"),
             ("--batch", made.batch, made.batch >= 1, "it is at least 1"),
