@@ -755,11 +755,32 @@ def test_results_inside_a_run_join_its_own_only_where_they_are_of_the_same_items
 def test_results_of_another_model_inside_a_run_are_left_out_and_said(run: Path, tmp_path: Path) -> None:
     path = further(shutil.copytree(run, tmp_path / "run"))
     config = json.loads((path / "needle" / "config.json").read_text())
-    config["model"]["name"] = "another"
+    config["model"] |= {"name": "another", "fingerprint": "beef"}
     (path / "needle" / "config.json").write_text(json.dumps(config))
     read = read_run(path)
     assert "needle" not in read.measures
     assert read.left_out == ("needle: of another model; give it to the report beside this run.",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"name": "/elsewhere/models/tiny"}, True),  # the very weights, by the fingerprint
+        ({"name": "tiny/", "fingerprint": "beef"}, True),  # another dtype, and a slash
+        ({"name": str(Path("tiny").resolve()), "fingerprint": "beef"}, True),
+        ({"name": "/elsewhere/models/tiny", "fingerprint": "beef"}, False),
+        ({"name": "/elsewhere/models/tiny", "fingerprint": None}, False),
+        ({"original_length": 512}, False),
+    ],
+)
+def test_a_model_is_the_same_however_it_is_spelled(
+    run: Path, tmp_path: Path, changes: dict[str, object], *, same: bool
+) -> None:
+    path = further(shutil.copytree(run, tmp_path / "run"))
+    config = json.loads((path / "needle" / "config.json").read_text())
+    config["model"] |= changes
+    (path / "needle" / "config.json").write_text(json.dumps(config))
+    assert ("needle" in read_run(path).measures) == same
 
 
 def test_what_is_broken_or_unfinished_inside_a_run_is_said_and_the_rest_is_shown(run: Path, tmp_path: Path) -> None:
