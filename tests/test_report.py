@@ -37,10 +37,10 @@ from longrope.report.facts import (
 )
 from longrope.report.figures import log_ticks, on_log_axis
 from longrope.report.plots import plots_of
-from longrope.report.read import read_run
+from longrope.report.read import RunData, read_run
 from longrope.report.results import MEASURES
 from longrope.report.searched import search_facts
-from longrope.report.style import count_text, duration_text, look, percent_text, value_text
+from longrope.report.style import count_text, duration_text, is_ours, look, percent_text, value_text
 from report_runs import CONFIG, LENGTHS, SHAPE, add_positions, further, make_run, measured, results
 
 
@@ -736,20 +736,74 @@ def test_what_was_not_measured_is_said_in_one_line_with_what_measures_it(run: Pa
 
 def test_results_inside_a_run_join_its_own_only_where_they_are_of_the_same_items(run: Path, tmp_path: Path) -> None:
     path = shutil.copytree(run, tmp_path / "run")
-    more = [{"method": "mine", "length": 2048, "value": 3.5, "unknown": {}}]
-    later = {"measure": "perplexity", "items": {"2048": "sha256:1"}, "results": more}
+    more: list[dict[str, Any]] = [
+        {"method": "mine", "length": length, "value": 3.5, "unknown": {}} for length in (128, 2048)
+    ]
+    later = {"measure": "perplexity", "items": {"128": "sha256:0", "2048": "sha256:1"}, "results": more}
     further(path, later=later)
-    assert "mine" not in {result.method for result in read_run(path).results}, "its own do not say their items"
-    sentence = "Inside the run, later: not on the same items as what is shown; give it to the report beside this run."
-    assert sentence in Page(write_report(path)).text
     own = json.loads((path / "metrics.json").read_text())
-    for items, joins in (({"2048": "sha256:1", "1024": "sha256:2"}, True), ({"2048": "sha256:3"}, False)):
+    beside = "give it to the report beside this run."
+    for items, reason in (
+        ({"2048": "sha256:1", "1024": "sha256:2"}, ""),
+        ({"2048": "sha256:3", "128": "sha256:0"}, f"not on the same items as what is shown at 2048; {beside}"),
+        ({}, f"what is shown does not say its items, as an earlier version left it; {beside}"),
+    ):
         (path / "metrics.json").write_text(json.dumps({**own, "items": items}))
         read = read_run(path)
-        found = read.result("mine", 2048)
-        assert (found is not None and found.value == 3.5) == joins
-        assert len(read.results) == 18 + joins
-        assert bool(read.left_out) == (not joins)
+        assert [read.result("mine", length) is not None for length in (128, 2048)] == [not reason] * 2
+        assert len(read.results) == (18 if reason else 20)
+        assert read.left_out == ((f"later: {reason}",) if reason else ())
+    assert f"Inside the run, later: {reason}" in Page(write_report(path)).text
+    (path / "metrics.json").write_text(json.dumps({**own, "items": {"2048": "sha256:1"}}))
+    further(path, later={**later, "items": {}})
+    assert read_run(path).left_out == (f"later: it does not say its items, as an earlier version left it; {beside}",)
+
+
+def test_a_search_inside_a_run_is_none_of_its_measurements(run: Path, tmp_path: Path) -> None:
+    """What was found at a shorter search length is compared with nothing of the target length."""
+    path = shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run, path / "search-1k")
+    assert read_run(path).left_out == ("search-1k: a search of its own; give it to the report beside this run.",)
+
+
+def _measured_inside(path: Path, documents: Path, *, unseen: Path | None) -> RunData:
+    """A search of a model of one layer, with what is measured inside its folder on documents afterwards."""
+    held = () if unseen is None else ("--unseen", str(unseen))
+    common = ("--windows", "2", "-q")
+    texts = ("-d", str(documents))
+    searched = longrope(
+        "search", "tiny", "--to", "512", *texts, *held, "--evaluations", "1", "--out", str(path), *common
+    )
+    assert searched.code == 0, searched.err
+    on = ("-d", str(unseen or documents))
+    few = ("tiny", "--lengths", "128,512", *on, *common)
+    assert longrope("compare", *few, "--methods", "none,yarn", "--out", str(path / "compare")).code == 0
+    measured = longrope("evaluate", "perplexity", *few, "-f", str(path), "--out", str(path / "perplexity"))
+    assert measured.code == 0, measured.err
+    return read_run(path)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_what_is_measured_inside_a_search_on_its_windows_stands_beside_its_own(
+    tmp_path: Path, *, held_out: bool
+) -> None:
+    """On unseen documents, or on the windows of the search itself where there are no unseen ones."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            words = " ".join(f"{name}{number * 1000 + index}" for index in range(400))
+            (tmp_path / name / f"{number}.txt").write_text(words)
+    read = _measured_inside(tmp_path / "run", tmp_path / "a", unseen=tmp_path / "b" if held_out else None)
+    assert read.left_out == ()
+    assert read.lengths == [128, 512]
+    for length in (128, 512):
+        there = {each.method for each in read.results if each.length == length}
+        assert there >= {"none", "yarn"}
+        assert any(is_ours(method) for method in there)
+    assert read.result("pi", 512) is not None, "what the search has measured itself is still there"
+    assert read.result("pi", 128) is None
+    assert {each.seen for each in read.results} == {not held_out}
+    assert bool(read.searched_on) == (not held_out)
 
 
 def test_results_of_another_model_inside_a_run_are_left_out_and_said(run: Path, tmp_path: Path) -> None:

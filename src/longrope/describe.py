@@ -88,8 +88,11 @@ def metrics(
 ) -> dict[str, Any]:
     """The JSON document of a command that measures: metrics.json, and stdout under --json.
 
-    items: hash of what was run, by length or task: results of other runs belong beside these where it is equal.
+    items: hash of what was run, by length or task: results of other runs belong beside these where it is equal. By
+    default as the results say it, of the windows of a search apart.
     """
+    items = items or _items(results, searched=False)
+    searched = _items(results, searched=True)
     return {
         "command": command,
         "model": loaded.name,
@@ -99,5 +102,15 @@ def metrics(
         "versions": versions(),
         "measure": measure,
         **({"items": dict(items)} if items else {}),
+        **({"search_items": searched} if searched else {}),
         "results": [result.to_dict() for result in results],
+    }
+
+
+def _items(results: Sequence[Result], *, searched: bool) -> dict[str, str]:
+    """Hash of what was run by length: on the windows of a search itself, or on all others."""
+    return {
+        str(result.length): result.items
+        for result in results
+        if result.items and (result.windows == "search") == searched
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-from longrope.evaluate.measures import Item, Measure, Record
+from longrope.evaluate.measures import Item, Measure, Record, fingerprint_of
 from longrope.evaluate.methods import Result
 from longrope.evaluate.paired import Difference, against_best
 from longrope.factors import RopeFactors
@@ -111,11 +111,17 @@ def execute(
                         line = {"method": method, "length": length, "item": items[length][n].key, "record": whole}
                         on_record(line | ({"windows": windows} if windows else {}))
     ordered = {key: [of_row[n] for n in range(len(of_row))] for key, of_row in records.items()}
-    return _summed(measure, ordered, windows)
+    hashes = {length: fingerprint_of(of_length) for length, of_length in items.items()}
+    return _summed(measure, ordered, windows, hashes)
 
 
-def _summed(measure: Measure, records: Mapping[tuple[str, int], Sequence[Record]], windows: str | None) -> list[Result]:
-    """Results of all rows, each with its difference from the best of its length."""
+def _summed(
+    measure: Measure,
+    records: Mapping[tuple[str, int], Sequence[Record]],
+    windows: str | None,
+    hashes: Mapping[int, str],
+) -> list[Result]:
+    """Results of all rows, each with its difference from the best of its length and the hash of its items."""
     summaries = {key: measure.summarize(key[1], of_row) for key, of_row in records.items()}
     behind: dict[tuple[str, int], tuple[str, Difference]] = {}
     for length in dict.fromkeys(length for _, length in records):
@@ -123,7 +129,9 @@ def _summed(measure: Measure, records: Mapping[tuple[str, int], Sequence[Record]
         of_length = {key[0]: of_row for key, of_row in records.items() if key[1] == length}
         found = against_best(values, of_length, lower=lower_is_better(measure.name))
         behind |= {(method, length): each for method, each in found.items()}
-    return [Result.summing(*key, summary, windows, behind.get(key)) for key, summary in summaries.items()]
+    return [
+        Result.summing(*key, summary, windows, behind.get(key), hashes[key[1]]) for key, summary in summaries.items()
+    ]
 
 
 def _finished(rows: Rows, items: Mapping[int, Sequence[Item]], waiting: Sequence[_Waiting]) -> int:

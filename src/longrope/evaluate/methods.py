@@ -22,7 +22,8 @@ class Result:
     """A figure of one method at one length: `value`, of `tokens` tokens, with its 95% interval where there is one.
 
     windows: which ones it was measured on, None where that says nothing. details: what plots show beside it.
-    against_best: the best method at this length and the paired difference from it, of each other one.
+    against_best: the best method at this length and the paired difference from it, of each other one. items: hash of
+    what was run at this length, which metrics.json holds once for all methods.
     """
 
     method: str
@@ -33,6 +34,7 @@ class Result:
     windows: str | None = "unseen"
     details: Mapping[str, Any] = field(default_factory=dict)
     against_best: tuple[str, Difference] | None = None
+    items: str | None = None
 
     @classmethod
     def summing(
@@ -42,10 +44,11 @@ class Result:
         summary: Summary,
         windows: str | None,
         against_best: tuple[str, Difference] | None = None,
+        items: str | None = None,
     ) -> Result:
         """What a measure says of all its items."""
         details = dict(summary.details)
-        return cls(method, length, summary.value, summary.tokens, summary.ci, windows, details, against_best)
+        return cls(method, length, summary.value, summary.tokens, summary.ci, windows, details, against_best, items)
 
     def to_dict(self) -> dict[str, Any]:
         """As metrics.json has it; a value that is not finite is None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ _DETAILS: dict[str, dict[str, str]] = {
 MEASURES = tuple(_DETAILS)
 """Those the page knows, in its order."""
 _Details = Mapping[str, Any]
+_Key = tuple[str, int, bool]  # method, length, and whether it is of the windows of the search
 
 
 @dataclass(frozen=True)
@@ -86,43 +87,92 @@ def read_measured(run: Path, config: Mapping[str, Any]) -> Measured:
     Raises UserError for an own file that is not as it should be, naming it; what is wrong inside is left out, and said.
     """
     own = read_mapping(run / METRICS)
-    found: dict[str, dict[tuple[str, int, bool], Result]] = {}
-    items: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, _Found] = {}
     if own:
-        measure = str(own.get("measure", "perplexity"))
-        found[measure], items[measure] = _results(own, run / METRICS), _items(own)
-    inner, left_out, searched_on = [], [], {}
+        found[_measure(own)] = _Found(_results(own, run / METRICS), _items(own), _items(own, "search_items"))
+    inner, left_out = [], []
     for folder in _folders(run):
         try:
             if not is_run(folder):
                 continue
             theirs, data = read_mapping(folder / CONFIG), read_mapping(folder / METRICS)
-            measure = str(data.get("measure", "perplexity"))
             if config.get("command") == "extend" and theirs.get("command") in _STAGES:
                 continue  # which is told of as a stage
-            if reason := _strange(data, theirs, config, items.get(measure), run):
+            there = found.setdefault(_measure(data), _Found())
+            if reason := _strange(data, theirs, config, own, run) or there.refuses(_items(data)):
                 left_out.append(f"{folder.name}: {reason}")
                 continue
-            results = _results(data, folder / METRICS)
+            there.add(data, folder / METRICS, len(_hashes(theirs, "unseen") & _hashes(config, "search")))
         except UserError as error:
             left_out.append(f"{folder.name}: {error}")
             continue
-        found.setdefault(measure, {}).update(results)
-        items[measure] = {**items.get(measure, {}), **_items(data)}
         inner.append(theirs)
-        if shared := _hashes(theirs, "unseen") & _hashes(config, "search"):
-            searched_on[measure] = len(shared)
-    order = sorted(found, key=lambda name: (bool(own) and name != own.get("measure", "perplexity"), _place(name)))
-    measures = {measure: tuple(found[measure].values()) for measure in order if found[measure]}
+    order = sorted(found, key=lambda name: (bool(own) and name != _measure(own), _place(name)))
+    measures = {measure: tuple(found[measure].results.values()) for measure in order if found[measure].results}
+    searched_on = {measure: each.searched_on for measure, each in found.items() if each.searched_on}
     return Measured(own, measures, tuple(inner), tuple(left_out), searched_on)
 
 
-def _results(data: Mapping[str, Any], path: Path) -> dict[tuple[str, int, bool], Result]:
+@dataclass
+class _Found:
+    """What is shown of a measure so far, with the hashes of its items by length or task.
+
+    items: of all but the windows of the search itself. searched: of those. shared: how many documents that the search
+    has read are among those measured inside the run, by whether the very windows of the search are.
+    """
+
+    results: dict[_Key, Result] = field(default_factory=dict)
+    items: dict[str, Any] = field(default_factory=dict)
+    searched: dict[str, Any] = field(default_factory=dict)
+    shared: dict[bool, int] = field(default_factory=dict)
+
+    def refuses(self, items: Mapping[str, Any]) -> str:
+        """Why results on these items do not belong beside what is shown; empty when they do."""
+        beside = "give it to the report beside this run."
+        if not self._held_out or self._of_the_search(items):
+            return ""  # there is nothing yet that they could be mistaken for, or they are of the search's windows
+        if not items or not self.items:
+            says = "what is shown does not say its" if items else "it does not say its"
+            return f"{says} items, as an earlier version left it; {beside}"
+        if other := [key for key, each in items.items() if self.items.get(key, each) != each]:
+            return f"not on the same items as what is shown at {', '.join(other)}; {beside}"
+        return ""
+
+    def add(self, data: Mapping[str, Any], path: Path, shared: int) -> None:
+        """Take in the metrics.json of a run inside; shared: how many of its documents the search has read."""
+        items = _items(data)
+        seen = self._of_the_search(items)
+        self.results |= _results(data, path, seen=seen)
+        self.items |= {} if seen else items
+        self.shared[seen] = shared or self.shared.get(seen, 0)
+
+    @property
+    def searched_on(self) -> int:
+        """How many documents of the results that are shown first the search has read, where any was measured inside."""
+        return self.shared.get(not self._held_out, 0)
+
+    @property
+    def _held_out(self) -> bool:
+        """Whether there are results on others than the windows of the search, which then are shown first."""
+        return any(not each.seen for each in self.results.values())
+
+    def _of_the_search(self, items: Mapping[str, Any]) -> bool:
+        """Whether items are the windows of the search itself, at every length that they have in common."""
+        common = items.keys() & self.searched.keys()
+        return bool(common) and all(items[key] == self.searched[key] for key in common)
+
+
+def _measure(data: Mapping[str, Any]) -> str:
+    return str(data.get("measure", "perplexity"))
+
+
+def _results(data: Mapping[str, Any], path: Path, *, seen: bool = False) -> dict[_Key, Result]:
+    """The results of a metrics.json; `seen`: they are all of the search's windows, whether it says so or not."""
     results = data.get("results", [])
     good = isinstance(results, list) and all(isinstance(item, Mapping) for item in results)
     check(good, path, "results is a list")
-    measure = str(data.get("measure", "perplexity"))
-    made = [_result(item, measure, path) for item in cast(list[Mapping[str, Any]], results)]
+    made = [_result(item, _measure(data), path) for item in cast(list[Mapping[str, Any]], results)]
+    made = [replace(each, seen=True) for each in made] if seen else made
     return {(each.method, each.length, each.seen): each for each in made}
 
 
@@ -134,18 +184,19 @@ def _strange(
     data: Mapping[str, Any],
     theirs: Mapping[str, Any],
     config: Mapping[str, Any],
-    items: Mapping[str, Any] | None,
+    own: Mapping[str, Any],
     run: Path,
 ) -> str:
-    """Why the results of a run inside another do not belong beside its own; empty when they do."""
+    """Why a run inside another is none of its measurements; empty when it is one."""
     if not data:
         return "not finished, it has no metrics.json."
-    if not _same_model(theirs.get("model"), config.get("model"), run):
+    if theirs.get("command") == "search":
+        return "a search of its own; give it to the report beside this run."
+    # An extension measures the checkpoint that it has made, which its own metrics.json names by its fingerprint.
+    printed = own.get("fingerprint") if config.get("command") == "extend" else None
+    of_own = printed is not None and data.get("fingerprint") == printed
+    if not of_own and not _same_model(theirs.get("model"), config.get("model"), run):
         return "of another model; give it to the report beside this run."
-    if items is not None:
-        mine = _items(data)
-        if not items or not mine or any(items.get(key, each) != each for key, each in mine.items()):
-            return "not on the same items as what is shown; give it to the report beside this run."
     return ""
 
 
@@ -173,9 +224,10 @@ def _same_place(name: object, other: object) -> bool:
     return Path(str(name)).resolve() == Path(str(other)).resolve()
 
 
-def _items(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    items = data.get("items")
-    return items if isinstance(items, Mapping) else {}
+def _items(data: Mapping[str, Any], name: str = "items") -> dict[str, Any]:
+    """Hash of what was run by length or task, as metrics.json says it; empty where it does not."""
+    items = data.get(name)
+    return dict(items) if isinstance(items, Mapping) else {}
 
 
 def _hashes(config: Mapping[str, Any], use: str) -> set[str]:
