@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longrope as package
 from commands import longrope, table, write_checkpoint, write_documents
-from longrope.baselines import su_attention_factor
+from longrope.baselines import RopeShape, su_attention_factor
 from longrope.errors import UserError
 from longrope.export.engines import ENGINES, losses, row_of_engine, table_for_window
 from longrope.export.gguf_file import DTYPES, interleaved
@@ -316,6 +316,24 @@ def test_verify_finds_what_was_changed_afterwards(model: Path, tmp_path: Path) -
     (folder / "config.json").write_text(json.dumps(config))
     wrong = {said.name for said in verify(folder) if said.ok is False}
     assert {"factors", "configuration"} <= wrong
+@pytest.mark.parametrize(
+    ("name", "rotary_dim", "can"), [("llama", 16, True), ("qwen3", 24, False), ("gemma3", 16, False)]
+)
+def test_verify_tells_of_a_folder_that_can_be_no_gguf(name: str, rotary_dim: int, can: bool, tmp_path: Path) -> None:
+    """As export does: llama.cpp's graphs of most classes rotate without factors."""
+    model = write_checkpoint(tmp_path / "model", name)
+    shaped = table(shape=RopeShape(500.0, rotary_dim, ORIGINAL))
+    folder, _ = export(model, tmp_path / "out", "transformers", factors=shaped)
+    said = [each for each in verify(folder, engine="gguf") if each.name == "engine"]
+    assert bool(said) == (not can)
+    for each in said:
+        assert each.ok is False
+        assert each.what.startswith(f"--engine gguf: got {name}")
+    if not can:
+        with pytest.raises(UserError, match=r"^--engine gguf: got "):
+            export(model, tmp_path / "gguf", "gguf", factors=shaped)
+
+
     assert longrope("verify", folder).code == 1
     config["rope_scaling"]["long_factor"][3] -= 0.5
     (folder / "config.json").write_text(json.dumps(config))

@@ -21,7 +21,7 @@ from longrope.export.engines import (
     losses,
     missing_keys,
 )
-from longrope.export.gguf_file import import_gguf
+from longrope.export.gguf_file import check_architecture, check_graph, import_gguf
 from longrope.export.said import Said
 from longrope.export.skeleton import skeleton
 from longrope.export.transformers import verify_config
@@ -101,6 +101,8 @@ def _folder(path: Path, against: str | None, engine: str | None, options: LoadOp
         yield Said("keys", False, f"{engine} does not find {', '.join(lacking)} as factors.json has it")
     yield _attention(written, served, text, engine)
     yield from _cannot(served, engine, window, text)
+    if engine == "gguf":
+        yield from _no_gguf(path, config, text, served)
     alike = written.rows[0].rescale == written.rows[-1].rescale
     regime = _REGIMES[engine].format(original=served.original_length)
     yield Said("regime", None, f"both lists are equal: {engine} has one regime" if alike else regime)
@@ -142,6 +144,16 @@ def _cannot(served: FactorTable, engine: str, window: str, text: Mapping[str, An
     for loss in losses(served, engine, window, str(text.get("model_type"))):
         if not loss.startswith("attention factor"):  # which is compared by itself
             yield Said("engine", False, loss)
+
+
+def _no_gguf(path: Path, config: Mapping[str, Any], text: Mapping[str, Any], served: FactorTable) -> Iterator[Said]:
+    """Why no GGUF file can be made of a folder: llama.cpp's graphs of most classes use no factors."""
+    try:
+        check_architecture(config, path)
+        if "hidden_act" in text:  # else it is the class's, silu in all that are written
+            check_graph(text, served)
+    except UserError as error:
+        yield Said("engine", False, str(error))
 
 
 def gguf_fields(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
