@@ -21,7 +21,7 @@ import pytest
 from longrope.errors import UserError
 from longrope.factors import FactorTable, RopeFactors
 from longrope.files import append_line, disk_errors, read_lines, read_object, write_atomically
-from longrope.runs import RunFolder, default_run_path, fresh_run_path
+from longrope.runs import RunFolder, command_line, default_run_path, fresh_run_path
 
 CONFIG: dict[str, Any] = {
     "command": "search",
@@ -494,6 +494,22 @@ def test_the_folder_one_stands_in_is_named_by_its_own_name(tmp_path: Path, monke
     (tmp_path / "phi").mkdir()
     monkeypatch.chdir(tmp_path / "phi")
     assert default_run_path("search", ".", 300) == Path("runs/search-phi-300")
+
+
+@pytest.mark.parametrize(
+    ("program", "ours"),
+    [
+        ("/venv/bin/longrope", True),
+        ("/venv/lib/python3.12/site-packages/longrope/__main__.py", True),  # python -m longrope, as torchrun starts it
+        ("/venv/lib/python3.12/site-packages/pytest/__main__.py", False),
+        ("train.py", False),
+    ],
+)
+def test_the_command_line_is_told_however_the_program_was_started(
+    program: str, monkeypatch: pytest.MonkeyPatch, *, ours: bool
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "search", "tiny"])
+    assert command_line() == (["longrope", "search", "tiny"] if ours else None)
 
 
 def test_a_fresh_run_has_a_path_that_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

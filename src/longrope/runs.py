@@ -300,8 +300,13 @@ def lower_is_better(measure: str) -> bool:
 
 
 def command_line() -> list[str] | None:
-    """The command line this process was started with, for a report; None when it is not `longrope`."""
-    return ["longrope", *sys.argv[1:]] if Path(sys.argv[0]).stem == "longrope" else None
+    """The command line this process was started with, for a report; None when it is not `longrope`.
+
+    With `python -m longrope`, as torchrun and accelerate start it, the program is its `__main__.py`.
+    """
+    program = Path(sys.argv[0])
+    as_module = program.name == "__main__.py" and program.parent.name == "longrope"
+    return ["longrope", *sys.argv[1:]] if program.stem == "longrope" or as_module else None
 
 
 def is_first_process() -> bool:
