@@ -429,7 +429,7 @@ def test_a_table_survives_the_config_class_of_transformers(name: str, tmp_path: 
     [
         (
             (unscaled(2, 256), RopeFactors(512, (1.0, 2.0), start_tokens=4)),
-            "factor table: got start tokens [0, 4]; no engine keeps start tokens unscaled; export the long row alone",
+            "factor table: got start tokens [0, 4]; no engine keeps start tokens unscaled; export with --force",
         ),
         (
             (unscaled(2, 256), unscaled(2, 512), unscaled(2, 1024)),

@@ -410,7 +410,7 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, inside in (("searched", ""), ("trained", "checkpoint"), ("adapted", "adapter")):
         (Path(name) / inside).mkdir(parents=True)
         (Path(name) / "config.json").write_text(json.dumps({"command": "finetune", "settings": {}}))
-        do = {"": f"give the model, with --factors {name}", "checkpoint": f"give {name}/checkpoint"}
+        do = {"": "give the model that it was of", "checkpoint": f"give {name}/checkpoint"}
         told = f"model: got {name}, a run; a model is a folder of weights; {do.get(inside, 'train with --merge')}"
         for command in (["doctor", name], ["generate", name, "-p", "x"]):
             assert refused(*command).startswith(told)

@@ -391,6 +391,7 @@ def test_more_than_two_rows_have_their_last_one_exported(tmp_path: Path) -> None
     assert_same_logits(stock(export(loaded, table, tmp_path / "out", window="long")), loaded, long)
     message = refusal(loaded, table, tmp_path / "other", window="dynamic")
     assert message.startswith("factor table: got start tokens [0, 3, 0]; no engine keeps start tokens unscaled; ")
+    assert "; export with --window long, or keep factors.json" in message
 
 
 def test_the_command_takes_the_factors_beside_the_weights(tmp_path: Path) -> None:
@@ -422,7 +423,8 @@ def test_start_tokens_are_refused(window: str, tmp_path: Path) -> None:
     message = refusal(loaded, table_for(loaded, start_tokens=4), tmp_path / "out", window=window)
     assert "factor table: got start tokens " in message
     assert message.endswith(
-        "; no engine keeps start tokens unscaled; export the long row alone, or keep factors.json, which longrope reads"
+        "; no engine keeps start tokens unscaled; export with --force, which leaves them out, or keep factors.json, "
+        "which longrope reads"
     )
 
 
@@ -438,6 +440,7 @@ def test_two_attention_factors_are_refused_in_the_dynamic_window_only(tmp_path: 
     table = table_for(loaded, attention_factor=1.3)
     message = refusal(loaded, table, tmp_path / "out", window="dynamic")
     assert message.startswith("factor table: got attention factors 1.2 and 1.3; the longrope format has one for both")
+    assert "; export with --window long, or keep factors.json" in message
     assert_same_logits(stock(export(loaded, table, tmp_path / "out", window="long")), loaded, table.rows[-1])
 
 

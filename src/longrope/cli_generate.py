@@ -84,7 +84,7 @@ def generate(
     options = shared.options(own_factors=table != "none")
     loaded, applied = _ready(model, table, options, policy, chunk)
     if as_chat:
-        ids = chat_ids(loaded.tokenizer, [{"role": "user", "content": text}])
+        ids = chat_ids(loaded.tokenizer, [{"role": "user", "content": text}], instead="leave out --chat")
     else:
         ids = prompt_ids(loaded.tokenizer, text)
     write = None if shared.as_json else _write

@@ -111,7 +111,10 @@ def to_transformers_config(table: FactorTable) -> dict[str, Any]:
     first, last = table.rows[0], table.rows[-1]
     if any(row.start_tokens for row in table.rows):
         got = f"start tokens {[row.start_tokens for row in table.rows]}"
-        _not_expressible(got, "no engine keeps start tokens unscaled")
+        rule = "no engine keeps start tokens unscaled"
+        if last.start_tokens:  # no window is without them
+            _not_expressible(got, rule, "export with --force, which leaves them out")
+        _not_expressible(got, rule)
     if len(table.rows) > 2:
         _not_expressible(f"{len(table.rows)} rows", "the longrope format has two, short and long")
     if first.attention_factor != last.attention_factor:
@@ -331,6 +334,5 @@ def _given(value: _N | None, flag: str, rule: str) -> _N:
     return value
 
 
-def _not_expressible(got: str, rule: str) -> NoReturn:
-    do = "export the long row alone, or keep factors.json, which longrope reads"
-    raise UserError("factor table", got=got, rule=rule, do=do)
+def _not_expressible(got: str, rule: str, do: str = "export with --window long") -> NoReturn:
+    raise UserError("factor table", got=got, rule=rule, do=f"{do}, or keep factors.json, which longrope reads")

@@ -216,7 +216,8 @@ def check_no_run(folder: Path) -> None:
     elif (folder / ADAPTER).is_dir():
         do = "train with --merge, and give its checkpoint"
     else:
-        do = f"give the model, with --factors {folder} where it has factors"
+        # Not every command that takes a model has --factors: plan, doctor, extend and search have none.
+        do = "give the model that it was of; evaluate, compare, generate and export take its factors with --factors"
     raise UserError("model", got=f"{folder}, a run", rule="a model is a folder of weights", do=do)
 
 

@@ -167,7 +167,12 @@ def _for_engine(
         if engine == "transformers":
             to_transformers_config(wanted)  # says which, and what else there is
         rule = "nothing is dropped silently"
-        do = "choose another window or engine, or --force, which leaves it out and measures what that costs"
+        forced = "--force, which leaves it out and measures what that costs"
+        do = f"choose another engine, or {forced}"
+        if wanted.rows[-1].start_tokens:  # no engine and no window is without them
+            do = f"give {forced}"
+        elif window == "dynamic":
+            do = f"choose --window long, another engine, or {forced}"
         raise UserError(f"--engine {engine}", got=left_out[0], rule=rule, do=do)
     served = expressible(wanted, engine, window, family) if left_out else wanted
     read = served if engine == "transformers" else expressible(served, "transformers", window, family)

@@ -133,16 +133,21 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation up to where the assistant begins. Raises UserError where there is no template."""
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, instead: str = "use generate"
+) -> list[int]:
+    """Token ids of a conversation up to where the assistant begins. Raises UserError where there is no template.
+
+    instead: what the user can do without one.
+    """
     if tokenizer.chat_template is None:
         rule = "a conversation needs the tokenizer's chat template"
-        raise UserError("model", got="a tokenizer without one", rule=rule, do="use an instruct model, or generate")
+        raise UserError("model", got="a tokenizer without one", rule=rule, do=f"{instead}, or give an instruct model")
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and it comes with the model
         rule = "it writes these turns"
-        raise UserError("chat template", got=first_line(error), rule=rule, do="use generate") from None
+        raise UserError("chat template", got=first_line(error), rule=rule, do=instead) from None
     return token_ids(tokenizer, str(text))
 
 
