@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -402,9 +403,24 @@ def test_fix_writes_a_mended_copy_of_a_whole_checkpoint(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_without_the_hub_a_name_that_is_no_folder_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its library would ask again for half a minute, and say so on every try."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    begun = time.monotonic()
+    assert refused("doctor", "models/nope") == (
+        "model: got models/nope, which is no folder here; the Hub was not reached, and no model of this name was "
+        "fetched from it before; check the path: a folder, a config.json or a Hub id"
+    )
+    assert time.monotonic() - begun < 10
+    assert capfd.readouterr().err == ""
+
+
 def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert refused("doctor", "missing").startswith("model: got missing, which cannot be read; ")
+    assert refused("doctor", "missing").startswith("model: got missing, which is no folder here; ")
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused("doctor", "empty")
     for name, inside in (("searched", ""), ("trained", "checkpoint"), ("adapted", "adapter")):

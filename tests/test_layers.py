@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "longrope"
 # From the ground up; a module imports from its own layer's line or from lines above it in this list.
 LAYERS = [
     ["errors", "hardware"],
-    ["lengths", "seals", "room", "ray_cluster", "launched"],
+    ["lengths", "seals", "room", "ray_cluster", "launched", "hub"],
     ["files"],
     ["factors", "folders"],
     ["runs"],
@@ -60,7 +60,7 @@ LAYERS = [
 WITHOUT_TORCH = (
     "watch errors lengths seals files room factors runs baselines configs convert rotating search.tasks search.space "
     "search.critical "
-    "search.archive search.loop search.racing search.descent ray_cluster launched report console console_tables "
+    "search.archive search.loop search.racing search.descent ray_cluster launched hub report console console_tables "
     "cli cli_options cli_search cli_evaluate cli_compare cli_finetune cli_extend "
     "cli_generate cli_doctor cli_export cli_plan doctor.examine doctor.run "
     "planning.shape planning.flops planning.activations planning.memory planning.precision planning.machines "

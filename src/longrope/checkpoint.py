@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import constants, get_session
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +27,7 @@ from longrope.factors import FACTORS, FactorTable
 from longrope.files import read_json
 from longrope.guard import check_attention, check_files, check_sizes
 from longrope.hardware import half_is_fast_on_cpu
+from longrope.hub import hub_answers
 from longrope.patch import CHOOSE_ROPE
 from longrope.runs import check_no_run
 
@@ -228,15 +228,7 @@ def _from_pretrained(factory: Any, source: str, trust_remote_code: bool, **optio
 
 
 def _is_local(source: str) -> bool:
-    return Path(source).is_dir() or not _hub_answers()
-
-
-def _hub_answers() -> bool:
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # no network, no name service, a proxy that refuses, offline mode: each has its own
-        return False
-    return True
+    return Path(source).is_dir() or not hub_answers()
 
 
 def read_rope(

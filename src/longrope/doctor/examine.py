@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from longrope.factors import FACTORS, FactorTable
 from longrope.files import read_json, write_atomically
 from longrope.folders import is_free, whole_folder
 from longrope.guard import files_to_copy
+from longrope.hub import hub_answers
 from longrope.runs import check_no_run
 
 SEVERITIES = ("error", "warning", "note")
@@ -77,14 +79,18 @@ def files_of(model: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    cached_only = not hub_answers()
     try:
-        found = Path(hf_hub_download(model, _CONFIG)).parent
+        found = Path(hf_hub_download(model, _CONFIG, local_files_only=cached_only)).parent
         for name in (_TOKENIZER, FACTORS):
             with suppress(EntryNotFoundError, OSError):
-                hf_hub_download(model, name)
-    except Exception as error:  # each way in which a name is none, or the Hub does not answer, has an error of its own
-        got, rule = f"{model}, which cannot be read", " ".join(str(error).split())[:200]
-        raise UserError("model", got=got, rule=rule, do="give a folder, a config.json or a Hub id") from None
+                hf_hub_download(model, name, local_files_only=cached_only)
+    except Exception as error:  # each way in which a name is none has an error of its own
+        rule = textwrap.shorten(str(error), 200, placeholder=" ...")
+        if cached_only:
+            rule = "the Hub was not reached, and no model of this name was fetched from it before"
+        got, do = f"{model}, which is no folder here", "check the path: a folder, a config.json or a Hub id"
+        raise UserError("model", got=got, rule=rule, do=do) from None
     return found
 
 
