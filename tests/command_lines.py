@@ -94,7 +94,8 @@ def _together(command: str, given: Mapping[str, Any]) -> None:
         SearchSettings(to=parse_length(given["to"]), **words).check_words()
     elif command == "export":
         check_names(given["engine"], given["window"])
-        _one_of("--dtype", ["f32", "f16", "bf16", "q8_0"])(given["dtype"])
+        if given["dtype"] is not None:
+            _one_of("--dtype", ["f32", "f16", "bf16", "q8_0"])(given["dtype"])
     elif command == "compare":
         check_measure(given["measure"], MeasureSettings(documents=given["documents"] or ["D"]), COMPARED)
     if command != "export" and "dtype" in given:

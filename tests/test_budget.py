@@ -40,7 +40,9 @@ def loaded(ground: Path) -> LoadedModel:
 
 def searched(loaded: LoadedModel, out: Path, **keywords: Any) -> FactorTable:
     documents = [str(Path(loaded.name).parent / "texts")]
-    chosen = {"windows": WINDOWS, "gradient_windows": 4} | keywords
+    chosen = (
+        {"windows": WINDOWS} | ({} if keywords.get("method") == "evolution" else {"gradient_windows": 4}) | keywords
+    )
     return search(loaded, to=TARGET, documents=documents, out=out, **chosen)
 
 

@@ -108,6 +108,44 @@ def test_what_an_engine_cannot_express_is_refused_with_the_reason(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("window", "start_tokens", "do"),
+    [
+        ("dynamic", 4, "give --force, "),
+        ("long", 4, "give --force, "),
+        ("dynamic", 0, "choose --window long, another engine, or --force, "),
+    ],
+)
+def test_what_is_to_be_done_about_a_loss_helps(
+    window: str, start_tokens: int, do: str, model: Path, tmp_path: Path
+) -> None:
+    short, long = TABLE.rows
+    factors = replace(TABLE, rows=(short, long.with_values(start_tokens=start_tokens)))
+    with pytest.raises(UserError) as error:
+        export(model, tmp_path / "out", "sglang", window, factors=factors)
+    assert error.value.do.startswith(do)
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "gguf"])
+def test_the_type_of_matrices_is_of_a_gguf_alone(engine: str, model: Path, tmp_path: Path) -> None:
+    TABLE.save(tmp_path / "factors.json")
+    out = tmp_path / "out"
+    done = longrope("export", model, "-f", tmp_path, "--engine", engine, "--dtype", "q8_0", "--out", out)
+    assert (done.code, out.exists()) == (2, False)
+    assert done.err.startswith(f"longrope: --dtype: got q8_0 for {engine}; weights are converted for gguf alone, ")
+    assert done.err.count("\n") == 1
+
+
+def test_documents_that_nothing_is_measured_on_are_refused(model: Path, tmp_path: Path) -> None:
+    TABLE.save(tmp_path / "factors.json")
+    done = longrope("export", model, "-f", tmp_path, "-d", "docs/nope", "--out", tmp_path / "out")
+    assert (done.code, (tmp_path / "out").exists()) == (2, False)
+    assert done.err == (
+        "longrope: --documents: got documents without --force; what --force costs is measured on them; "
+        "leave them out, or give --force\n"
+    )
+
+
 def test_force_leaves_it_out_and_the_card_has_what_that_costs(model: Path, tmp_path: Path) -> None:
     write_documents(tmp_path / "texts")
     started = replace(TABLE, rows=tuple(row.with_values(start_tokens=2) for row in TABLE.rows))
@@ -278,6 +316,24 @@ def test_what_cannot_be_a_gguf_is_refused(change: dict[str, Any], message: str, 
         check_architecture({"model_type": "llama"}, tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("name", "rotary_dim", "can"), [("llama", 16, True), ("qwen3", 24, False), ("gemma3", 16, False)]
+)
+def test_verify_tells_of_a_folder_that_can_be_no_gguf(name: str, rotary_dim: int, can: bool, tmp_path: Path) -> None:
+    """As export does: llama.cpp's graphs of most classes rotate without factors."""
+    model = write_checkpoint(tmp_path / "model", name)
+    shaped = table(shape=RopeShape(500.0, rotary_dim, ORIGINAL))
+    folder, _ = export(model, tmp_path / "out", "transformers", factors=shaped)
+    said = [each for each in verify(folder, engine="gguf") if each.name == "engine"]
+    assert bool(said) == (not can)
+    for each in said:
+        assert each.ok is False
+        assert each.what.startswith(f"--engine gguf: got {name}")
+    if not can:
+        with pytest.raises(UserError, match=r"^--engine gguf: got "):
+            export(model, tmp_path / "gguf", "gguf", factors=shaped)
+
+
 def test_qwen_in_gguf_is_refused_from_the_command_line(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", "qwen2")
     TABLE.save(tmp_path / "factors.json")
@@ -316,24 +372,6 @@ def test_verify_finds_what_was_changed_afterwards(model: Path, tmp_path: Path) -
     (folder / "config.json").write_text(json.dumps(config))
     wrong = {said.name for said in verify(folder) if said.ok is False}
     assert {"factors", "configuration"} <= wrong
-@pytest.mark.parametrize(
-    ("name", "rotary_dim", "can"), [("llama", 16, True), ("qwen3", 24, False), ("gemma3", 16, False)]
-)
-def test_verify_tells_of_a_folder_that_can_be_no_gguf(name: str, rotary_dim: int, can: bool, tmp_path: Path) -> None:
-    """As export does: llama.cpp's graphs of most classes rotate without factors."""
-    model = write_checkpoint(tmp_path / "model", name)
-    shaped = table(shape=RopeShape(500.0, rotary_dim, ORIGINAL))
-    folder, _ = export(model, tmp_path / "out", "transformers", factors=shaped)
-    said = [each for each in verify(folder, engine="gguf") if each.name == "engine"]
-    assert bool(said) == (not can)
-    for each in said:
-        assert each.ok is False
-        assert each.what.startswith(f"--engine gguf: got {name}")
-    if not can:
-        with pytest.raises(UserError, match=r"^--engine gguf: got "):
-            export(model, tmp_path / "gguf", "gguf", factors=shaped)
-
-
     assert longrope("verify", folder).code == 1
     config["rope_scaling"]["long_factor"][3] -= 0.5
     (folder / "config.json").write_text(json.dumps(config))

@@ -205,4 +205,20 @@ def test_a_command_that_there_is_not_is_told_and_two_slashes_begin_a_text(
 def test_chat_without_a_template_is_refused_at_once(tmp_path: Path) -> None:
     done = longrope("chat", write_checkpoint(tmp_path / "model"), "--device", "cpu")
     assert done.code == 2
-    assert "model: got a tokenizer without one; a conversation needs the tokenizer's chat template; " in done.err
+    message = "model: got a tokenizer without one; a conversation needs the tokenizer's chat template; "
+    assert f"{message}use generate, or give an instruct model\n" in done.err
+    done = longrope("generate", tmp_path / "model", "-p", "x", "--chat", "--device", "cpu")
+    assert done.code == 2
+    assert f"{message}leave out --chat, or give an instruct model\n" in done.err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--top-p", 0.9), ("--top-k", 5)])
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_what_is_drawn_from_is_refused_where_nothing_is_drawn(command: str, flag: str, value: float) -> None:
+    prompt = ("-p", "x") if command == "generate" else ()
+    done = longrope(command, "tiny", *prompt, flag, value)
+    assert done.code == 2
+    assert done.err == (
+        f"longrope: {flag}: got {value} at temperature 0; that takes the most likely token, and draws none; "
+        "give a --temperature above 0, or leave it out\n"
+    )

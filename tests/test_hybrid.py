@@ -44,7 +44,7 @@ CASES = {
     "longrope2": Case({"space": "longrope2"}),
     "start tokens": Case({"start_tokens": "search"}),
     "needle": Case({"objective": "needle"}),
-    "race": Case({"method": "evolution", "race": True, "evaluations": 80}),
+    "race": Case({"method": "evolution", "race": True, "gradient_windows": None, "evaluations": 80}),
 }
 
 

@@ -409,6 +409,10 @@ def test_a_template_of_no_use_or_without_a_needle_is_refused(tmp_path: Path, mon
     Path("words.toml").write_text('[needle]\nneedle = "{key} {number}"\nquestion = "{key}"\n')
     told = refused(*words, "--needle-template", "words.toml")
     assert told.startswith("--needle-template: got --objective perplexity; it is the wording of the needle objective; ")
+    for option, value, what in (("--needle-digits", 5, "number"), ("--needle-depth", "start", "place")):
+        told = refused(*words, option, value)
+        assert told.startswith(f"{option}: got --objective perplexity; it is the {what} of the needle objective; ")
+    assert not Path("run").exists()
 
 
 def test_both_takes_no_more_gradient_windows_of_one_kind_than_the_documents_have_of_the_other(

@@ -258,6 +258,10 @@ def test_a_failed_evaluation_is_recorded_as_null_and_not_repeated(tmp_path: Path
         ({"hours": 0.0}, "--hours: got 0.0; it is a number above 0"),
         ({"token_passes": 0}, "--token-passes: got 0; it is at least 1"),
         ({"gradient_windows": -1}, "--gradient-windows: got -1; it is at least 0"),
+        (
+            {"gradient_windows": 4, "method": "evolution"},
+            "--gradient-windows: got --method evolution; it takes no gradients; leave it out",
+        ),
         ({"evaluations": 0}, "--evaluations: got 0; it is at least 1"),
         ({"windows": -1}, "--windows: got -1; it is at least 1"),
         ({"start_tokens": "some"}, "--start-tokens: got 'some'; it is a number of tokens below the target, or search"),

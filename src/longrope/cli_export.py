@@ -30,7 +30,9 @@ def export(
     window: Annotated[
         str, typer.Option(help="long (safe everywhere), dynamic (both rows, by length) or short.")
     ] = "long",
-    dtype: Annotated[str, typer.Option("--dtype", help="Of matrices in a GGUF: f32, f16, bf16 or q8_0.")] = "f16",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of matrices in a GGUF: f32, f16 (the default), bf16 or q8_0.")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Leave out what the engine cannot express, and measure what that costs.")
     ] = False,
@@ -56,7 +58,7 @@ def export(
         window=window,
         dtype=dtype,
         force=force,
-        documents=documents or ["stdlib"],
+        documents=documents or None,
         push=push,
         options=options,
     )

@@ -51,9 +51,9 @@ def export(
     *,
     engine: str = "transformers",
     window: str = "long",
-    dtype: str = "f16",
+    dtype: str | None = None,
     force: bool = False,
-    documents: str | Sequence[str] = ("stdlib",),
+    documents: str | Sequence[str] | None = None,
     push: str | None = None,
     options: LoadOptions | None = None,
     **load: Any,
@@ -61,15 +61,20 @@ def export(
     """Write a folder for an engine with the factors, and read it back to check.
 
     engine: transformers, vllm, sglang, mlx, or gguf for llama.cpp. window: `long` uses the last row at every length,
-    safe everywhere; `short` the first; `dynamic` both, each engine in its own way. dtype: of matrices in a GGUF. A
-    sliding window that every layer has is widened to the target. The folder's factors.json is the table that is served:
-    what our commands measure on the folder is what the engine does. What the engine cannot express is refused; force
-    leaves it out, and the card says what that costs, measured on `documents`. push: a repository of the Hub that the
-    folder is uploaded to. factors: a table or its file, by default the factors.json beside the weights. options:
-    LoadOptions as one object; `load`: its fields. Returns the folder. Raises UserError for factors of another model,
-    and an `out` that is not empty or cannot be written.
+    safe everywhere; `short` the first; `dynamic` both, each engine in its own way. dtype: of matrices in a GGUF, f16 by
+    default; of other engines the weights stay as they are. A sliding window that every layer has is widened to the
+    target. The folder's factors.json is the table that is served: what our commands measure on the folder is what the
+    engine does. What the engine cannot express is refused; force leaves it out, and the card says what that costs,
+    measured on `documents` (stdlib by default). push: a repository of the Hub that the folder is uploaded to. factors:
+    a table or its file, by default the factors.json beside the weights. options: LoadOptions as one object; `load`: its
+    fields. Returns the folder. Raises UserError for factors of another model, and an `out` that is not empty or cannot
+    be written.
     """
     check_names(engine, window)
+    matrices = _matrices(engine, dtype)
+    if documents is not None and not force:
+        got, rule = "documents without --force", "what --force costs is measured on them"
+        raise UserError("--documents", got=got, rule=rule, do="leave them out, or give --force")
     options = load_options(options, load)
     loaded = model if isinstance(model, LoadedModel) else skeleton(as_model(model), options)
     table = loaded.table if factors is None else as_table(factors)
@@ -84,7 +89,7 @@ def export(
     _check_place(out)
     costs: list[dict[str, Any]] = []
     if parts.left_out:
-        costs = measured_costs(loaded.name, table, parts.served, engine, window, documents, options)
+        costs = measured_costs(loaded.name, table, parts.served, engine, window, documents or ["stdlib"], options)
     served = parts.served
     widened = None
     if engine != "gguf" and served.rows[-1].up_to > loaded.rope.original_length:
@@ -98,7 +103,7 @@ def export(
         window,
         engine=engine,
         family=parts.family,
-        dtype=dtype if engine == "gguf" else None,
+        dtype=matrices,
         widened=widened,
         left_out=parts.left_out,
         costs=costs,
@@ -107,10 +112,10 @@ def export(
     )
     try:
         with whole_folder(out) as unfinished:
-            if engine == "gguf":
+            if matrices is not None:
                 name = loaded.name.rstrip("/").rsplit("/", 1)[-1]
-                path = unfinished / f"{name}-{dtype}.gguf"
-                write_gguf(folder, parts.known, served, path, window=window, dtype=dtype, name=name)
+                path = unfinished / f"{name}-{matrices}.gguf"
+                write_gguf(folder, parts.known, served, path, window=window, dtype=matrices, name=name)
             else:
                 copy_checkpoint(folder, unfinished)
                 kind = type(loaded.model.config.get_text_config())
@@ -177,6 +182,14 @@ def _for_engine(
     served = expressible(wanted, engine, window, family) if left_out else wanted
     read = served if engine == "transformers" else expressible(served, "transformers", window, family)
     return _ForEngine(family, known, served, read, left_out)
+
+
+def _matrices(engine: str, dtype: str | None) -> str | None:
+    """The type of matrices in a GGUF. Raises UserError for one of another engine, whose weights are copied: None."""
+    if engine != "gguf" and dtype is not None:
+        got, rule = f"{dtype} for {engine}", "weights are converted for gguf alone, and copied as they are for others"
+        raise UserError("--dtype", got=got, rule=rule, do="leave it out, or use --engine gguf")
+    return (dtype or "f16") if engine == "gguf" else None
 
 
 def _measured(factors: object) -> dict[str, Any] | None:

@@ -39,6 +39,10 @@ class Sampling:
         if self.beams > 1 and self.temperature > 0:
             rule = "beams are of the most likely texts"
             raise UserError("--beams", got=f"{self.beams} with a temperature", rule=rule, do="leave out one of them")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            flag, value = ("--top-p", self.top_p) if self.top_p < 1 else ("--top-k", self.top_k)
+            got, rule = f"{value} at temperature 0", "that takes the most likely token, and draws none"
+            raise UserError(flag, got=got, rule=rule, do="give a --temperature above 0, or leave it out")
 
     def settings(self) -> dict[str, Any]:
         """As transformers' generation settings have them."""

@@ -181,12 +181,25 @@ class SearchSettings:
         if not 1 <= self.needle_digits <= _MOST_DIGITS:
             rule = f"a number has 1 to {_MOST_DIGITS} of them"
             raise UserError("--needle-digits", got=self.needle_digits, rule=rule, do="use 7 as in LongRoPE2")
-        if self.needle_template is not None and self.objective == "perplexity":
-            got, rule = "--objective perplexity", "it is the wording of the needle objective"
-            raise UserError("--needle-template", got=got, rule=rule, do="leave it out, or choose needle or both")
+        self._check_needle()
+        if self.gradient_windows and self.method == "evolution":
+            got, rule = "--method evolution", "it takes no gradients"
+            raise UserError("--gradient-windows", got=got, rule=rule, do="leave it out, or choose gradient or hybrid")
         if self.race and self.method != "evolution":
             rule = f"it is a choice of evolution; {self.method} always races"
             raise UserError("--race", got=f"--method {self.method}", rule=rule, do="leave it out")
+
+    def _check_needle(self) -> None:
+        """Raise UserError for what says how needles are, where there are none; what a default says is nobody's word."""
+        given = {
+            "--needle-template": (self.needle_template, None, "the wording"),
+            "--needle-depth": (self.needle_depth, "spread", "the place"),
+            "--needle-digits": (self.needle_digits, DIGITS, "the number"),
+        }
+        for flag, (value, default, what) in given.items():
+            if value != default and self.objective == "perplexity":
+                got, rule = "--objective perplexity", f"it is {what} of the needle objective"
+                raise UserError(flag, got=got, rule=rule, do="leave it out, or choose needle or both")
 
     def _check_types(self) -> None:
         """Raise UserError for what is of another type than its field: a file and a caller may give any."""
