@@ -349,6 +349,12 @@ def test_the_model_card_keeps_what_the_hub_reads_of_the_original_and_names_the_m
     assert "A model." not in card
 
 
+def test_a_snapshot_in_the_cache_of_the_hub_is_named_by_its_repository() -> None:
+    table = FactorTable(500.0, 16, ORIGINAL, (unscaled(8, ORIGINAL),))
+    for name in ("/cache/hub/models--me--q/snapshots/0a1b2c3d", "me/q"):
+        assert model_card(name, table, "short").splitlines()[0].startswith("# q, ")
+
+
 def test_the_model_card_has_no_figures_beyond_what_is_served() -> None:
     rows = (unscaled(8, ORIGINAL), RopeFactors(LONG, (2.0,) * 8))
     results = [{"method": "longrope", "length": length, "value": 2.0 + length} for length in (ORIGINAL, LONG)]

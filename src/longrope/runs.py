@@ -320,10 +320,21 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
+def short_name(model: str) -> str:
+    """The last part of a model's path or Hub id.
+
+    That of a snapshot in the Hub's cache is a hash: `.../models--me--q/snapshots/0a1b2c` is q, after its repository.
+    """
+    path = Path(model) if Path(model).name else Path(model).resolve()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rsplit("--", 1)[-1]
+    return path.name
+
+
 def default_run_path(command: str, model: str, length: int) -> Path:
     """runs/COMMAND-MODEL-LENGTH; of the model the last part of its path or Hub id, made safe for a file name."""
-    name = Path(model).name or Path(model).resolve().name
-    safe = re.sub(r"[^\w.+-]+", "_", name)[:60].strip("._-")
+    safe = re.sub(r"[^\w.+-]+", "_", short_name(model))[:60].strip("._-")
     return Path("runs") / f"{command}-{safe or 'model'}-{format_length(length)}"
 
 

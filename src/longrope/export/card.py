@@ -12,7 +12,7 @@ from longrope.errors import UserError, one_line, plural
 from longrope.factors import FactorTable
 from longrope.files import read_text
 from longrope.lengths import format_length
-from longrope.runs import CHECKPOINT
+from longrope.runs import CHECKPOINT, short_name
 
 _USE = {
     "long": "The long factors are used at every length, which is safe in every engine. Short prompts pay for it: "
@@ -178,8 +178,8 @@ def front_matter(folder: Path) -> str:
 
 def _title(name: str, table: FactorTable) -> str:
     """The last part of a model's name; that of a run's checkpoint is the same for all, and its table knows better."""
-    folder = name.rstrip("/").rsplit("/", 1)[-1]
-    own = (table.model or name).rstrip("/").rsplit("/", 1)[-1]
+    folder = short_name(name)
+    own = short_name(table.model or name)
     return _plain(own if folder == CHECKPOINT else folder)
 
 

@@ -38,7 +38,7 @@ from longrope.folders import is_free, whole_folder
 from longrope.model import LoadedModel
 from longrope.modes import apart
 from longrope.patch import widen_window
-from longrope.runs import METRICS
+from longrope.runs import METRICS, short_name
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def export(
     try:
         with whole_folder(out) as unfinished:
             if matrices is not None:
-                name = loaded.name.rstrip("/").rsplit("/", 1)[-1]
+                name = short_name(loaded.name)
                 path = unfinished / f"{name}-{matrices}.gguf"
                 write_gguf(folder, parts.known, served, path, window=window, dtype=matrices, name=name)
             else:
