@@ -62,6 +62,76 @@ def test_a_run_whose_lock_is_held_runs(tmp_path: Path) -> None:
     assert holder(path) is None
 
 
+BEGAN = 1_700_000_000
+"""When the process that trains wrote its lock, in the tests below."""
+
+
+def trained(path: Path, *, steps: int = 12, now: float = BEGAN + 24) -> None:
+    """Losses of some steps of a training that has 40, written until `now`."""
+    path.mkdir(parents=True, exist_ok=True)
+    config = {**CONFIG, "command": "finetune", "settings": {"length": 2048, "steps": 40}}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "training.jsonl").write_text(
+        "".join(f'{{"step": {step}, "loss": {9 - step / 2}}}\n' for step in range(1, steps + 1))
+    )
+    (path / ".lock").touch()
+    os.utime(path / ".lock", (BEGAN, BEGAN))
+    os.utime(path / "training.jsonl", (now, now))
+
+
+def saved(path: Path, step: int, at: float) -> Path:
+    folder = path / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    os.utime(folder, (at, at))
+    return folder
+
+
+def test_a_training_shows_its_step_loss_pace_and_what_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    trained(path)
+    assert "pace" not in look_at(path).facts, "nobody trains"
+    with RunFolder.open(path, json.loads((path / "config.json").read_text())):
+        trained(path)
+        view = look_at(path)
+        facts = {name: text.replace("\N{NO-BREAK SPACE}", " ") for name, text in view.facts.items()}
+        assert view.state == "running"
+        assert facts["training"] == "step 12 of 40"
+        assert facts["loss"] == "3.000"
+        assert facts["pace"] == "2 s a step, 56 s left"
+        assert view.last[-1] == "step 12 loss 3.000"
+        older = saved(path, 10, BEGAN - 100)  # what this process goes on from
+        assert look_at(path).facts["pace"].startswith("12 s a step, ")
+        saved(path, 11, BEGAN + 20)
+        assert look_at(path).facts["pace"].startswith("12 s a step, ")
+        older.rmdir()  # as checkpoints are that are not kept
+        assert look_at(path).facts["pace"].startswith("4 s a step, ")
+        saved(path, 12, BEGAN + 24)
+        (path / "checkpoints" / "checkpoint-11").rmdir()
+        assert "pace" not in look_at(path).facts, "of no step since then"
+
+
+def test_an_extension_shows_the_stage_that_is_made_and_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    make_run(path / "01-search")
+    stages = {name: {"do": name[3:], "to": 2048} for name in ("01-search", "02-finetune", "03-search")}
+    (path / "config.json").write_text(json.dumps({**CONFIG, "command": "extend", "settings": {"stages": stages}}))
+    done = [json.dumps({"stage": name, "inputs": {}, "outputs": "", "seconds": 5.0}) for name in stages]
+    looks = []
+    for count in range(4):
+        (path / "stages.jsonl").write_text("".join(f"{line}\n" for line in done[:count]))
+        if count == 1:
+            trained(path / "02-finetune")
+        looks.append(look_at(path))
+    searching, training, next_one, measuring = looks
+    assert (searching.facts["stage"], searching.facts["search"]) == ("01-search, 1 of 3", "7 evaluations")
+    assert searching.last[-1].startswith("6. mutation")
+    assert (training.facts["stage"], training.facts["training"]) == ("02-finetune, 2 of 3", "step 12 of 40")
+    assert training.last[-1] == "step 12 loss 3.000"
+    assert next_one.facts["stage"] == "03-search, 3 of 3, about to begin"
+    assert next_one.last == ()
+    assert measuring.facts["stages"] == "all 3 done"
+
+
 def test_lines_that_are_half_written_wait_for_the_next_look(tmp_path: Path) -> None:
     path = unfinished(tmp_path / "run")
     with (path / "evaluations.jsonl").open("a") as file:

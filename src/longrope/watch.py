@@ -22,12 +22,12 @@ from rich.text import Text
 from longrope.errors import UserError, plural
 from longrope.lengths import format_length
 from longrope.report.facts import command_line
-from longrope.report.read import RunData, read_run
+from longrope.report.read import RunData, Stage, read_run
 from longrope.report.results import length_of
 from longrope.report.searched import counts, evaluations_text, objective_text
 from longrope.report.style import count_text, duration_text, slug, value_text
 from longrope.report.tensorboard_files import EventLog
-from longrope.runs import CONFIG, DONE, EVALUATIONS, LOCK, METRICS, RESULTS, is_run
+from longrope.runs import CONFIG, DONE, EVALUATIONS, LOCK, LOSSES, METRICS, RESULTS, is_run
 
 _LINES = 6  # the last lines that are shown
 _RECENT = 20  # evaluations that the rate is taken of
@@ -105,7 +105,7 @@ def look_at(run: Path) -> View:
 
     A file that is written at this moment may be half there: what it says is told at the next look.
     """
-    if _is_other(run) or not any((run / name).exists() for name in (CONFIG, EVALUATIONS, RESULTS, DONE)):
+    if _is_other(run) or not any((run / name).exists() for name in (CONFIG, EVALUATIONS, LOSSES, RESULTS, DONE)):
         read_run(run)  # refuses, with what is wrong
     facts: dict[str, str] = {}
     problem = ""
@@ -116,16 +116,22 @@ def look_at(run: Path) -> View:
         problem = str(error)
     finished, held = (run / DONE).exists(), holder(run)
     state = "finished" if finished else "interrupted" if held is None else "running"
+    at = run  # where something is written now
     if data is not None:
         if command := command_line(data):
             facts["command"] = command
         facts["model"] = str(data.model.get("name", "without a name"))
-        facts |= _search(data)
-        facts |= _results(run, data)
+        stage = None if finished else next((each for each in data.stages if each.seconds is None), None)
+        facts |= _stages(data, stage)
+        if stage is not None:
+            at = run / stage.name
+        made = data if stage is None else stage.run
+        if made is not None:
+            facts |= _search(made) | _training(at, made, running=state == "running") | _results(at, made)
     if problem:
         facts["trouble"] = problem
     facts["state"] = _state(state, held, data)
-    return View(state, facts, last_lines(run))
+    return View(state, facts, last_lines(at))
 
 
 def _is_other(run: Path) -> bool:
@@ -154,8 +160,8 @@ def holder(run: Path) -> str | None:
 
 
 def last_lines(run: Path) -> tuple[str, ...]:
-    """What was written last, of evaluations and results, whichever file was."""
-    files = [run / name for name in (EVALUATIONS, RESULTS) if (run / name).is_file()]
+    """What was written last, of evaluations, losses and results, whichever file was."""
+    files = [run / name for name in (EVALUATIONS, LOSSES, RESULTS) if (run / name).is_file()]
     if not files:
         return ()
     newest = max(files, key=lambda path: path.stat().st_mtime)
@@ -177,6 +183,9 @@ def _line(line: bytes) -> str:
     if "method" in record and (length := length_of(record.get("length"))):
         words = [str(record["method"]), "at", format_length(length), str(record.get("item", ""))]
         words += [_outcome(record.get("record"))]
+    elif (step := _real(record.get("step"))) is not None:
+        loss = _real(record.get("loss"))
+        words = [f"step {step:.0f}", "-" if loss is None else f"loss {value_text(loss)}"]
     else:
         value = _real(record.get("value"))
         number = "-" if value is None else value_text(value)
@@ -229,6 +238,51 @@ def _search(data: RunData) -> dict[str, str]:
     took = duration_text(sum(each.seconds for each in data.evaluations))
     facts["token-passes"] = f"{count_text(spent)} in {took} of work{rate}"
     return facts
+
+
+def _stages(data: RunData, current: Stage | None) -> dict[str, str]:
+    """Which stage of an extension is being made, or that all are."""
+    if not data.stages:
+        return {}
+    if current is None:
+        return {"stages": f"all {len(data.stages)} done"}
+    place = data.stages.index(current) + 1
+    return {"stage": f"{current.name}, {place} of {len(data.stages)}{'' if current.run else ', about to begin'}"}
+
+
+def _training(run: Path, data: RunData, *, running: bool) -> dict[str, str]:
+    """The step of a training, its loss and, while it runs, its pace and the time that is left."""
+    if not data.losses:
+        return {}
+    step, loss = data.losses[-1]
+    total = _real(data.settings.get("steps"))
+    facts = {"training": f"step {step:.0f}" + ("" if total is None else f" of {total:.0f}")}
+    facts["loss"] = "-" if loss is None else value_text(loss)
+    pace = _seconds_a_step(run, step) if running else None
+    if pace is not None:
+        left = "" if total is None else f", {duration_text(pace * max(0.0, total - step))} left"
+        facts["pace"] = f"{pace:.3g} s a step{left}"
+    return facts
+
+
+def _seconds_a_step(run: Path, step: float) -> float | None:
+    """What a step takes, by when files were written: losses bear no times. None where that says nothing.
+
+    A process begins with step 0, or with the checkpoint that it goes on from, and writes the lock then. Where that
+    checkpoint is gone, as older ones are, the first of its own tells as much.
+    """
+    saved = []
+    with suppress(OSError):  # files come and go while they are looked at
+        began, now = (run / LOCK).stat().st_mtime, (run / LOSSES).stat().st_mtime
+        for folder in run.glob("checkpoints/checkpoint-*"):
+            number = folder.name.rpartition("-")[2]
+            if number.isdecimal() and int(number) <= step:
+                saved.append((int(number), folder.stat().st_mtime))
+        before, since = [number for number, at in saved if at <= began], [each for each in saved if each[1] > began]
+        first, at = (max(before, default=0), began) if before or not since else min(since)
+        if step > first and now > at:
+            return (now - at) / (step - first)
+    return None
 
 
 def _results(run: Path, data: RunData) -> dict[str, str]:
