@@ -26,6 +26,8 @@ from longrope.baselines import RopeShape
 from longrope.console import describe_progress, measuring_progress, search_progress
 from longrope.evaluate.execute import Step
 from longrope.factors import FactorTable, RopeFactors
+from longrope.report.read import read_run
+from longrope.report.searched import evaluations_text
 from longrope.search.loop import Progress, format_seconds
 from models import ORIGINAL, build, save
 
@@ -757,11 +759,13 @@ def test_without_json_results_go_to_stderr_and_stdout_stays_empty() -> None:
 def test_quiet_shows_no_progress_and_the_default_does() -> None:
     loud = longrope(*search("--evaluations", SOME, "--out", "loud"))
     quiet = longrope(*search("--evaluations", SOME, "--out", "quiet", "-q"))
-    line = r"^(\w+), round \d+: best \d+\.\d{4}, \d+\.\d\d evaluations/s, 0:00:0\d left, (\d+)/10$"
+    line = r"^(\w+), round \d+: best \d+\.\d{4}, \d+\.\d\d evaluations/s, 0:00:0\d left, ([\d.]+)/10$"
     told = re.findall(line, loud.err, re.MULTILINE)
     assert [stage for stage, _ in told][:1] == ["seeds"]
-    assert told[-1][1] == "10"
-    assert [int(done) for _, done in told] == sorted(int(done) for _, done in told)
+    spent = told[-1][1]
+    assert re.search(rf"^search +{spent} evaluations of 10 *$", longrope("watch", "loud", "--once").err, re.MULTILINE)
+    assert evaluations_text(read_run(Path("loud"))) == f"{spent} evaluations", "as the page has it"
+    assert [float(done) for _, done in told] == sorted(float(done) for _, done in told)
     cost = r"^cost: up to 10 evaluations of 384 tokens, 3,840 token-passes; one takes .* s, all about 0:00:0\d"
     assert len(re.findall(cost, loud.err, re.MULTILINE)) == 1
     assert "evaluations" not in quiet.err
@@ -801,7 +805,7 @@ def test_where_there_is_no_terminal_many_items_share_a_line(caplog: pytest.LogCa
     assert caplog.messages[-1] == "measuring yarn at 4k, 0:08:20 left, 500/1000"
 
 
-def progress(done: int, iteration: int, rate: float, origin: str = "mutation") -> Progress:
+def progress(done: float, iteration: int, rate: float, origin: str = "mutation") -> Progress:
     return Progress(done=done, total=1000, iteration=iteration, best=9.5, rate=rate, origin=origin)
 
 
@@ -840,10 +844,10 @@ def test_where_there_is_no_terminal_a_round_that_is_evaluated_here_has_one_line(
         on_progress(progress(80, 1, 0.0))
         on_progress(progress(95, 1, 1.0))
         on_progress(progress(96, 1, 1.0, "crossover"))
-        on_progress(progress(99, 2, 1.0))
+        on_progress(progress(99.9, 2, 1.0))
     assert caplog.messages == [
         "evolution, round 1: best 9.5000, 1.00 evaluations/s, 0:15:04 left, 96/1000",
-        "evolution, round 2: best 9.5000, 1.00 evaluations/s, 0:15:01 left, 99/1000",
+        "evolution, round 2: best 9.5000, 1.00 evaluations/s, 0:15:00 left, 99.9/1000",
     ]
 
 

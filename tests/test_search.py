@@ -20,11 +20,11 @@ from longrope.factors import RopeFactors
 from longrope.runs import RunFolder
 from longrope.search.archive import Archive
 from longrope.search.evolution import Evolution, EvolutionSettings
-from longrope.search.loop import Budget, Loop
+from longrope.search.loop import Budget, Loop, Progress
 from longrope.search.racing import evolve
 from longrope.search.settings import SearchSettings
 from longrope.search.space import START_TOKENS, LongRope, check_seed, mutate_start
-from longrope.search.tasks import Outcome, Task
+from longrope.search.tasks import Outcome, Proposal, Steps, Task
 
 SHAPE = RopeShape(10000.0, 32, 64)
 SPACE = LongRope(16, 8.0)
@@ -207,6 +207,32 @@ def follow(run: RunFolder, workers: ClosedForm, total: int) -> Archive:
     budget = Budget(evaluation=TOKENS, expected=1344, evaluations=total)
     Loop(run, archive, workers, [TOKENS], budget).go(evolve(evolution(), archive))
     return archive
+
+
+def test_progress_is_told_in_parts_of_an_evaluation_where_tasks_are_parts_of_one(tmp_path: Path) -> None:
+    """As the page and the view of a run tell it: 1.5, which is no 2."""
+    archive, told = Archive([1]), list[Progress]()
+    budget = Budget(evaluation=2 * TOKENS, expected=1344, evaluations=2)
+    with RunFolder.open(tmp_path / "run", CONFIG) as run:
+        Loop(run, archive, ClosedForm(), [TOKENS], budget).go(evolve(evolution(), archive), told.append)
+    assert [each.done for each in told] == [0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+def test_progress_counts_a_task_that_is_asked_for_twice_once(tmp_path: Path) -> None:
+    """The limit counts it twice, so that a resumed search ends where one that was not cut does."""
+    told = list[Progress]()
+    task = Task(RopeFactors(up_to=512, rescale=(1.0,) * 16), (0,))
+
+    def asking() -> Steps[None]:
+        for iteration in range(2):
+            yield [Proposal(task, "pi", iteration)]
+
+    with RunFolder.open(tmp_path / "run", CONFIG) as run:
+        budget = Budget(evaluation=TOKENS, expected=9, evaluations=9)
+        loop = Loop(run, Archive([1]), ClosedForm(), [TOKENS], budget)
+        loop.go(asking(), told.append)
+        assert sum(line["tokens"] for line in run.evaluations()) == TOKENS
+    assert (told[-1].done, loop.spent) == (1.0, 2 * TOKENS)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 63, 64, 65, 150])

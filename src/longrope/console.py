@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
@@ -146,7 +146,12 @@ def print_out(text: str) -> None:
         sys.stdout.flush()
 
 
-_Show = Callable[[int, int, str], None]
+_Show = Callable[[float, int, str], None]
+
+
+def _count(done: float) -> str:
+    """How much is done, with a tenth where it is a part of one: 12, 19.9."""
+    return f"{done:.1f}".removesuffix(".0")
 
 
 @contextmanager
@@ -156,11 +161,13 @@ def _bar(*, transient: bool = False) -> Iterator[_Show]:
     It appears when first given something: what fails before, fails in one line.
     """
     told = TextColumn("{task.description}", markup=False)
-    bar = Bar(told, BarColumn(), MofNCompleteColumn(), console=err, transient=transient)
-    task = bar.add_task("", total=None)
+    count = TextColumn("{task.fields[count]}", style="progress.download", markup=False)
+    bar = Bar(told, BarColumn(), count, console=err, transient=transient)
+    task = bar.add_task("", total=None, count="")
 
-    def show(done: int, total: int, text: str) -> None:
-        bar.update(task, completed=done, total=total, description=printable(text))
+    def show(done: float, total: int, text: str) -> None:
+        of = f"{_count(done)}/{total}"
+        bar.update(task, completed=done, total=total, description=printable(text), count=of)
         bar.start()
 
     try:
@@ -179,14 +186,14 @@ def search_progress(quiet: bool) -> Iterator[OnProgress | None]:
         with _bar() as show:
             yield lambda progress: show(progress.done, progress.total, describe_progress(progress))
     else:
-        told = 0
+        told = 0.0
         last: list[Progress] = []  # one at most
 
         def log() -> None:
             nonlocal told
             for progress in last:
                 if progress.rate:  # nothing to say of what an earlier process evaluated
-                    logger.info("%s, %d/%d", describe_progress(progress), progress.done, progress.total)
+                    logger.info("%s, %s/%d", describe_progress(progress), _count(progress.done), progress.total)
                     told = progress.done
 
         def on_progress(progress: Progress) -> None:

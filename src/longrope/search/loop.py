@@ -24,10 +24,11 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Where a search is: evaluations done of how many (in token-passes), the round, the best value, their rate.
 
-    origin: of the candidate that was done last.
+    done: to a tenth, and what evaluations.jsonl adds up to, as the page tells it: a candidate that is tried on some
+    windows only is a part of one. origin: of the candidate that was done last.
     """
 
-    done: int
+    done: float
     total: int
     iteration: int
     best: float
@@ -89,6 +90,8 @@ class Loop:
         lines = run.evaluations()
         self.known = {line["key"]: self._outcome(line) for line in lines}
         self.spent, self.fresh_tokens = 0, 0
+        # What evaluations.jsonl adds up to: a task that is asked for twice is spent twice, and done once.
+        self.done_tokens = sum(outcome.tokens for outcome in self.known.values())
         self.index = 1 + max((line.get("index", 0) for line in lines), default=-1)
         # Seconds that the search went on for, as last written down: what ends it by the hours, here and when resumed.
         self.earlier = self.elapsed = max((float(line.get("elapsed", 0)) for line in lines), default=0.0)
@@ -167,6 +170,7 @@ class Loop:
             for place, outcome in self.workers.run([proposal.task for proposal in part]):
                 self._write(first + place, part[place], outcome)
                 self.fresh_tokens += outcome.tokens
+                self.done_tokens += outcome.tokens
                 self.known[part[place].task.key] = outcome
                 yield part[place], outcome
                 if self._is_late():
@@ -226,7 +230,7 @@ class Loop:
             best = self.archive.best[0] if self.archive.best else math.inf
             elapsed = time.perf_counter() - self.begun
             rate = self.fresh_tokens / self.budget.evaluation / elapsed
-            done = min(self.budget.total, round(self.spent / self.budget.evaluation))
+            done = min(self.budget.total, round(self.done_tokens / self.budget.evaluation, 1))
             on_progress(Progress(done, self.budget.total, proposal.iteration, best, rate, proposal.origin))
 
 
