@@ -13,6 +13,7 @@ from longrope.report.style import UNSCALED, length_text, look, parts_of, value_t
 from longrope.report.tables import Table
 
 _Figures = Mapping[tuple[str, str], float | None]  # by task and name
+_AT_AN_AXIS = 40  # characters
 
 
 def ruler_table(run: RunData) -> Table | None:
@@ -75,7 +76,7 @@ def harness_plot(run: RunData) -> Plot | None:
     ]
     if not columns:
         return None
-    methods = methods_of(run)
+    methods, titles = methods_of(run), [_title(*column) for column in columns]
     many = len({result.length for result in results}) > 1
     traces = []
     for result in results:
@@ -86,20 +87,32 @@ def harness_plot(run: RunData) -> Plot | None:
         trace = {
             "type": "bar",
             "name": letters(label),
-            "x": [letters(_title(*column)) for column in columns],
+            "x": [letters(each) for each in titles],
             "y": [figures.get(column) for column in columns],
             "marker": {"color": style.colour, "pattern": {"shape": _pattern(style.dash)}},
-            "hovertemplate": "%{y:.3f} in %{x}",
+            "customdata": [letters(each) for each in titles],
+            "hovertemplate": "%{y:.3f} in %{customdata}",
         }
         traces.append(trace | ({"error_y": {"array": errors, "thickness": 1, "width": 3}} if any(errors) else {}))
     figure = make_figure(
         traces,
         barmode="group",
-        xaxis=make_axis("", type="category"),
+        xaxis=make_axis(
+            "",
+            type="category",
+            tickmode="array",
+            tickvals=[letters(each) for each in titles],
+            ticktext=[letters(_cut(each)) for each in titles],
+        ),
         yaxis=make_axis("share of right answers", rangemode="tozero"),
     )
     caption = "Whiskers are standard errors. A method that costs nothing at short length stands as high as unscaled."
     return Plot(f"{run.measure}-short", "Short benchmarks", caption, figure)
+
+
+def _cut(title: str) -> str:
+    """A title as there is room for at an axis; the whole is where it is pointed at."""
+    return title if len(title) <= _AT_AN_AXIS else f"{title[: _AT_AN_AXIS - 1]}…"
 
 
 def _with_tasks(run: RunData) -> list[Result]:
