@@ -36,7 +36,7 @@ sys.path.append(sys.argv[5])
 from memory import highest
 before = psutil.Process().memory_info().rss
 start = time.perf_counter()
-longrope.export(sys.argv[1], FactorTable.load(sys.argv[2]), sys.argv[3], engine=sys.argv[4], window="long", dtype="f16")
+longrope.export(sys.argv[1], FactorTable.load(sys.argv[2]), sys.argv[3], engine=sys.argv[4], window="long")
 os.sync()
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "before_bytes": before, "peak_bytes": highest(torch.device("cpu"))}))

@@ -589,11 +589,11 @@ def test_a_text_that_is_no_string_is_refused(tmp_path: Path) -> None:
 def test_a_template_that_writes_todays_date_writes_the_same_text_tomorrow(
     tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    chat_tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: " + TEMPLATE
+    chat_tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ strftime_now(format='%Y') }} " + TEMPLATE
     rows = [{"messages": [{"role": "user", "content": "hello"}]}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     [document] = read_sources([str(tmp_path / "a.jsonl")], tokenizer=chat_tokenizer)
-    assert document.text.startswith("01 Jan 2025: ")
+    assert document.text.startswith("01 Jan 2025: 2025 ")
     whole = chat_tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
     assert str(whole).startswith(f"{datetime.now():%d %b %Y}: "), "as everywhere else"
 

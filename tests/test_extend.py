@@ -478,6 +478,18 @@ def test_without_training_it_is_one_search_and_says_what_that_costs() -> None:
     assert "passkey" in Path("run/report.html").read_text()
 
 
+def test_what_a_training_would_refuse_is_refused_before_the_searches(here: Path) -> None:
+    stages = (Stage(1, "search", TARGET, "base"), Stage(2, "finetune", TARGET, settings={"steps": 1, "lora": 2}))
+    plan = Plan(stages, Measures(windows=1, passkey=0))
+    given: dict[str, Any] = {"documents": "texts", "stages": plan, "device": "cpu", "tracker": "none", "out": "run"}
+    for more in ({"dtype": "float16"}, {"dtype": "float16", "dry_run": True}):
+        with pytest.raises(UserError, match=r"^--dtype: got float16; the gradient of one token"):
+            extend("model", to=TARGET, **given, **more)
+    with pytest.raises(UserError, match=r"^--seed: got 4294967296; it is from 0 to below 2\^32"):
+        extend("model", to=TARGET, seed=2**32, **given)
+    assert not (here / "run").exists()
+
+
 def test_searches_without_a_training_leave_a_row_each(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     stages = tuple(
@@ -489,8 +501,10 @@ def test_searches_without_a_training_leave_a_row_each(here: Path, caplog: pytest
     table = FactorTable.load(here / "rows" / "factors.json")
     assert table.lengths == [ORIGINAL, 2 * ORIGINAL, TARGET]
     trained, held = hold_out(read_sources(["texts"]))
-    of = f"{len(held)} of {len(trained) + len(held)} documents are held out of all stages and measured on, such as "
-    assert f"{of}{held[0].name}" in caplog.messages
+    each = [
+        side[0].name if len(side) == 1 else f"{len(side)} documents, such as {side[0].name}" for side in (held, trained)
+    ]
+    assert f"held out of all stages and measured on: {each[0]}; left for the stages: {each[1]}" in caplog.messages
     for row, stage in zip(table.rows[1:], stages, strict=True):
         assert row == FactorTable.load(here / "rows" / stage.name / "factors.json").row_for(stage.to)
     names = f"01-search-{2 * ORIGINAL}, 02-search-{TARGET}"

@@ -46,6 +46,7 @@ CacheKind = Annotated[
 ]
 Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a pass over a long prompt; by default 2048.")]
 
+_OF_MODELS = ("/think",)  # Qwen3's
 _COMMANDS = ("/file", "/reset", "/exit")
 """Of a conversation."""
 _MARK = "\ufeff"
@@ -155,13 +156,13 @@ def chat(
 
 
 def _is_mistyped(word: str) -> bool:
-    """Whether a line's first word is a command that there is not. A path, which has more slashes, is text."""
-    return re.fullmatch(r"/[A-Za-z]+", word) is not None and word not in _COMMANDS
+    """Whether a line's first word is a command that there is not. A path is text, and so are a model's own (/think)."""
+    return word not in (*_COMMANDS, *_OF_MODELS) and re.fullmatch(r"/[A-Za-z]+", word) is not None
 
 
 def _without_escape(line: str) -> str:
     """The text of a turn, which a second slash lets begin like a command."""
-    return line[1:] if line.startswith("//") else line
+    return line[1:] if re.match(r"//[A-Za-z]+(\s|$)", line) else line
 
 
 def _ready(

@@ -26,19 +26,21 @@ _THETAS = {
     family: theta
     for theta, families in {
         1e5: "helium",
+        1.5e5: "gpt_oss",
         1.6e5: "modernbert-decoder",
-        5e5: "bitnet cohere ernie4_5 ernie4_5_moe exaone flex_olmo llama4_text mllama_text_model olmo3",
-        1e6: "emu3_text_model gemma3_text gemma3n_text lfm2 lfm2_moe minimax mixtral phimoe solar_open",
+        5e5: "bitnet blt cohere ernie4_5 ernie4_5_moe exaone flex_olmo llama4_text mllama_text_model olmo3",
+        1e6: "cwm emu3_text_model gemma3_text gemma3n_text lfm2 lfm2_moe minimax mixtral phimoe solar_open",
         2e6: "smollm3",
         5e6: "minimax_m2 minimax_m3_vl_text",
         8e6: "sarvam_moe",
         11158840.0: "hy_v3",
+        1.2e7: "apertus apertus1p5_text",
     }.items()
     for family in families.split()
 }
 _SHARES = {
     **dict.fromkeys("gpt_neox stablelm qwen3_5_text qwen3_5_moe_text qwen3_next".split(), 0.25),
-    **dict.fromkeys("bamba glm glm4 nemotron persimmon phi".split(), 0.5),
+    **dict.fromkeys("bamba glm glm4 glm4_moe nemotron persimmon phi recurrent_gemma".split(), 0.5),
 }
 
 
@@ -66,7 +68,8 @@ def rope_config(config: Mapping[str, Any], *, original_length: int | None = None
     """The RoPE of a parsed config.json, or of `PretrainedConfig.to_dict()`, under old and new key names.
 
     The original length is the argument, else `original_max_position_embeddings`, else `max_position_embeddings`.
-    A missing rope_theta or partial_rotary_factor is what the class of its `model_type` takes, 10000 and 1 for most.
+    A missing rope_theta or partial_rotary_factor is what the class of its `model_type` takes, 10000 and 1 for most; a
+    missing scaling is none, although a few classes (GPT-OSS, Ministral 3) have a whole RoPE of their own.
     Where a config.json leaves out more than these, `to_dict()` is the certain form.
     Raises UserError when there is no such RoPE, or one that cannot be extended.
     """

@@ -12,7 +12,7 @@ from longrope.errors import UserError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(['"])((?:(?!\1).)*)\1\s*\)""")
 _THAT_DAY = datetime(2025, 1, 1, tzinfo=UTC)
 """What templates that write today's date write in documents: a run that goes on tomorrow reads the same texts."""
 
@@ -92,7 +92,7 @@ def _written(
 
 
 def dated_template(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
-    """The tokenizer's chat template with a fixed date where it asks for today's.
+    """The tokenizer's chat template with a fixed date where it asks for today's in a format that it says there.
 
     Raises ValueError where the tokenizer has none, or several and none for this.
     """

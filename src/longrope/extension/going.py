@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from longrope.checkpoint import LoadOptions, model_source
+from longrope.checkpoint import TINY, LoadOptions
 from longrope.documents import Document, hold_out, others, read_sources
 from longrope.errors import UserError, first_line, plural
 from longrope.extension.done import Done, digest
@@ -109,8 +109,8 @@ class Extension:
     def hash_of(self, name: str) -> str:
         """Hash of a model's files, or the name of one that is no folder."""
         if name not in self._hashes:
-            folder = Path(model_source(name))
-            self._hashes[name] = digest(folder) if folder.is_dir() else name
+            folder = Path(name)  # the embedded model is a word, whatever lies in a folder of that name
+            self._hashes[name] = digest(folder) if name != TINY and folder.is_dir() else name
         return self._hashes[name]
 
 

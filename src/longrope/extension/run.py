@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from longrope import __version__
 from longrope.checkpoint import LoadOptions, as_model, load_options, load_tokenizer
 from longrope.describe import describe_documents, describe_options, describe_trained
-from longrope.documents import as_sources, hold_out, read_sources
-from longrope.errors import UserError
+from longrope.documents import Document, as_sources, hold_out, read_sources
+from longrope.errors import UserError, plural
 from longrope.extension.costs import costs, scaling_of
 from longrope.extension.done import DOCUMENTS, Done
 from longrope.extension.finish import PASSKEY, measure, write_checkpoint
@@ -42,7 +42,7 @@ from longrope.runs import CHECKPOINT, CONFIG, FACTORS, RESULTS, RunFolder, comma
 from longrope.search.driver import choose_search_windows, search_windows
 from longrope.training.arguments import trackers
 from longrope.training.run import finetune
-from longrope.training.settings import check_seed
+from longrope.training.settings import check_numbers, check_seed
 from longrope.training.world import check_first_device
 from longrope.workers import options_for
 
@@ -101,9 +101,9 @@ def extend(
     loaded = load_model(model, options)
     plan = plan_for(loaded.rope.original_length, target, stages, train=train)
     warn(plan, loaded.rope.original_length)
-    if any(stage.do == "finetune" for stage in plan.stages):  # what it would refuse after the searches
+    _check_numbers(plan, options, seed)
+    if plan.trains:  # what it would refuse after the searches
         trackers(tracker)
-        check_seed(seed)
         if launcher is None:
             check_first_device(options.device)
     texts = texts_of(loaded, documents, unseen, search_documents)
@@ -118,8 +118,8 @@ def extend(
             watching.stage(f"{path} is finished")
             return run.finished_with(CHECKPOINT)
         if texts.hold_out:
-            held, read, name = len(texts.unseen), len(texts.unseen) + len(texts.trained), texts.unseen[0].name
-            logger.info("%d of %d documents are held out of all stages and measured on, such as %s", held, read, name)
+            held, left = map(_named, (texts.unseen, texts.trained))
+            logger.info("held out of all stages and measured on: %s; left for the stages: %s", held, left)
         going = Extension(
             run=path,
             plan=plan,
@@ -151,6 +151,20 @@ def extend(
         write_report(path)
         run.finish()
         return run.metrics()
+
+
+def _named(documents: Sequence[Document]) -> str:
+    """Documents in words: a single one by its name, which says where it is a part of one."""
+    name = documents[0].name
+    return name if len(documents) == 1 else f"{plural(len(documents), 'document')}, such as {name}"
+
+
+def _check_numbers(plan: Plan, options: LoadOptions, seed: int) -> None:
+    """Raise UserError, before any search, for what a fine-tuning of the plan would refuse."""
+    for stage in plan.stages:
+        if stage.do == "finetune":
+            check_seed(seed)
+            check_numbers(options, adapters=stage.settings.get("lora") is not None)
 
 
 def plan_for(original_length: int, target: int, stages: str | Path | Plan | None, *, train: bool = True) -> Plan:
@@ -430,6 +444,7 @@ def _dry(
     loaded = load_model(model, options)
     plan = plan_for(loaded.rope.original_length, target, stages, train=train)
     warn(plan, loaded.rope.original_length)
+    _check_numbers(plan, options, seed)
     texts = texts_of(loaded, documents, unseen, search_documents)
     try:
         check_documents(loaded, plan, texts, seed)

@@ -79,13 +79,18 @@ def settings_of(
         raise UserError("--save-dtype", got=f"{given.save_dtype} without --merge", rule=rule, do=do)
     check_seed(given.seed)
     options = load_options(options, keywords)
-    if adapters is not None and options.dtype == "float16":
+    check_numbers(options, adapters=adapters is not None)
+    return given, chosen, options if adapters is not None else _of_all_weights(options)
+
+
+def check_numbers(options: LoadOptions, *, adapters: bool) -> None:
+    """Raise UserError for numbers in which nothing can be trained; adapters: beside weights that are frozen."""
+    if adapters and options.dtype == "float16":
         rule = "the gradient of one token among those of a step rounds to nothing in it"
         raise UserError("--dtype", got="float16", rule=rule, do="give bfloat16 or float32")
-    if options.quantize is not None and adapters is None:
+    if options.quantize is not None and not adapters:
         rule = "weights of so few bits are not trained"
         raise UserError("--quantize", got=f"{options.quantize} without --lora", rule=rule, do="give --lora RANK")
-    return given, chosen, options if adapters is not None else _of_all_weights(options)
 
 
 def check_seed(seed: int) -> None:
