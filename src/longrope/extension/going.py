@@ -212,11 +212,9 @@ def _check_trained(loaded: LoadedModel, stage: Stage, texts: Texts, counts: Toke
     used = [*texts.trained, *own]
     longest = _longest(counts, [each for each in used if each.prompt is None], stage.window - around) + around
     if stage.window > longest and not _a_prompt_fits(counts, used, stage.window - around):
-        got, rule = (
-            f"documents to train on, the longest of {longest} tokens with its ends",
-            f"windows of {stage.window}",
-        )
-        raise UserError("--documents", got=got, rule=f"{stage.name} has {rule}", do="give longer ones")
+        got = f"documents to train on, the longest of {longest} tokens with its ends"
+        rule = f"{stage.name} has windows of {stage.window}"
+        raise UserError("--documents", got=got, rule=rule, do="give longer ones")
     packed, original = short or used, loaded.rope.original_length
     prompts = "mixed" in stage.settings and all(each.prompt is not None for each in packed)
     if prompts and not _a_prompt_fits(counts, packed, original - around):

@@ -200,11 +200,8 @@ def _kept(loaded: LoadedModel, trained: Any, length: int, *, half: bool, packed:
     def run(tokens: int) -> None:
         ids = torch.arange(tokens, device=loaded.device)[None] % min(100, config.vocab_size)
         # Attention inside packed documents is given a mask of all pairs, which is kept.
-        more = (
-            {"position_ids": ids.new_tensor([*range(tokens // 2), *range(tokens - tokens // 2)])[None]}
-            if packed
-            else {}
-        )
+        positions = ids.new_tensor([*range(tokens // 2), *range(tokens - tokens // 2)])[None]
+        more = {"position_ids": positions} if packed else {}
         with torch.autocast(loaded.device.type, torch.bfloat16, enabled=half), torch.enable_grad():
             trained(input_ids=ids, labels=ids, use_cache=False, **more)
 
